@@ -1,0 +1,65 @@
+# One command for each thing: `make help` lists them. Needs make and Python 3.11 or 3.12 with its venv module; all else
+# is installed into .venv, at the versions of constraints.txt.
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help setup train test lint unit worker integration benchmark clean
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+setup: $(INSTALLED) ## make .venv with everything that raymill and its tests need
+	@:
+
+train: setup ## get MNIST and train the job jobs/mnist on two workers
+	$(BIN)/raymill data get mnist
+	$(BIN)/raymill train jobs/mnist/job.yaml
+
+test: lint unit worker integration ## lint, then every test, fastest first
+
+lint: setup ## formatting, style, types, directions of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: setup ## pure code, without Ray: seconds
+	$(BIN)/pytest tests/unit
+
+worker: setup ## torch on the CPU, one process and two
+	$(BIN)/pytest tests/worker
+
+integration: setup ## whole runs on a local Ray: minutes
+	$(BIN)/pytest tests/integration
+
+benchmark: setup ## raymill beside the guide's way and torchrun: takes an hour, wants a quiet machine
+	$(BIN)/raymill data get mnist
+	$(BIN)/python tests/benchmarks/throughput.py --data .raymill/data/mnist --out .raymill/throughput.json
+	$(BIN)/python tests/benchmarks/startup.py --data .raymill/data/mnist --out .raymill/startup.json
+
+clean: ## remove .venv and what the tools leave behind; data sets and runs in .raymill stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	find platform pipelines jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A .venv without the mark is what a failed or interrupted installation left: it is made anew.
+# pip reads the constraints from its environment so that they also hold for what builds the package.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -e $@ || { python=$$($(FIND_PYTHON)) && "$$python" -m venv --clear .venv; }
+	@echo "installing into .venv (some minutes and 7 GB the first time)"
+	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# Prints the first usable Python: $PYTHON, python3.11, python3.12 or python3.
+define FIND_PYTHON
+{ for python in $(PYTHON) python3.11 python3.12 python3; do \
+	if "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; \
+	then echo "$$python"; exit 0; fi; \
+done; \
+echo "raymill needs Python 3.11 or 3.12 and found neither. Install one (Debian: apt-get install python3.11" \
+	"python3.11-venv), or name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+endef

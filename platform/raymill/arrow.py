@@ -1,0 +1,235 @@
+"""Rows held against a schema, and how they lie in Arrow and so in Parquet.
+
+    number, no shape     the plain Arrow number
+    fixed shape          fixed_size_binary of the array's bytes
+    shape with None      struct<data: list<number>, shape: list<int32>>
+    "bytes", "text"      binary, string
+
+Arrays that come from Arrow are views of its memory and read-only. Arrow arrays are made from buffers, never with
+`pa.array`, which would import pandas.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raymill.errors import InputError, Problem, did_you_mean
+from raymill.task import Column, Field, Rows, Schema
+
+# ---------------------------------------------------------------- rows and the schema
+
+
+def slice_rows(rows: Rows, start: int, stop: int) -> Rows:
+    """Rows start..stop-1."""
+    return {name: column[start:stop] for name, column in rows.items()}
+
+
+def rows_bytes(rows: Rows) -> int:
+    """Bytes of all values."""
+    return sum(
+        column.nbytes if isinstance(column, np.ndarray) else sum(len(_raw(value)) for value in column)
+        for column in rows.values()
+    )
+
+
+def digest_rows(rows: Rows) -> str:
+    """16 hex digits that change when any name, type, shape or value of the rows does."""
+    digest = hashlib.sha256()
+    for name in sorted(rows):
+        column = rows[name]
+        for value in [column] if isinstance(column, np.ndarray) else column:
+            raw = _raw(value)
+            kind = f"{value.dtype}{value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+            digest.update(f"{name}:{kind}:{len(raw)}:".encode())
+            digest.update(raw)
+    return digest.hexdigest()[:16]
+
+
+def _raw(value: Any) -> bytes | memoryview:
+    """The bytes of an array, `bytes` or `str`."""
+    if isinstance(value, str):
+        return value.encode()
+    return value if isinstance(value, bytes) else np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+
+
+def describe(field: Field) -> str:
+    """The field in words, such as "uint8 of shape (28, 28)"."""
+    what = f"{field.dtype} of shape {field.shape}" if field.shape else field.dtype
+    return f"{what} in 0..{field.classes - 1}" if field.classes else what
+
+
+def schema_problems(rows: Rows, schema: Schema, where: str) -> list[Problem]:
+    """Hold rows against the schema.
+
+    Args:
+        where: the file and piece the rows come from, for the messages.
+
+    Returns:
+        every column that is missing, of another length, type or shape, or has a label outside its classes.
+    """
+    problems = []
+    first: Column = next(iter(rows.values()), [])
+    for name, field in schema.items():
+        place = f"{where}: column {name!r}"
+        if name not in rows:
+            problems.append(Problem(place, "no such column", describe(field), did_you_mean(name, rows)))
+            continue
+        found = _misfit(rows[name], field)
+        if found is None and len(rows[name]) != len(first):
+            found = f"{len(rows[name])} rows where the first column has {len(first)}"
+        if found is not None:
+            fix = "Change what makes the rows, or the pipeline's schema."
+            problems.append(Problem(place, found, describe(field), fix))
+    return problems
+
+
+def _misfit(column: Column, field: Field) -> str | None:
+    """What the column is, when it is not what the field says; else None."""
+    values = [column] if isinstance(column, np.ndarray) else column
+    if field.dtype in ("bytes", "text"):
+        kind = bytes if field.dtype == "bytes" else str
+        wrong = next((value for value in column if not isinstance(value, kind)), None)
+        return None if wrong is None else f"a {type(wrong).__name__}"
+    if isinstance(column, list) and None not in field.shape:
+        return f"a list of {type(column[0]).__name__}" if column else None
+    for value in values:
+        if not isinstance(value, np.ndarray):
+            return f"a list that holds a {type(value).__name__}"
+        shape = value.shape[1:] if value is column else value.shape
+        fits = len(shape) == len(field.shape) and all(
+            want in (None, have) for want, have in zip(field.shape, shape, strict=True)
+        )
+        if not fits or value.dtype != np.dtype(field.dtype):
+            return describe(Field(str(value.dtype), shape))
+        if field.classes and value.size and (value.min() < 0 or value.max() >= field.classes):
+            return f"values from {value.min()} to {value.max()}"
+    return None
+
+
+# ---------------------------------------------------------------- rows <-> Arrow
+
+
+def arrow_type(field: Field) -> pa.DataType:
+    """How a column of this field lies in Arrow and Parquet."""
+    if field.dtype in ("bytes", "text"):
+        return pa.binary() if field.dtype == "bytes" else pa.string()
+    number = pa.from_numpy_dtype(np.dtype(field.dtype))
+    if not field.shape:
+        return number
+    if None in field.shape:
+        return pa.struct([("data", pa.list_(number)), ("shape", pa.list_(pa.int32()))])
+    return pa.binary(_value_bytes(field))
+
+
+def fits(found: pa.DataType, field: Field) -> bool:
+    """Whether a column of this Arrow type can be read as the field. The large variants of text and bytes can."""
+    large = {"text": pa.large_string(), "bytes": pa.large_binary()}.get(field.dtype)
+    return bool(found == arrow_type(field) or found == large)
+
+
+def table_from_rows(rows: Rows, schema: Schema) -> pa.Table:
+    """Rows as an Arrow table with the schema's columns, without a copy where possible.
+
+    Raises:
+        InputError: with every column that does not fit the schema.
+    """
+    if problems := schema_problems(rows, schema, "rows"):
+        raise InputError(problems)
+    arrays = [_to_arrow(rows[name], field) for name, field in schema.items()]
+    return pa.Table.from_arrays(arrays, names=list(schema))
+
+
+def columns_from_arrow(table: pa.Table, schema: Schema) -> Rows:
+    """The schema's columns of an Arrow table: an array [num_rows, ...] or a list per column; arrays are read-only.
+
+    Raises:
+        ValueError: a column holds nulls, or a row's data does not fill its shape.
+        KeyError: a column is missing.
+    """
+    rows: Rows = {}
+    for name, field in schema.items():
+        column = table.column(name)
+        if column.null_count:
+            raise ValueError(f"column {name!r} holds {column.null_count} nulls")
+        # Of a single chunk, combine_chunks would make a copy.
+        rows[name] = _from_arrow(column.chunk(0) if column.num_chunks == 1 else column.combine_chunks(), field)
+    return rows
+
+
+def _value_bytes(field: Field) -> int:
+    return np.dtype(field.dtype).itemsize * math.prod(extent or 0 for extent in field.shape)
+
+
+def _to_arrow(column: Column, field: Field) -> pa.Array:
+    kind = arrow_type(field)
+    if field.dtype in ("bytes", "text"):
+        values = [value.encode() if isinstance(value, str) else value for value in column]
+        offsets = pa.py_buffer(_offsets(values))
+        return pa.Array.from_buffers(kind, len(values), [None, offsets, pa.py_buffer(b"".join(values))])
+    if isinstance(column, np.ndarray) and None not in field.shape:
+        if not field.shape:
+            return _numbers_to_arrow(column)
+        return pa.Array.from_buffers(kind, len(column), [None, pa.py_buffer(np.ascontiguousarray(column))])
+    flat = [value.reshape(-1) for value in column]
+    shapes = [np.array(value.shape, np.int32) for value in column]
+    lists = [_lists_to_arrow(flat, np.dtype(field.dtype)), _lists_to_arrow(shapes, np.dtype(np.int32))]
+    return pa.StructArray.from_arrays(lists, fields=list(kind))
+
+
+def _lists_to_arrow(values: Sequence[np.ndarray], dtype: np.dtype) -> pa.ListArray:
+    joined = np.concatenate(values) if values else np.empty(0, dtype)
+    return pa.ListArray.from_arrays(_numbers_to_arrow(_offsets(values)), _numbers_to_arrow(joined))
+
+
+def _offsets(values: Sequence[Any]) -> np.ndarray:
+    ends = np.cumsum([len(value) for value in values], dtype=np.int64)
+    if len(ends) and ends[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"{ends[-1]} values in one row group; at most 2^31-1 fit. Write smaller row groups")
+    return np.concatenate([[0], ends]).astype(np.int32)
+
+
+def _numbers_to_arrow(values: np.ndarray) -> pa.Array:
+    kind = pa.from_numpy_dtype(values.dtype)
+    data = np.packbits(values, bitorder="little") if values.dtype.kind == "b" else np.ascontiguousarray(values)
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(data)])
+
+
+def _from_arrow(array: pa.Array, field: Field) -> Column:
+    if field.dtype in ("bytes", "text"):
+        values: list[Any] = array.to_pylist()
+        return values
+    dtype = np.dtype(field.dtype)
+    if not field.shape:
+        return _numbers_from_arrow(array, dtype)
+    if None not in field.shape:
+        size = _value_bytes(field)
+        raw = _view(array.buffers()[1], np.dtype(np.uint8), len(array) * size, array.offset * size)
+        return raw.view(dtype).reshape(len(array), *field.shape)
+    flat = _lists_from_arrow(array.field("data"), dtype)
+    shapes = _lists_from_arrow(array.field("shape"), np.dtype(np.int32))
+    return [values.reshape(shape) for values, shape in zip(flat, shapes, strict=True)]
+
+
+def _lists_from_arrow(array: pa.Array, dtype: np.dtype) -> list[np.ndarray]:
+    offsets = _numbers_from_arrow(array.offsets, np.dtype(np.int32)).tolist()
+    values = _numbers_from_arrow(array.values, dtype)
+    return [values[start:stop] for start, stop in pairwise(offsets)]
+
+
+def _numbers_from_arrow(array: pa.Array, dtype: np.dtype) -> np.ndarray:
+    if dtype.kind == "b":
+        num_bits = array.offset + len(array)
+        bits = _view(array.buffers()[1], np.dtype(np.uint8), -(-num_bits // 8), 0)
+        return np.unpackbits(bits, bitorder="little")[array.offset : num_bits].view(bool)
+    return _view(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
+
+
+def _view(buffer: Any, dtype: np.dtype, count: int, offset_bytes: int) -> np.ndarray:
+    return np.frombuffer(buffer, dtype, count, offset_bytes) if count else np.empty(0, dtype)

@@ -1,0 +1,249 @@
+"""A snapshot on disk: staged, flushed, hashed, renamed, and only then pointed at. No pickle is written or read.
+
+    checkpoints/
+        latest.json                     the pointer: newest and best checkpoint, and the attempt that wrote it
+        step-00000038.1/                step 38, written by attempt 1
+            weights.safetensors         parameters and buffers
+            optimizer.safetensors       optimizer tensors
+            state.json                  everything else, the position among it
+            manifest.json               size and SHA-256 of each file
+
+A kill at any moment leaves either the old pointer with an intact checkpoint behind it, or the new one. Loading checks
+sizes and hashes and falls back to the newest checkpoint before that is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from raymill.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from raymill.state import Snapshot
+
+POINTER = "latest.json"
+STAGE = ".stage-"
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What the pointer file says.
+
+    Attributes:
+        latest: folder name of the newest checkpoint.
+        best: folder name of the best one, or None.
+        attempt: the attempt that wrote this; a lower one may not replace it.
+    """
+
+    latest: str
+    best: str | None
+    attempt: int
+
+
+def read_pointer(folder: Path) -> Pointer | None:
+    """The pointer, or None when there is none or it cannot be read (it can be rebuilt from the checkpoints)."""
+    try:
+        return Pointer(**json.loads((folder / POINTER).read_text()))
+    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        return None
+
+
+def write_file(path: Path, content: str) -> None:
+    """Replace a small file so that a kill at any moment leaves the old or the new content."""
+    staged = path.with_name(f"{STAGE}{path.name}.{os.getpid()}")
+    with open(staged, "w") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------- one checkpoint
+
+
+def save(folder: Path, name: str, snapshot: Snapshot) -> None:
+    """Write a checkpoint under its final name, whole or not at all."""
+    from safetensors.torch import save_file
+
+    from raymill.state import weights_sha256
+
+    stage = folder / f"{STAGE}{name}"
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    save_file(snapshot.weights, stage / "weights.safetensors")
+    save_file(snapshot.optimizer, stage / "optimizer.safetensors")
+    record = {**snapshot.record, "weights_sha256": weights_sha256(snapshot.weights)}
+    (stage / "state.json").write_text(json.dumps(record, indent=1))
+    files = sorted(path for path in stage.iterdir())
+    manifest = {path.name: {"num_bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    (stage / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for path in stage.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    _sync_folder(stage)
+    final = folder / name
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(stage, final)
+    _sync_folder(folder)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(path: Path) -> None:
+    """Check every file of a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: names the first file that is missing or differs.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: no readable manifest.json; the checkpoint is not whole") from error
+    for name, expected in manifest.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing; the checkpoint is not whole")
+        if file.stat().st_size != expected["num_bytes"] or _sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{file}: size or SHA-256 is not what the manifest says; the file was damaged")
+
+
+def load(path: Path) -> Snapshot:
+    """Read and verify one checkpoint.
+
+    Raises:
+        CheckpointError: when it is not whole.
+    """
+    from safetensors.torch import load_file
+
+    from raymill.state import Snapshot
+
+    verify(path)
+    return Snapshot(load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors"), read_record(path))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors, the position among it. Needs no torch."""
+    return json.loads((path / "state.json").read_text())  # type: ignore[no-any-return]
+
+
+def names(folder: Path) -> list[str]:
+    """Folder names of all finished checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path.name for path in folder.iterdir() if path.is_dir() and path.name.startswith("step-")]
+    return sorted(found, key=lambda name: tuple(int(part) for part in name.removeprefix("step-").split(".")))
+
+
+def find_latest(folder: Path, say: Callable[[str], None]) -> str | None:
+    """The name of the newest checkpoint that is whole, the pointer's or an older one; None without any checkpoint.
+
+    Args:
+        folder: the folder of checkpoints.
+        say: is told of every checkpoint that had to be passed over.
+
+    Raises:
+        CheckpointError: when there are checkpoints but none is whole.
+    """
+    pointer = read_pointer(folder)
+    candidates = list(reversed(names(folder)))
+    if pointer and pointer.latest in candidates:
+        candidates = candidates[candidates.index(pointer.latest) :]
+    for name in candidates:
+        try:
+            verify(folder / name)
+        except CheckpointError as error:
+            say(f"checkpoint {name} is passed over: {error}")
+        else:
+            return name
+    if candidates:
+        raise CheckpointError(f"{folder}: none of {candidates} is whole. Start a new run.")
+    return None
+
+
+# ---------------------------------------------------------------- keeping them
+
+
+def better(value: float | None, best: float | None, mode: Literal["max", "min"]) -> bool:
+    """Whether a metric's value is a new best. NaN never is."""
+    if value is None or math.isnan(value):
+        return False
+    if best is None:
+        return True
+    return value > best if mode == "max" else value < best
+
+
+def to_remove(all_names: list[str], pointer: Pointer, keep: int) -> list[str]:
+    """The checkpoints that may go: neither among the newest `keep`, nor the newest, nor the best."""
+    kept = {*all_names[-keep:], pointer.latest, pointer.best}
+    return [name for name in all_names if name not in kept]
+
+
+class Keeper:
+    """Writes the checkpoints of one attempt in the background, one at a time, and keeps the pointer."""
+
+    def __init__(self, folder: Path, attempt: int, keep: int, committed: Callable[[dict[str, Any]], None]) -> None:
+        """Write below `folder`; `committed` is told of each checkpoint once it is safe."""
+        self._folder, self._attempt, self._keep, self._committed = folder, attempt, keep, committed
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, snapshot: Snapshot, *, best: bool) -> None:
+        """Write a snapshot while training goes on. Waits for the save before, and raises what that one raised."""
+        self.wait()
+        self._writing = self._thread.submit(self._commit, snapshot, best)
+
+    def wait(self) -> None:
+        """Return when the last save is safe on disk; raises what it raised."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _commit(self, snapshot: Snapshot, best: bool) -> None:
+        name = f"step-{snapshot.record['step']:08d}.{self._attempt}"
+        save(self._folder, name, snapshot)
+        before = read_pointer(self._folder)
+        if before and before.attempt > self._attempt:
+            raise CheckpointError(
+                f"attempt {self._attempt} wrote checkpoint {name} after attempt {before.attempt} had taken over; it is not used"
+            )
+        pointer = Pointer(name, name if best else (before.best if before else None), self._attempt)
+        write_file(self._folder / POINTER, json.dumps(pointer.__dict__))
+        for old in to_remove(names(self._folder), pointer, self._keep):
+            shutil.rmtree(self._folder / old)
+        self._committed({"kind": "checkpoint", "step": snapshot.record["step"], "path": f"checkpoints/{name}", "best": best})
+
+
+def clean(folder: Path) -> None:
+    """Remove what kills left behind. Call before an attempt writes, when no other attempt does."""
+    if folder.is_dir():
+        for path in folder.glob(f"{STAGE}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,145 @@
+"""Every error that raymill raises on purpose. Each says where, what was found, what was expected, and what to do.
+
+    RaymillError                 the root; `exit_code` is what the command line returns
+    |-- InputError       (2)     what the user gave is wrong; carries every Problem found, not only the first
+    |-- RunError         (1)     a run that started could not go on
+    |   |-- WorkerError          a worker failed; names the rank and the cause
+    |   |-- DataError            a row, file or row group could not be read or is not what the manifest says
+    |   |-- CheckpointError      no checkpoint could be written or read
+    |   |-- NumberError          a loss or gradient is NaN or infinite; names step and rows
+    |   `-- TrackingError        MLflow could not be reached or refused
+    `-- Interrupted      (3)     stopped by the user or the machine; can be resumed
+
+All of them hold plain values only and pass them all to `Exception.__init__`, so they survive pickling between
+processes unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with what the user gave.
+
+    Attributes:
+        where: file with line, field path, shard or row: "job.yaml:7 loop.epochs".
+        found: what stands there.
+        expected: what should stand there.
+        fix: the next thing to do.
+    """
+
+    where: str
+    found: str
+    expected: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: found {self.found}; expected {self.expected}. {self.fix}"
+
+    def as_dict(self) -> dict[str, str]:
+        """The problem as JSON-ready values."""
+        return asdict(self)
+
+
+class RaymillError(Exception):
+    """Root of the tree."""
+
+    exit_code = 1
+
+
+class InputError(RaymillError):
+    """The user's job, data or command is wrong. Nothing was started.
+
+    Args:
+        problems: all that was found, in the order of the file.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        head = "1 problem" if count == 1 else f"{count} problems"
+        return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
+
+
+class RunError(RaymillError):
+    """A run that had started could not go on.
+
+    Args:
+        message: what happened, where, and what to do.
+    """
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class WorkerError(RunError):
+    """A worker failed.
+
+    Args:
+        message: what happened and what to do.
+        rank: the rank that failed first, or None when unknown.
+        traceback: the remote traceback as text.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, traceback: str = "") -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.traceback = traceback
+        self.args = (message, rank, traceback)
+
+
+class DataError(RunError):
+    """A row, file or row group could not be read, or is not what the manifest says."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint could not be written or read."""
+
+
+class NumberError(RunError):
+    """A loss or gradient is NaN or infinite."""
+
+
+class TrackingError(RunError):
+    """MLflow could not be reached or refused."""
+
+
+class Interrupted(RaymillError):
+    """The run stopped on request, with its state saved.
+
+    Args:
+        run_id: the run to continue.
+        step: the last step in the saved checkpoint.
+    """
+
+    exit_code = 3
+
+    def __init__(self, run_id: str, step: int) -> None:
+        self.run_id = run_id
+        self.step = step
+        super().__init__(run_id, step)
+
+    def __str__(self) -> str:
+        return f"run {self.run_id} was interrupted; its state is saved at step {self.step}. Continue with --resume {self.run_id}"
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """The sentence that leads from a wrong name to the right one."""
+    names = sorted(valid)
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    if near:
+        return f"Did you mean {near[0]!r}?"
+    return f"Valid names: {', '.join(names) or '(none)'}."

@@ -1,0 +1,401 @@
+"""What each worker runs: build, restore, step, evaluate, checkpoint, stop. It knows no Ray: packets and reporter are given.
+
+The turns come from `order.agenda`, a pure function of the position; the rows from a `Feed`; what happened goes to the
+reporter as events (see docs/architecture.md). At world size 1 the same code runs without a process group.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raymill.checkpoint import Keeper, better
+from raymill.errors import NumberError, RunError
+from raymill.metrics import Evaluation
+from raymill.order import TRAIN, VALIDATION, Cut, JobOrder, Turn, agenda, key
+from raymill.parallel import Wrapped, autocast, gather, gradient_norm, move
+from raymill.plan import Plan
+from raymill.rows import ROW_ID, as_batch
+from raymill.spec import JobSpec
+from raymill.state import (
+    FIRST_WEIGHTS,
+    STEP,
+    Snapshot,
+    TrainState,
+    capture,
+    make_optimizer,
+    make_schedule,
+    optimizer_spec,
+    restore,
+    seed_everything,
+    weights_sha256,
+)
+from raymill.stream import Feed, Packet
+from raymill.task import Batch, Rows, Task
+
+Report = Callable[[dict[str, Any]], None]
+
+REPORT_INTERVAL_S = 0.25
+"""Seconds between step events that carry speeds; every step's loss is reported all the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """Where a worker sits.
+
+    Attributes:
+        rank: 0..world_size-1.
+        world_size: ranks.
+        device: where the model lives.
+        folder: the run's folder, for checkpoints and the record of the order.
+        attempt: how often the run was started.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    folder: Path
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker is to do.
+
+    Attributes:
+        spec: the resolved job.
+        plan: every derived number.
+        order: the order of samples.
+        cuts: split -> how batches are dealt out.
+        task: the user's Task.
+        collate: rows -> batch.
+    """
+
+    spec: JobSpec
+    plan: Plan
+    order: JobOrder
+    cuts: Mapping[str, Cut]
+    task: Task
+    collate: Callable[[Rows], Batch] = as_batch
+
+
+@dataclass
+class Clock:
+    """Where the time goes, in seconds, since the first step was done."""
+
+    started_s: float = field(default_factory=time.perf_counter)
+    first_step_s: float | None = None
+    rows_before: int = 0
+    wait_before_s: float = 0.0
+    evaluation_s: float = 0.0
+
+
+def build(job: Job, seat: Seat) -> TrainState:
+    """The state before the first step: the same weights on every rank, from the seed alone."""
+    torch.set_num_threads(job.plan.threads)
+    seed_everything(job.spec.loop.seed, FIRST_WEIGHTS)
+    model = job.task.build().to(seat.device)
+    objectives = list(job.task.objectives())
+    names = [objective.name for objective in objectives]
+    wrapped = [Wrapped(model, objective, job.spec.loop.precision, seat.device) for objective in objectives]
+    optimizers = {w.objective.name: make_optimizer(optimizer_spec(job.spec, w.objective.name, names), w) for w in wrapped}
+    schedules = {}
+    for name, optimizer in optimizers.items():
+        schedule = make_schedule(job.spec, optimizer, job.plan.total_steps)
+        if schedule is not None:
+            schedules[name] = schedule
+    return TrainState(model, wrapped, optimizers, schedules)
+
+
+def train(
+    job: Job,
+    seat: Seat,
+    snapshot: Snapshot | None,
+    packets: Iterator[Packet],
+    report: Report,
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """Train from the snapshot (or the beginning) to the end, or until asked to stop.
+
+    Args:
+        job: what to do.
+        seat: who this is.
+        snapshot: the state to go on from, the same on every rank.
+        packets: this rank's packets from the snapshot's position on.
+        report: takes events; only rank 0's are used.
+        should_stop: whether to stop after this step; asked on rank 0 only.
+
+    Returns:
+        The outcome as JSON-ready values, the same on every rank but for times.
+
+    Raises:
+        RunError: and its kinds, when the run cannot go on.
+    """
+    state = build(job, seat)
+    if snapshot is not None:
+        restore(state, snapshot)
+    loop = _Loop(job, seat, state, packets, report, should_stop)
+    try:
+        return loop.run()
+    finally:
+        loop.close()
+
+
+class _Loop:
+    """One attempt at a job on one rank."""
+
+    def __init__(
+        self, job: Job, seat: Seat, state: TrainState, packets: Iterator[Packet], report: Report, should_stop: Callable[[], bool]
+    ) -> None:
+        self.job, self.seat, self.state = job, seat, state
+        self.feed = Feed(packets)
+        self.report, self.should_stop = report, should_stop
+        self.clock = Clock(rows_before=state.position)
+        self.evaluation = Evaluation()
+        self.keeper = Keeper(seat.folder / "checkpoints", seat.attempt, job.spec.checkpoint.keep, report)
+        self.last_saved = state.position
+        self.settled = False
+        self.exchange: _Exchange | None = None
+        self.order_file = None
+        if job.spec.loop.record_order:
+            self.order_file = open(seat.folder / f"order-{seat.rank}.jsonl", "a")  # noqa: SIM115  closed in close()
+
+    def run(self) -> dict[str, Any]:
+        """Take turn after turn."""
+        stopped = False
+        for turn in agenda(self.job.order, self.state.position):
+            if turn.split == TRAIN and turn.batch is not None:
+                stopped = self.step(turn, turn.batch)
+                if stopped:
+                    self.save()
+                    break
+            elif turn.split == TRAIN:
+                self.end_epoch(turn)
+            elif turn.batch is not None:
+                self.evaluate(turn, turn.batch)
+            else:
+                self.end_evaluation(turn)
+        self.settle_exchange()
+        self.keeper.wait()
+        return self.outcome("interrupted" if stopped and self.state.position < self.job.order.total_rows else "finished")
+
+    def close(self) -> None:
+        """Release files and threads."""
+        with ExitStack() as stack:
+            stack.callback(self.keeper.close)
+            if self.order_file:
+                stack.callback(self.order_file.close)
+
+    # ------------------------------------------------------------ a step
+
+    def step(self, turn: Turn, number: int) -> bool:
+        """Train on one global batch; returns whether to stop after it."""
+        cut = self.job.cuts[TRAIN]
+        shards = [(shard, count) for shard, count in cut.shards(number, self.seat.rank) if count]
+        batches = [(shard, count, self.batch(TRAIN, turn, count)) for shard, count in shards] or [(0, 0, None)]
+        if not self.settled:
+            for wrapped in self.state.wrapped:
+                wrapped.settle(batches[0][2])
+            self.settled = True
+        rows = cut.batch_size(number)
+        measured: dict[str, float] = {}
+        for place, wrapped in enumerate(self.state.wrapped):
+            measured |= self.minimise(place, wrapped, batches, rows, turn)
+        self.state.position = turn.position
+        step = self.job.order.step(turn.position)
+        stop = self.settle_exchange()
+        self.exchange = _Exchange(self.event(step, turn, measured), sum(count for _, count in shards), self.seat, self.should_stop)
+        if self.clock.first_step_s is None:
+            self.first_step()
+        end_of_epoch = turn.position % self.job.order.train.num_rows == 0
+        if step % self.job.plan.checkpoint_every_steps == 0 and not end_of_epoch:
+            self.settle_exchange()
+            self.save()
+        return stop and not end_of_epoch
+
+    def batch(self, split: str, turn: Turn, count: int) -> Batch:
+        """The next rows of this rank as a batch on its device."""
+        rows = self.feed.take(split, turn.epoch, count)
+        if self.order_file and split == TRAIN:
+            self.order_file.write(json.dumps({"position": turn.position, "rows": rows[ROW_ID].tolist()}) + "\n")  # type: ignore[union-attr]
+            self.order_file.flush()
+        return move(self.job.collate(rows), self.seat.device)
+
+    def minimise(
+        self, place: int, wrapped: Wrapped, batches: list[tuple[int, int, Batch]], rows: int, turn: Turn
+    ) -> dict[str, float]:
+        """One optimizer step of one objective; returns this rank's part of the metrics."""
+        name, spec = wrapped.objective.name, self.job.spec
+        optimizer = self.state.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        self.state.model.train()
+        loss_sum = 0.0
+        with wrapped.only_own():
+            for number, (shard, count, batch) in enumerate(batches):
+                seed_everything(spec.loop.seed, STEP, turn.position, shard, place)
+                last = number == len(batches) - 1
+                with wrapped.accumulating(last):
+                    loss = wrapped.loss(batch)
+                    # DDP averages over ranks; this makes it the mean over the rows of the global batch.
+                    (loss * (count * self.seat.world_size / rows)).backward()
+                loss_sum += float(loss.detach()) * count
+        optimizer_values = optimizer_spec(spec, name, [w.objective.name for w in self.state.wrapped])
+        norm = gradient_norm(wrapped.parameters)
+        self.check_finite(norm, name, turn)
+        if optimizer_values.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(wrapped.parameters, optimizer_values.clip_norm, norm)
+        rate = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        if name in self.state.schedules:
+            self.state.schedules[name].step()
+        return {
+            f"train/{_label(name, 'loss')}": loss_sum / rows,
+            f"train/{_label(name, 'gradient_norm')}": float(norm),
+            f"train/{_label(name, 'learning_rate')}": float(rate),
+        }
+
+    def check_finite(self, norm: torch.Tensor, name: str, turn: Turn) -> None:
+        """Refuse a step whose gradient is not a number, before the weights change. All ranks see the same norm."""
+        if not bool(torch.isfinite(norm)):
+            raise NumberError(
+                f"step {self.job.order.step(turn.position)} (epoch {turn.epoch}, batch {turn.batch}): the gradient of objective "
+                f"{name!r} has norm {float(norm)}. The weights were not changed. Lower optimizer.lr, set optimizer.clip_norm, or "
+                "look for NaN in the rows with `raymill data stats`."
+            )
+
+    def event(self, step: int, turn: Turn, measured: dict[str, float]) -> dict[str, Any]:
+        """A step event without what other ranks still have to add."""
+        now = time.perf_counter()
+        event: dict[str, Any] = {"kind": "step", "step": step, "epoch": turn.epoch, "rows": turn.position, "metrics": measured}
+        if self.clock.first_step_s is not None:
+            elapsed = now - self.clock.first_step_s - self.clock.evaluation_s
+            event["rows_per_s"] = (turn.position - self.clock.rows_before) / max(elapsed, 1e-9)
+            event["data_wait_share"] = min(1.0, (self.feed.wait_s - self.clock.wait_before_s) / max(elapsed, 1e-9))
+        return event
+
+    def first_step(self) -> None:
+        """Start the clock for speeds behind the first step, and say that it is done."""
+        self.clock.first_step_s = time.perf_counter()
+        self.clock.rows_before = self.state.position
+        self.clock.wait_before_s = self.feed.wait_s
+        self.report({"kind": "first_step", "step": self.job.order.step(self.state.position)})
+
+    def settle_exchange(self) -> bool:
+        """Finish the exchange of the step before: report it; returns whether rank 0 wants to stop."""
+        if self.exchange is None:
+            return False
+        event, rows, stop = self.exchange.finish()
+        self.state.rows_used += rows
+        self.report(event)
+        self.exchange = None
+        return stop
+
+    # ------------------------------------------------------------ evaluation and epochs
+
+    def evaluate(self, turn: Turn, number: int) -> None:
+        """Measure this rank's part of one batch."""
+        start = time.perf_counter()
+        self.state.model.eval()
+        with torch.no_grad(), autocast(self.job.spec.loop.precision, self.seat.device):
+            for shard, count in self.job.cuts[VALIDATION].shards(number, self.seat.rank):
+                if count:
+                    seed_everything(self.job.spec.loop.seed, STEP, turn.position, shard, key(number))
+                    batch = self.batch(VALIDATION, turn, count)
+                    self.evaluation.add(self.job.task.evaluate(self.state.model, batch), count)
+        self.clock.evaluation_s += time.perf_counter() - start
+
+    def end_evaluation(self, turn: Turn) -> None:
+        """Add up all ranks and report."""
+        self.feed.finish(VALIDATION, turn.epoch)
+        values, totals, rows = self.evaluation.reduce(gather)
+        self.evaluation = Evaluation()
+        self.state.metrics = {f"{VALIDATION}/{name}": value for name, value in values.items()}
+        self.settle_exchange()
+        self.report(
+            {
+                "kind": "evaluation",
+                "step": self.job.order.step(turn.position),
+                "epoch": turn.epoch,
+                "rows": rows,
+                "metrics": self.state.metrics,
+                "totals": {f"{VALIDATION}/{name}": total for name, total in totals.items()},
+            }
+        )
+
+    def end_epoch(self, turn: Turn) -> None:
+        """Close the epoch's pass and save."""
+        self.feed.finish(TRAIN, turn.epoch)
+        self.settle_exchange()
+        self.save(epoch_ended=True)
+
+    # ------------------------------------------------------------ saving
+
+    def save(self, *, epoch_ended: bool = False) -> None:
+        """Save the state, once per position. Only rank 0 writes: DDP keeps the same state on all ranks."""
+        if self.last_saved == self.state.position:
+            return
+        self.last_saved = self.state.position
+        checkpoint = self.job.spec.checkpoint
+        best = False
+        if epoch_ended and checkpoint.metric is not None:
+            if checkpoint.metric not in self.state.metrics:
+                raise RunError(
+                    f"checkpoint.metric {checkpoint.metric!r} was not measured; evaluate() gave {sorted(self.state.metrics)}. "
+                    "Name one of these in the job file."
+                )
+            value = self.state.metrics[checkpoint.metric]
+            best = better(value, self.state.best, checkpoint.mode)
+            if best:
+                self.state.best = value
+        if self.seat.rank == 0:
+            self.keeper.save(capture(self.state, self.job.order.step(self.state.position)), best=best)
+
+    def outcome(self, status: str) -> dict[str, Any]:
+        """The result of this attempt."""
+        elapsed = time.perf_counter() - (self.clock.first_step_s or time.perf_counter()) - self.clock.evaluation_s
+        trained = self.state.position - self.clock.rows_before
+        return {
+            "status": status,
+            "step": self.job.order.step(self.state.position),
+            "position": self.state.position,
+            "rows_used": self.state.rows_used,
+            "metrics": dict(self.state.metrics),
+            "weights_sha256": weights_sha256(self.state.model.state_dict()),
+            "rows_per_s": trained / elapsed if elapsed > 0 and trained else 0.0,
+            "data_wait_share": (self.feed.wait_s - self.clock.wait_before_s) / elapsed if elapsed > 0 else 0.0,
+        }
+
+
+class _Exchange:
+    """What ranks tell each other of a step, sent while the next one runs: rows, losses, and rank 0's wish to stop."""
+
+    def __init__(self, event: dict[str, Any], rows: int, seat: Seat, should_stop: Callable[[], bool]) -> None:
+        self._event = event
+        self._losses = [name for name in event["metrics"] if name.endswith("loss")]
+        stop = float(seat.rank == 0 and should_stop())
+        values = [float(rows), stop, *(event["metrics"][name] for name in self._losses)]
+        self._sum = torch.tensor(values, dtype=torch.float64)
+        self._work = None
+        if torch.distributed.is_initialized():
+            self._work = torch.distributed.all_reduce(self._sum, async_op=True)
+
+    def finish(self) -> tuple[dict[str, Any], int, bool]:
+        """The complete event, the rows of all ranks, and whether to stop."""
+        if self._work is not None:
+            self._work.wait()
+        rows, stop, *losses = self._sum.tolist()
+        self._event["metrics"] |= dict(zip(self._losses, losses, strict=True))
+        return self._event, int(rows), stop > 0
+
+
+def _label(objective: str, quantity: str) -> str:
+    """Metric names: plain for the objective called "loss", "name_quantity" for others."""
+    return quantity if objective == "loss" else f"{objective}_{quantity}"

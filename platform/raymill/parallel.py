@@ -1,0 +1,182 @@
+"""How a model is spread over workers: process group, DistributedDataParallel, precision. Works at world size 1.
+
+Each objective gets a module of its own around the same model, whose forward pass is the objective's loss, and that module
+is what DDP wraps: so a job with two networks and two optimizers is wrapped exactly as a job with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raymill.errors import InputError, Problem
+from raymill.task import Batch, Objective
+
+
+def join_group(address: str, rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
+    """Join the process group of all ranks; with one rank there is none.
+
+    Args:
+        address: "tcp://HOST:PORT" of rank 0.
+        rank: this process's rank.
+        world_size: ranks.
+        device: decides between gloo (CPU) and nccl (GPU, with gloo for CPU tensors).
+        timeout_s: seconds until a collective that somebody does not join fails.
+    """
+    if world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, init_method=address, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+        )
+
+
+def leave_group() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """A CPU tensor of each rank, in the order of the ranks."""
+    if not dist.is_initialized():
+        return [tensor]
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return parts
+
+
+class LossModule(nn.Module):
+    """A model whose forward pass is the loss of one objective."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        """Wrap the model; its parameters are shared, not copied."""
+        super().__init__()
+        self.model = model
+        self._loss = objective.loss
+
+    def forward(self, batch: Batch | None) -> torch.Tensor:
+        """The mean loss over the batch's rows, a scalar.
+
+        None stands for no rows, which a rank has where a batch has fewer rows than there are ranks: the loss is zero, and
+        so are all gradients, so that the rank still takes its part in the exchange.
+        """
+        if batch is None:
+            return torch.stack([(p * 0).sum() for p in self.model.parameters() if p.requires_grad]).sum()
+        return self._loss(self.model, batch)
+
+
+class Wrapped:
+    """One objective, ready to be trained on all ranks."""
+
+    def __init__(self, model: nn.Module, objective: Objective, precision: str, device: torch.device) -> None:
+        """Wrap the model for this objective; must be called on all ranks in the same order.
+
+        Raises:
+            InputError: when the objective names a submodule that the model lacks.
+        """
+        self.objective = objective
+        self.names, self.parameters = trained_parameters(model, objective)
+        self._precision, self._device = precision, device
+        self._others = [p for p in model.parameters() if all(p is not own for own in self.parameters)]
+        module: nn.Module = LossModule(model, objective)
+        with self.only_own():
+            self._module = DistributedDataParallel(module) if dist.is_initialized() else module
+
+    @contextmanager
+    def only_own(self) -> Iterator[None]:
+        """Within this, only this objective's parameters require gradients."""
+        wanted = [parameter.requires_grad for parameter in self._others]
+        for parameter in self._others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter, grad in zip(self._others, wanted, strict=True):
+                parameter.requires_grad_(grad)
+
+    def loss(self, batch: Batch | None) -> torch.Tensor:
+        """The loss of a batch, computed in the job's precision."""
+        with autocast(self._precision, self._device):
+            loss = self._module(batch)
+        return loss.float()  # type: ignore[no-any-return]
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Around each backward pass of a step: gradients are exchanged in the last one only."""
+        if last or not isinstance(self._module, DistributedDataParallel):
+            return nullcontext()
+        return self._module.no_sync()
+
+    def settle(self, batch: Batch | None) -> None:
+        """Make DDP fix its gradient buckets now, with two backward passes that leave no trace.
+
+        DDP orders its buckets anew after the first backward pass, and with three or more ranks the order decides how
+        sums are rounded. Without this, the first step after a resume would differ from the same step of a run that was
+        never interrupted (reliability of DDP across restarts; see docs/architecture.md).
+        """
+        if not isinstance(self._module, DistributedDataParallel):
+            return
+        buffers = [buffer.clone() for buffer in self._module.buffers()]
+        with self.only_own():
+            for _ in range(2):
+                self.loss(batch).backward()
+        with torch.no_grad():
+            for buffer, before in zip(self._module.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def trained_parameters(model: nn.Module, objective: Objective) -> tuple[list[str], list[nn.Parameter]]:
+    """Names and parameters that an objective changes, in the model's order.
+
+    Raises:
+        InputError: when the objective names a submodule that the model lacks.
+    """
+    modules = dict(model.named_children())
+    missing = [name for name in objective.trains if name not in modules]
+    if missing:
+        raise InputError(
+            [
+                Problem(
+                    f"objective {objective.name!r}",
+                    f"trains {missing}",
+                    f"names of submodules of {type(model).__name__}: {sorted(modules)}",
+                    "Correct Objective(trains=...) in the task.",
+                )
+            ]
+        )
+    own = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (not objective.trains or name.split(".")[0] in objective.trains)
+    ]
+    return [name for name, _ in own], [parameter for _, parameter in own]
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The forward pass's precision: "fp32" or "bf16"."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """The 2-norm of all gradients together, a scalar; the same on all ranks once gradients are exchanged."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+
+
+def move(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor in it on the device; dicts, lists and tuples are walked."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {name: move(value, device) for name, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(move(value, device) for value in batch)
+    return batch

@@ -1,0 +1,275 @@
+"""Every derived number of a job: a pure function of the spec, the data's size and the cluster's size.
+
+No effects, no Ray, no torch. What the job file leaves `null` is decided here, and each decision keeps its reason, which
+`raymill plan` prints. A job that cannot run is refused here, with the numbers and the way out, before anything starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from raymill.errors import InputError, Problem
+from raymill.manifest import Manifest
+from raymill.order import TRAIN, VALIDATION, Cut, JobOrder, SplitOrder, num_batches
+from raymill.spec import JobSpec
+
+WINDOW_BYTES = 16 * 2**20
+"""Aim for the source bytes of a window: large enough to read in one go, small enough to resume cheaply."""
+
+LEAST_WINDOWS_PER_EPOCH = 8
+"""So that reading, transforming and training overlap also on small data."""
+
+Where = Callable[[str], str]
+"""Dotted field of the spec -> where the user wrote it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterFacts:
+    """What there is to run on.
+
+    Attributes:
+        num_cpus: CPUs that Ray may give out, all nodes together.
+        num_gpus: GPUs likewise.
+        memory_bytes: memory of this machine.
+    """
+
+    num_cpus: float
+    num_gpus: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What will be done, in numbers. See `reasons` for why.
+
+    Attributes:
+        num_workers: worker processes.
+        worker_cpus: CPUs reserved for each worker.
+        data_cpus: CPUs left for Ray Data.
+        read_task_cpus: CPUs each reading task asks for.
+        threads: CPU threads per worker for tensor operations.
+        global_batch_rows: rows of a step.
+        num_shards: pieces that a global batch is cut into, one backward pass each.
+        train_rows: rows of a training epoch.
+        validation_rows: rows of an evaluation; 0: none.
+        steps_per_epoch: optimizer steps of an epoch; the last may have fewer rows.
+        total_steps: optimizer steps of the job.
+        window_rows: rows read and shuffled together, about.
+        train_windows: windows of a training epoch.
+        validation_windows: windows of an evaluation.
+        checkpoint_every_steps: steps between checkpoints, beside the one at each epoch's end.
+        object_store_bytes: shared memory for an embedded Ray.
+        reasons: field -> why it has its value.
+    """
+
+    num_workers: int
+    worker_cpus: float
+    data_cpus: float
+    read_task_cpus: float
+    threads: int
+    global_batch_rows: int
+    num_shards: int
+    train_rows: int
+    validation_rows: int
+    steps_per_epoch: int
+    total_steps: int
+    window_rows: int
+    train_windows: int
+    validation_windows: int
+    checkpoint_every_steps: int
+    object_store_bytes: int
+    reasons: Mapping[str, str]
+
+    def as_record(self) -> dict[str, Any]:
+        """The plan as JSON-ready values."""
+        return asdict(self)
+
+
+def make_plan(spec: JobSpec, manifest: Manifest, facts: ClusterFacts, where: Where = str) -> Plan:
+    """Derive every number of a job.
+
+    Raises:
+        InputError: with everything that does not fit together, numbers and ways out included.
+    """
+    problems = [*_batch_problems(spec, manifest, where), *_resource_problems(spec, facts, where)]
+    if problems:
+        raise InputError(problems)
+
+    why: dict[str, str] = {}
+    workers = spec.scale.workers
+    train, validation = manifest.splits[TRAIN], manifest.splits.get(VALIDATION)
+    worker_cpus, data_cpus = _cpus(spec, facts, why)
+    window_rows = _window_rows(spec, train.num_rows, train.num_bytes, why)
+    steps_per_epoch = num_batches(train.num_rows, spec.loop.global_batch_rows)
+    tail = train.num_rows % spec.loop.global_batch_rows
+    why["steps_per_epoch"] = f"{train.num_rows} rows / {spec.loop.global_batch_rows} per step" + (
+        f"; the last step has {tail} rows and counts by its true size" if tail else ""
+    )
+    why["total_steps"] = f"{spec.loop.epochs} epochs x {steps_per_epoch} steps"
+    if spec.loop.threads is None:
+        threads = max(1, int(facts.num_cpus) // workers)
+        why["threads"] = f"{facts.num_cpus:g} CPUs / {workers} workers, at least 1"
+    else:
+        threads = spec.loop.threads
+        why["threads"] = "given"
+    why["num_shards"] = f"{workers} workers x {spec.loop.accumulate} backward passes per step"
+    every = spec.checkpoint.every_steps or steps_per_epoch
+    why["checkpoint_every_steps"] = "given" if spec.checkpoint.every_steps else "once per epoch, after its evaluation"
+    object_store_bytes = int(min(2 * 2**30, max(256 * 2**20, 0.1 * facts.memory_bytes)))
+    why["object_store_bytes"] = "a tenth of memory, between 256 MiB and 2 GiB; only for a Ray that raymill starts"
+    return Plan(
+        num_workers=workers,
+        worker_cpus=worker_cpus,
+        data_cpus=data_cpus,
+        read_task_cpus=min(1.0, data_cpus),
+        threads=threads,
+        global_batch_rows=spec.loop.global_batch_rows,
+        num_shards=workers * spec.loop.accumulate,
+        train_rows=train.num_rows,
+        validation_rows=validation.num_rows if validation else 0,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=spec.loop.epochs * steps_per_epoch,
+        window_rows=window_rows,
+        train_windows=num_batches(train.num_rows, window_rows),
+        validation_windows=num_batches(validation.num_rows, window_rows) if validation else 0,
+        checkpoint_every_steps=every,
+        object_store_bytes=object_store_bytes,
+        reasons=why,
+    )
+
+
+def _batch_problems(spec: JobSpec, manifest: Manifest, where: Where) -> list[Problem]:
+    problems = []
+    batch, workers, accumulate = spec.loop.global_batch_rows, spec.scale.workers, spec.loop.accumulate
+    if batch % (workers * accumulate):
+        fitting = [count for count in range(1, batch + 1) if batch % (count * accumulate) == 0]
+        lower = max((count for count in fitting if count < workers), default=None)
+        upper = min((count for count in fitting if count > workers), default=None)
+        near = " or ".join(str(count) for count in (lower, upper) if count)
+        problems.append(
+            Problem(
+                where("scale.workers"),
+                f"{workers} workers x {accumulate} backward passes with {batch} rows per step",
+                "a product that divides loop.global_batch_rows",
+                f"Use {near} workers, or set loop.global_batch_rows to a multiple of {workers * accumulate}."
+                if near
+                else f"Set loop.global_batch_rows to a multiple of {workers * accumulate}.",
+            )
+        )
+    for split in (TRAIN, VALIDATION):
+        if split in manifest.splits and manifest.splits[split].num_rows < workers:
+            problems.append(
+                Problem(
+                    where("scale.workers"),
+                    f"{workers} workers for {manifest.splits[split].num_rows} {split} rows",
+                    "at least one row per worker",
+                    f"Use at most {manifest.splits[split].num_rows} workers.",
+                )
+            )
+    if spec.checkpoint.metric and VALIDATION in spec.checkpoint.metric and VALIDATION not in manifest.splits:
+        problems.append(
+            Problem(
+                where("checkpoint.metric"),
+                f"{spec.checkpoint.metric!r}, but the pipeline has no validation split",
+                "a metric that is measured",
+                "Give the pipeline a validation source, or set checkpoint.metric to null.",
+            )
+        )
+    return problems
+
+
+def _resource_problems(spec: JobSpec, facts: ClusterFacts, where: Where) -> list[Problem]:
+    problems = []
+    workers = spec.scale.workers
+    if spec.scale.cpus_per_worker is not None:
+        asked = workers * spec.scale.cpus_per_worker
+        if asked + _least_data_cpus(facts) > facts.num_cpus:
+            most = (facts.num_cpus - _least_data_cpus(facts)) / workers
+            problems.append(
+                Problem(
+                    where("scale.cpus_per_worker"),
+                    f"{workers} workers x {spec.scale.cpus_per_worker:g} CPUs = {asked:g} of {facts.num_cpus:g} CPUs",
+                    f"at least {_least_data_cpus(facts):g} CPU left for reading data, or no row would ever arrive",
+                    f"Set scale.cpus_per_worker to at most {np.floor(most * 100) / 100:g}, or to null to derive it.",
+                )
+            )
+    gpus = workers * spec.scale.gpus_per_worker
+    if gpus > facts.num_gpus:
+        problems.append(
+            Problem(
+                where("scale.gpus_per_worker"),
+                f"{workers} workers x {spec.scale.gpus_per_worker:g} GPUs = {gpus:g} of {facts.num_gpus:g} GPUs",
+                "no more GPUs than there are",
+                "Set scale.gpus_per_worker to 0 to train on CPUs, or use fewer workers.",
+            )
+        )
+    return problems
+
+
+def _least_data_cpus(facts: ClusterFacts) -> float:
+    return min(1.0, facts.num_cpus / 2)
+
+
+def _cpus(spec: JobSpec, facts: ClusterFacts, why: dict[str, str]) -> tuple[float, float]:
+    workers = spec.scale.workers
+    if spec.scale.cpus_per_worker is not None:
+        worker_cpus = spec.scale.cpus_per_worker
+        why["worker_cpus"] = "given"
+    elif facts.num_cpus >= workers + 1:
+        worker_cpus = 1.0
+        why["worker_cpus"] = f"{facts.num_cpus:g} CPUs are enough for 1 each and 1 for reading data"
+    else:
+        share = (facts.num_cpus - _least_data_cpus(facts)) / workers
+        worker_cpus = max(0.01, float(np.floor(share * 100) / 100))
+        why["worker_cpus"] = (
+            f"{facts.num_cpus:g} CPUs, {_least_data_cpus(facts):g} kept for reading data, the rest shared by {workers} workers"
+        )
+    data_cpus = round(facts.num_cpus - workers * worker_cpus, 2)
+    why["data_cpus"] = f"{facts.num_cpus:g} - {workers} x {worker_cpus:g}, so that workers never wait for ever for a row"
+    return worker_cpus, data_cpus
+
+
+def _window_rows(spec: JobSpec, num_rows: int, num_bytes: int, why: dict[str, str]) -> int:
+    if spec.loop.window_rows is not None:
+        why["window_rows"] = "given"
+        return spec.loop.window_rows
+    by_bytes = max(1, WINDOW_BYTES * num_rows // max(1, num_bytes))
+    by_share = num_batches(num_rows, LEAST_WINDOWS_PER_EPOCH)
+    by_batch = 4 * spec.loop.global_batch_rows
+    why["window_rows"] = (
+        f"the least of {by_bytes} (16 MiB), {by_share} (an eighth of an epoch); but at least 4 batches: {by_batch}"
+    )
+    return min(max(min(by_bytes, by_share), by_batch), num_rows)
+
+
+def job_order(spec: JobSpec, plan: Plan, manifest: Manifest) -> JobOrder:
+    """The order of samples of a planned job."""
+
+    def split_order(split: str, num_windows: int) -> SplitOrder:
+        fragment_rows = np.array([fragment.num_rows for fragment in manifest.splits[split].fragments], np.int64)
+        return SplitOrder(split, fragment_rows, num_windows, spec.loop.seed, shuffle=split == TRAIN)
+
+    return JobOrder(
+        split_order(TRAIN, plan.train_windows),
+        split_order(VALIDATION, plan.validation_windows) if plan.validation_rows else None,
+        spec.loop.epochs,
+        plan.global_batch_rows,
+    )
+
+
+def cut(plan: Plan, split: str) -> Cut:
+    """How the batches of a split are dealt out to the ranks."""
+    if split == TRAIN:
+        return Cut(plan.train_rows, plan.global_batch_rows, plan.num_shards, plan.num_workers)
+    return Cut(plan.validation_rows, plan.global_batch_rows, plan.num_workers, plan.num_workers)
+
+
+def explain(plan: Plan) -> list[tuple[str, str, str]]:
+    """Each number of the plan as (name, value, reason), for people."""
+    record = plan.as_record()
+    reasons = record.pop("reasons")
+    return [(name, f"{value:g}" if isinstance(value, float) else str(value), reasons.get(name, "")) for name, value in record.items()]

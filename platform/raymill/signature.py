@@ -1,0 +1,324 @@
+"""Signatures read from source text: which arguments a class or function takes, without importing it.
+
+A module is parsed, never run. A name is followed through `from x import name` and through base classes as far as
+`locate` finds source files; a class whose base lies beyond that is *open*: any argument may be meant for the base.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raymill.errors import Problem, did_you_mean
+
+Locate = Callable[[str], Path | None]
+"""module name -> its source file, or None where it may not be looked for or is not there."""
+
+_NO_INIT = frozenset({"object", "ABC", "Generic", "Protocol", "Task"})
+_LISTS = frozenset({"list", "List", "Sequence", "Iterable", "Collection", "set", "Set", "frozenset"})
+_TUPLES = frozenset({"tuple", "Tuple"})
+_DICTS = frozenset({"dict", "Dict", "Mapping", "MutableMapping"})
+_SCALARS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "bool": (bool,),
+    "str": (str,),
+    "Path": (str,),  # a file can only hold the text of a path
+    "PathLike": (str,),
+    "None": (type(None),),
+    **{name: (list,) for name in (*_LISTS, *_TUPLES)},
+    **{name: (dict,) for name in _DICTS},
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter.
+
+    Attributes:
+        required: it has no default.
+        annotation: the text of its type, with the module's own type aliases written out; "" where there is none.
+        nullable: its default is None, whatever the annotation says.
+    """
+
+    name: str
+    required: bool
+    annotation: str = ""
+    nullable: bool = False
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a class or function takes.
+
+    Attributes:
+        kind: "class" or "function".
+        parameters: by name, in order, without self, *args and **kwargs.
+        open: arguments beyond `parameters` may be taken too (`**kwargs`, or a base class that cannot be read).
+    """
+
+    kind: str
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    open: bool = False
+
+
+@dataclass(frozen=True)
+class Module:
+    """What the top level of a source file defines.
+
+    Attributes:
+        definitions: classes and functions written in it.
+        imports: local name -> (module, name there), of each `from module import name`.
+        aliases: name -> expression, of each plain assignment; type aliases among them.
+    """
+
+    name: str
+    definitions: Mapping[str, ast.ClassDef | ast.FunctionDef]
+    imports: Mapping[str, tuple[str, str]]
+    aliases: Mapping[str, ast.expr]
+
+
+def read_module(name: str, locate: Locate) -> Module | None:
+    """Parse a module's source.
+
+    Returns:
+        None when `locate` finds no file.
+
+    Raises:
+        SyntaxError, ValueError: when the file is not Python.
+    """
+    path = locate(name)
+    if path is None:
+        return None
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    definitions: dict[str, ast.ClassDef | ast.FunctionDef] = {}
+    imports: dict[str, tuple[str, str]] = {}
+    aliases: dict[str, ast.expr] = {}
+    for node in ast.parse(path.read_bytes(), filename=str(path)).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            definitions[node.name] = node
+        elif isinstance(node, ast.ImportFrom):
+            source = _absolute(node.module or "", node.level, package)
+            imports.update({alias.asname or alias.name: (source, alias.name) for alias in node.names})
+        elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            aliases[node.targets[0].id] = node.value
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            aliases[node.target.id] = node.value
+    return Module(name, definitions, imports, aliases)
+
+
+def find_definition(
+    module: Module, name: str, locate: Locate, seen: frozenset[tuple[str, str]] = frozenset()
+) -> tuple[Module, ast.ClassDef | ast.FunctionDef] | None:
+    """Where a name of a module is defined, followed through imports; None when that is nowhere `locate` reaches."""
+    if name in module.definitions:
+        return module, module.definitions[name]
+    if name not in module.imports or (module.name, name) in seen:
+        return None
+    source, original = module.imports[name]
+    other = read_module(source, locate)
+    return find_definition(other, original, locate, seen | {(module.name, name)}) if other else None
+
+
+def read_signature(module: Module, name: str, locate: Locate) -> Signature | None:
+    """The signature of a top-level class or function; None when its definition is nowhere `locate` reaches."""
+    found = find_definition(module, name, locate)
+    if found is None:
+        return None
+    home, node = found
+    if isinstance(node, ast.FunctionDef):
+        return _of_function("function", node, home)
+    return _of_class(node, home, locate, frozenset())
+
+
+def check_arguments(
+    signature: Signature,
+    arguments: Mapping[str, Any],
+    where: str,
+    ignore: Collection[str] = (),
+    derived: Collection[str] = (),
+) -> list[Problem]:
+    """Hold arguments from a file against a signature.
+
+    Args:
+        where: field path of the arguments; a problem's `where` is this plus the argument's name.
+        ignore: parameters that raymill fills in, and the file may not.
+        derived: parameters that may be left out though they have no default.
+    """
+    parameters = {name: item for name, item in signature.parameters.items() if name not in ignore}
+    problems = []
+    for name, value in arguments.items():
+        parameter = parameters.get(name)
+        if parameter is None:
+            if name in ignore or not signature.open:
+                fix = did_you_mean(str(name), parameters)
+                problems.append(Problem(f"{where}.{name}", f"the argument {name!r}", "a known argument", fix))
+        elif not (value is None and parameter.nullable) and matches(parameter.annotation, value) is False:
+            expected = f"a value of type {parameter.annotation}"
+            fix = f"Change {name} to {expected}."
+            problems.append(Problem(f"{where}.{name}", shortened(value), expected, fix))
+    for name, parameter in parameters.items():
+        if parameter.required and name not in arguments and name not in derived:
+            kind = f" of type {parameter.annotation}" if parameter.annotation else ""
+            problems.append(Problem(f"{where}.{name}", "nothing", f"a value{kind}", f"Add {name}; it has no default."))
+    return problems
+
+
+def matches(annotation: str, value: Any) -> bool | None:
+    """Whether a plain value (None, bool, int, float, str, list, dict) fits an annotation's text.
+
+    An int fits float; a bool does not fit int. A list fits tuple, text fits Path. A name that is not in the closed
+    table says nothing where it stands alone, and fits no plain value inside a union (`float | Tensor` wants a float).
+
+    Returns:
+        None when the annotation does not say.
+    """
+    try:
+        return _fits(ast.parse(annotation, mode="eval").body, value, in_union=False)
+    except (SyntaxError, ValueError):
+        return None
+
+
+def shortened(value: Any) -> str:
+    """The repr of a value, cut to 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _absolute(module: str, level: int, package: str) -> str:
+    if level == 0:
+        return module
+    parents = package.split(".")[: 1 - level or None]
+    return ".".join(part for part in (*parents, module) if part)
+
+
+def _of_function(kind: str, node: ast.FunctionDef, module: Module) -> Signature:
+    arguments = node.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [*[None] * (len(positional) - len(arguments.defaults)), *arguments.defaults]
+    pairs = list(zip(positional, defaults, strict=True))[1 if kind == "class" else 0 :]
+    pairs += zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    parameters = {item.arg: _parameter(item.arg, item.annotation, default, module) for item, default in pairs}
+    return Signature(kind, parameters, open=arguments.kwarg is not None)
+
+
+def _parameter(name: str, annotation: ast.expr | None, default: ast.expr | None, module: Module) -> Parameter:
+    text = ast.unparse(_written_out(annotation, module.aliases)) if annotation is not None else ""
+    nullable = isinstance(default, ast.Constant) and default.value is None
+    return Parameter(name, default is None, text, nullable)
+
+
+def _of_class(node: ast.ClassDef, module: Module, locate: Locate, seen: frozenset[str]) -> Signature:
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            return _of_function("class", item, module)
+    inherited = _of_bases(node, module, locate, seen | {f"{module.name}:{node.name}"})
+    if any(_last_name(item) == "dataclass" for item in node.decorator_list):
+        own = {parameter.name: parameter for parameter in _dataclass_fields(node, module)}
+        return Signature("class", {**inherited.parameters, **own}, inherited.open)
+    return inherited
+
+
+def _of_bases(node: ast.ClassDef, module: Module, locate: Locate, seen: frozenset[str]) -> Signature:
+    for base in node.bases:
+        name = _last_name(base)
+        found = find_definition(module, name, locate) if isinstance(base, ast.Name) else None
+        if found is None and name in _NO_INIT:
+            continue
+        if found is None or isinstance(found[1], ast.FunctionDef) or f"{found[0].name}:{name}" in seen:
+            return Signature("class", open=True)
+        inherited = _of_class(found[1], found[0], locate, seen)
+        if inherited.parameters or inherited.open:
+            return inherited
+    return Signature("class")
+
+
+def _dataclass_fields(node: ast.ClassDef, module: Module) -> Iterator[Parameter]:
+    for item in node.body:
+        if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
+            continue
+        if _last_name(item.annotation) == "ClassVar":
+            continue
+        default = item.value
+        if isinstance(default, ast.Call) and _last_name(default.func) == "field":
+            options = {keyword.arg: keyword.value for keyword in default.keywords}
+            if isinstance(given := options.get("init"), ast.Constant) and given.value is False:
+                continue
+            default = options.get("default", options.get("default_factory"))
+        yield _parameter(item.target.id, item.annotation, default, module)
+
+
+def _written_out(annotation: ast.expr, aliases: Mapping[str, ast.expr], depth: int = 4) -> ast.expr:
+    """The annotation with the names of type aliases replaced by what they stand for."""
+
+    class WriteOut(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.expr:
+            known = aliases.get(node.id)
+            return node if known is None or depth == 0 else _written_out(known, aliases, depth - 1)
+
+    copy = ast.parse(ast.unparse(annotation), mode="eval").body
+    result = WriteOut().visit(copy)
+    assert isinstance(result, ast.expr)
+    return result
+
+
+def _last_name(node: ast.expr) -> str:
+    """`dataclass` of `dataclass`, `dataclasses.dataclass`, `dataclass(frozen=True)`; `Generic` of `Generic[T]`."""
+    if isinstance(node, ast.Call):
+        return _last_name(node.func)
+    if isinstance(node, ast.Subscript):
+        return _last_name(node.value)
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _fits(node: ast.expr, value: Any, in_union: bool) -> bool | None:
+    if isinstance(node, ast.Constant):
+        if isinstance(node.value, str):
+            return _fits(ast.parse(node.value, mode="eval").body, value, in_union)
+        return value is None if node.value is None else None
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _any(_fits(side, value, in_union=True) for side in (node.left, node.right))
+    name = _last_name(node)
+    if isinstance(node, ast.Subscript):
+        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        return _fits_subscript(name, inner, value, in_union)
+    if name in ("Any", "object"):
+        return True
+    if name in _SCALARS:
+        return type(value) in _SCALARS[name]
+    return False if in_union else None
+
+
+def _fits_subscript(name: str, inner: list[ast.expr], value: Any, in_union: bool) -> bool | None:
+    if name == "Literal":
+        wanted = [item.value for item in inner if isinstance(item, ast.Constant)]
+        return any(type(value) is type(item) and value == item for item in wanted)
+    if name == "Annotated":
+        return _fits(inner[0], value, in_union)
+    if name == "Optional":
+        return value is None or _fits(inner[0], value, in_union=True)
+    if name == "Union":
+        return _any(_fits(item, value, in_union=True) for item in inner)
+    if name in _LISTS | _TUPLES and isinstance(value, list):
+        if name in _LISTS or (isinstance(inner[-1], ast.Constant) and inner[-1].value is ...):
+            return _all(_fits(inner[0], item, in_union) for item in value)
+        return len(value) == len(inner) and _all(_fits(*pair, in_union) for pair in zip(inner, value, strict=True))
+    if name in _DICTS and isinstance(value, dict):
+        pairs = [(inner[0], key) for key in value] + [(inner[-1], item) for item in value.values()]
+        return _all(_fits(*pair, in_union) for pair in pairs)
+    return False if in_union or name in _SCALARS else None
+
+
+def _any(answers: Iterator[bool | None]) -> bool | None:
+    known = set(answers)
+    return True if True in known else None if None in known else False
+
+
+def _all(answers: Iterator[bool | None]) -> bool | None:
+    known = set(answers)
+    return False if False in known else None if None in known else True

@@ -1,0 +1,128 @@
+"""The typed job: what a job file may say. Frozen, closed, units in names, no torch, no Ray.
+
+`None` always means "derive it"; `raymill plan` prints what was derived and why. Types and ranges are checked here;
+whether the names of optimizers and arguments exist is checked in `load`, whether the numbers fit in `plan`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def _plain_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ValueError("a name is 1 to 100 letters, digits, '.', '_' or '-', and starts with a letter or digit")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_plain_name)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class StrictModel(BaseModel):
+    """Frozen and closed: an unknown key is an error, and so is a string where a number belongs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Named(StrictModel):
+    """A class of a library by name, with its arguments beside it: `{kind: AdamW, lr: 1e-3}`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    kind: str = Field(description="class name")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments given beside `kind` (and beside a subclass's own fields)."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class OptimizerSpec(Named):
+    """Any class of torch.optim; its arguments are checked against its signature."""
+
+    clip_norm: float | None = Field(default=None, gt=0, description="largest gradient norm; null: no clipping")
+
+
+class ScheduleSpec(Named):
+    """Any class of torch.optim.lr_scheduler, advanced at each optimizer step. `T_max` and `total_steps` are derived."""
+
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up before it")
+    steps: Positive | None = Field(default=None, description="steps it lasts, in a list of schedules; null: the rest")
+
+
+def _one_or_several(value: Any) -> str:
+    # A plain union would report every error once per member; the shape decides which member is meant.
+    many = isinstance(value, list) or (
+        isinstance(value, dict) and bool(value) and all(isinstance(item, dict | Named) for item in value.values())
+    )
+    return "several" if many else "one"
+
+
+OneOrSeveralOptimizers = Annotated[
+    Annotated[OptimizerSpec, Tag("one")] | Annotated[dict[str, OptimizerSpec], Tag("several")],
+    Discriminator(_one_or_several),
+]
+OneOrSeveralSchedules = Annotated[
+    Annotated[ScheduleSpec, Tag("one")] | Annotated[list[ScheduleSpec], Tag("several")],
+    Discriminator(_one_or_several),
+]
+
+
+class LoopSpec(StrictModel):
+    """The training loop."""
+
+    epochs: Positive = Field(default=1, description="passes over the training rows")
+    global_batch_rows: Positive = Field(default=64, description="rows between optimizer steps, all workers together")
+    accumulate: Positive = Field(default=1, description="backward passes per optimizer step on each worker")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="type of the forward pass")
+    seed: int = Field(default=0, ge=0, description="seed of first weights, order, transforms and dropout")
+    window_rows: Positive | None = Field(default=None, description="rows that are read and shuffled together")
+    threads: Positive | None = Field(default=None, description="CPU threads per worker for tensor operations")
+    record_order: bool = Field(default=False, description="write the row ids of each step, for tests")
+
+
+class ScaleSpec(StrictModel):
+    """How many workers."""
+
+    workers: Positive = Field(default=1, description="worker processes")
+    strategy: Literal["ddp"] = Field(default="ddp", description="how the model is spread over workers")
+    gpus_per_worker: float = Field(default=0, ge=0, description="GPUs of each worker")
+    cpus_per_worker: float | None = Field(default=None, gt=0, description="CPUs reserved for each worker")
+
+
+class CheckpointSpec(StrictModel):
+    """When the state is saved and which saves are kept."""
+
+    every_steps: Positive | None = Field(default=None, description="optimizer steps between saves; null: each epoch")
+    keep: Positive = Field(default=2, description="checkpoints kept beside the best one")
+    metric: str | None = Field(default=None, description="decides which is best, such as validation/accuracy")
+    mode: Literal["max", "min"] = Field(default="max", description="whether more or less of the metric is better")
+
+
+class RegisterSpec(StrictModel):
+    """Under which name the best model is registered."""
+
+    model: Name = Field(description="registered model name")
+    alias: Name = Field(default="candidate", description="alias that is moved to the new version")
+
+
+class JobSpec(StrictModel):
+    """A whole job."""
+
+    name: Name = Field(description="also the name of the MLflow experiment")
+    task: str = Field(description="import path of the Task, package.module:Class")
+    pipeline: str = Field(description="import path of the function that makes the Pipeline, package.module:function")
+    model: dict[str, Any] = Field(default_factory=dict, description="arguments of the task")
+    data: dict[str, Any] = Field(default_factory=dict, description="arguments of the pipeline")
+    optimizer: OneOrSeveralOptimizers = Field(description="one, or one per objective by name")
+    schedule: OneOrSeveralSchedules | None = Field(default=None, description="learning-rate schedule")
+    loop: LoopSpec = Field(default_factory=LoopSpec)
+    scale: ScaleSpec = Field(default_factory=ScaleSpec)
+    checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
+    register_: RegisterSpec | None = Field(default=None, alias="register", description="null: do not register")

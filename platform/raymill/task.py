@@ -1,0 +1,184 @@
+"""The seams: what a job's own code says, and nothing more.
+
+A `Task` says what is learned: the model, the objectives, how a batch is evaluated. A `Pipeline` says what is learned
+from: per split a `Source` of rows, what the rows must look like, how a window of rows is transformed, how rows become a
+batch. Neither has a loop, a device or a rank. This file imports no torch, so that a job can be checked in well under
+a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+# ---------------------------------------------------------------- rows
+
+Column = np.ndarray | list[Any]
+"""One value per row: an array [num_rows, ...], or a list of arrays of different shapes, of `bytes`, or of `str`."""
+
+Rows = dict[str, Column]
+"""Named columns, all of the same length."""
+
+Batch = Any
+"""What `collate` returns: by default a dict with a tensor (or a list) per column."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """What one column of a source must hold.
+
+    Attributes:
+        dtype: a numpy type name ("uint8", "int64", "float32"), or "bytes" or "text".
+        shape: the shape of one row's value; None for an extent that differs between rows.
+        classes: the values are whole numbers in 0..classes-1 (a label).
+    """
+
+    dtype: str
+    shape: tuple[int | None, ...] = ()
+    classes: int | None = None
+
+
+Schema = Mapping[str, Field]
+
+
+# ---------------------------------------------------------------- sources
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The smallest piece of a source that is read at once, such as a row group of a Parquet file.
+
+    Attributes:
+        path: the file, or a name for what has none.
+        part: the number of the piece in its file.
+        num_rows: rows in the piece.
+        num_bytes: bytes that reading it moves.
+        identity: changes when the content does (size and a digest of the file's own index).
+    """
+
+    path: str
+    part: int
+    num_rows: int
+    num_bytes: int
+    identity: str
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where the rows of one split come from."""
+
+    def fragments(self) -> Sequence[Fragment]:
+        """List the pieces, in a fixed order, reading only what an index holds.
+
+        Raises:
+            InputError: with every file that is missing, damaged or of another schema.
+        """
+        ...
+
+    def read(self, fragment: Fragment) -> Rows:
+        """Read one piece, its rows in a fixed order.
+
+        Raises:
+            DataError: when it cannot be read; names the file and the piece.
+        """
+        ...
+
+
+# ---------------------------------------------------------------- pipeline
+
+Transform = Callable[[Rows, str, np.random.Generator], Rows]
+"""(rows of one window, split, generator) -> as many rows. The generator is seeded by seed, epoch and window alone."""
+
+
+def unchanged(rows: Rows, split: str, generator: np.random.Generator) -> Rows:
+    """The transform that changes nothing."""
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """The data of a job.
+
+    Attributes:
+        sources: a source per split; "train" must be there, "validation" is evaluated after each epoch.
+        schema: what the rows of every source must hold, before the transform.
+        transform: runs in Ray Data, on whole windows.
+        collate: rows -> batch, on the worker; None makes a tensor of each array column.
+        get: fetches the data set when it is not there yet; returns the folder. None: the user brings the data.
+    """
+
+    sources: Mapping[str, Source]
+    schema: Schema
+    transform: Transform = unchanged
+    collate: Callable[[Rows], Batch] | None = None
+    get: Callable[[], Path] | None = None
+
+
+# ---------------------------------------------------------------- task
+
+
+@dataclass(frozen=True)
+class Total:
+    """A quantity of an evaluation that is summed over batches and ranks, such as a confusion matrix.
+
+    Attributes:
+        value: a tensor of any shape, the same in every batch.
+    """
+
+    value: torch.Tensor
+
+
+Loss = Callable[["torch.nn.Module", Batch], "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One thing that is minimised, by an optimizer of its own.
+
+    Attributes:
+        name: also the name of its optimizer in the job file, where there are several.
+        loss: (model, batch) -> the mean over the batch's rows, a scalar tensor.
+        trains: names of the model's submodules whose parameters it changes; empty for all of them.
+    """
+
+    name: str
+    loss: Loss
+    trains: tuple[str, ...] = field(default=())
+
+
+class Task(Protocol):
+    """What is learned. Subclass it, give `__init__` typed parameters (the job file's `model:`), and fill in.
+
+    A parameter named `schema` is filled with the pipeline's schema, so that a head can take its size from the data.
+    """
+
+    def build(self) -> torch.nn.Module:
+        """Make the model with its first weights. Several networks are submodules of one module."""
+        ...
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """The mean loss over the batch's rows, a scalar. Not needed where `objectives` is given."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss(model, batch), or objectives()")
+
+    def objectives(self) -> Sequence[Objective]:
+        """What is minimised, in this order in each step. One objective named "loss" unless overridden."""
+        return [Objective("loss", self.loss)]
+
+    def evaluate(self, model: torch.nn.Module, batch: Batch) -> Mapping[str, torch.Tensor | Total]:
+        """Measure one batch without gradients.
+
+        Returns:
+            name -> a tensor [num_rows] with one value per row, which is averaged over all rows, or a Total.
+        """
+        ...
+
+    def inputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """The arguments of `model.forward` for this batch: what a registered model takes."""
+        raise NotImplementedError(f"{type(self).__name__} must define inputs(batch), or the job must not register its model")

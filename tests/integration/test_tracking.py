@@ -1,0 +1,220 @@
+"""Events reach a real MLflow store once each and in order, through kills, locks and restarts."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raymill.home import RunFolder, run_folder
+from raymill.tracking import EventWriter, append_event, connect, experiment_id, show_run, tracking_uri
+
+NUM_STEPS = 300
+SPEC = {"name": "job", "pipeline": "jobs.a:b", "loop": {"seed": 3}, "data": {"password": "hunter2"}, "register": None}
+
+
+@pytest.fixture
+def folder() -> RunFolder:
+    made = run_folder("run-1")
+    made.path.mkdir(parents=True)
+    made.spec.write_text(json.dumps(SPEC))
+    made.plan.write_text(json.dumps({"num_workers": 2, "reasons": {"num_workers": "given"}}))
+    made.manifest.write_text(json.dumps({"digest": "d" * 64}))
+    made.environment.write_text(json.dumps({"git_commit": "c" * 40, "versions": {"torch": "2.14.1"}}))
+    return made
+
+
+def start(attempt: int = 1) -> dict[str, Any]:
+    event = {"kind": "start", "attempt": attempt, "num_workers": 2, "step": 0, "num_total_steps": NUM_STEPS}
+    return {**event, "resumed": attempt > 1, "pid": os.getpid()}
+
+
+def write_steps(folder: RunFolder, first: int, last: int) -> None:
+    with EventWriter(folder.events) as writer:
+        for step in range(first, last + 1):
+            metrics = {"train/loss": 1 / step, "train/learning_rate": 0.1}
+            writer.write({"kind": "step", "step": step, "epoch": 0, "rows": step, "metrics": metrics})
+
+
+def write_end(folder: RunFolder) -> None:
+    totals = {"validation/confusion": [[5, 1], [2, 4]]}
+    metrics = {"validation/accuracy": 0.75}
+    append_event(folder, {"kind": "evaluation", "step": NUM_STEPS, "metrics": metrics, "totals": totals})
+    append_event(folder, {"kind": "end", "best_checkpoint": "checkpoints/step-00000300.1", "metrics": metrics})
+
+
+def deliver(folder: RunFolder, *options: str) -> subprocess.Popen[bytes]:
+    # Its output goes to a file: MLflow reports a locked store with long tracebacks, which would fill a pipe.
+    with folder.tracking_log.open("ab") as output:
+        command = [sys.executable, "-m", "raymill.tracking", str(folder.path), *options]
+        return subprocess.Popen(command, stdout=output, stderr=output)
+
+
+def deliver_all(folder: RunFolder) -> None:
+    assert deliver(folder).wait(timeout=120) == 0, folder.tracking_log.read_text()
+
+
+def the_run(run_id: str = "run-1") -> Any:
+    client = connect()
+    (run,) = client.search_runs([experiment_id(client, "job")], f"tags.`raymill.run_id` = '{run_id}'")
+    return run
+
+
+def rows(key: str) -> list[tuple[int, float]]:
+    """(step, value) of every stored point of a metric, in the order of the steps, repeated ones included."""
+    with closing(sqlite3.connect(tracking_uri().removeprefix("sqlite:///"))) as store:
+        return store.execute("select step, value from metrics where key = ? order by step", [key]).fetchall()
+
+
+def test_a_whole_run_arrives_once_in_order_with_all_that_belongs_to_it(folder: RunFolder) -> None:
+    append_event(folder, start())
+    write_steps(folder, 1, NUM_STEPS)
+    append_event(folder, {"kind": "checkpoint", "step": 300, "path": "checkpoints/step-00000300.1", "best": True})
+    write_end(folder)
+    deliver_all(folder)
+
+    assert rows("train/loss") == [(step, 1 / step) for step in range(1, NUM_STEPS + 1)]
+    run, client = the_run(), connect()
+    history = client.get_metric_history(run.info.run_id, "train/learning_rate")
+    assert [point.step for point in history] == list(range(1, NUM_STEPS + 1))
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "run-1")
+    assert run.data.metrics["final/validation/accuracy"] == 0.75
+    expected = {"loop.seed": "3", "data.password": "***", "plan.num_workers": "2"}
+    assert expected.items() <= run.data.params.items()
+    assert run.data.tags["raymill.data_digest"] == "d" * 64
+    assert run.data.tags["mlflow.source.git.commit"] == "c" * 40
+    assert run.data.tags["raymill.checkpoint.best"] == "checkpoints/step-00000300.1"
+    assert run.inputs.dataset_inputs[0].dataset.digest == "d" * 36
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert files == {"spec.json", "plan.json", "manifest.json", "environment.json", "pictures"}
+    drawn = {file.path for file in client.list_artifacts(run.info.run_id, "pictures")}
+    assert drawn == {"pictures/curves.png", "pictures/validation_confusion.png"}
+    shown = show_run("run-1")
+    assert (shown["status"], shown["mlflow_run_id"]) == ("finished", run.info.run_id)
+    for path in folder.path.parent.parent.rglob("*"):
+        if path.is_file() and path != folder.spec:
+            assert b"hunter2" not in path.read_bytes(), path
+
+    deliver_all(folder)
+    assert len(rows("train/loss")) == NUM_STEPS
+
+
+def test_kills_at_random_moments_lose_and_double_nothing(folder: RunFolder) -> None:
+    chance = random.Random(7)
+    append_event(folder, start())
+    pause = None
+    for part in range(5):
+        write_steps(folder, 60 * part + 1, 60 * part + 60)
+        process = deliver(folder)
+        before = folder.delivered.stat().st_mtime_ns if folder.delivered.exists() else 0
+        # A moment counted from the first sign of progress, so that kills fall into the work and not into the imports.
+        while process.poll() is None and not (
+            folder.delivered.exists() and folder.delivered.stat().st_mtime_ns > before
+        ):
+            pass
+        try:
+            pause = chance.uniform(0.0, 0.4)
+            process.wait(timeout=pause)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    write_end(folder)
+    deliver_all(folder)
+    assert rows("train/loss") == [(step, 1 / step) for step in range(1, NUM_STEPS + 1)]
+    assert len(rows("final/validation/accuracy")) == 1
+    assert the_run().info.status == "FINISHED"
+
+
+def test_a_locked_store_delays_delivery_and_nothing_else(folder: RunFolder, locked: sqlite3.Connection) -> None:
+    append_event(folder, start())
+    write_steps(folder, 1, NUM_STEPS)
+    write_end(folder)
+    process = deliver(folder)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=15)
+    locked.rollback()
+    assert process.wait(timeout=120) == 0
+    assert rows("train/loss") == [(step, 1 / step) for step in range(1, NUM_STEPS + 1)]
+
+
+@pytest.fixture
+def locked(folder: RunFolder) -> Iterator[sqlite3.Connection]:
+    connect()
+    with closing(sqlite3.connect(tracking_uri().removeprefix("sqlite:///"), isolation_level=None)) as store:
+        store.execute("begin exclusive")
+        yield store
+
+
+def test_once_the_run_is_over_an_unreachable_server_ends_in_exit_code_1_and_the_queue_stays(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append_event(folder, start())
+    write_steps(folder, 1, 3)
+    write_end(folder)
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        assert deliver(folder, "--give-up-s", "1").wait(timeout=120) == 1
+    assert "gave up" in folder.tracking_log.read_text()
+    deliver_all(folder)
+    assert len(rows("train/loss")) == 3
+
+
+def test_a_torn_line_and_repeated_steps_of_a_second_attempt_go_into_the_same_run(folder: RunFolder) -> None:
+    append_event(folder, start())
+    write_steps(folder, 1, 40)
+    with folder.events.open("a") as file:
+        file.write('{"kind":"step","step":41,"metr')
+    append_event(folder, {"kind": "stop", "reason": "interrupted", "message": "asked to"})
+    deliver_all(folder)
+    assert the_run().info.status == "KILLED"
+
+    append_event(folder, start(attempt=2))
+    write_steps(folder, 31, 60)
+    append_event(folder, {"kind": "stop", "reason": "failed", "message": "rank 1 died"})
+    deliver_all(folder)
+    run = the_run()
+    assert run.info.status == "FAILED"
+    assert {"raymill.attempt.1", "raymill.attempt.2"} <= run.data.tags.keys()
+    assert [step for step, _ in rows("train/loss")] == list(range(1, 61))
+
+
+def test_a_driver_that_died_without_a_word_leaves_a_killed_run(folder: RunFolder) -> None:
+    driver = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    append_event(folder, {**start(), "pid": driver.pid})
+    write_steps(folder, 1, 5)
+    process = deliver(folder)
+    driver.kill()
+    driver.communicate()
+    assert process.wait(timeout=120) == 0
+    assert the_run().info.status == "KILLED"
+    assert [step for step, _ in rows("train/loss")] == [1, 2, 3, 4, 5]
+
+
+def test_two_runs_that_start_at_once_without_a_store_both_work(folder: RunFolder) -> None:
+    other = run_folder("run-2")
+    other.path.mkdir()
+    other.spec.write_text(json.dumps(SPEC))
+    for each in (folder, other):
+        append_event(each, start())
+        write_steps(each, 1, 10)
+        append_event(each, {"kind": "stop", "reason": "interrupted", "message": "asked to"})
+    processes = [deliver(folder), deliver(other)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert the_run("run-1").info.experiment_id == the_run("run-2").info.experiment_id
+    assert len(rows("train/loss")) == 20
+
+
+def test_the_store_and_its_files_are_in_the_state_folder(folder: RunFolder, state_folder: Path) -> None:
+    client = connect()
+    location = client.get_experiment(experiment_id(client, "job")).artifact_location
+    assert location == (state_folder / "artifacts" / "job").as_uri()
+    assert (state_folder / "mlflow.db").is_file()

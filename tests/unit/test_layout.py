@@ -1,0 +1,178 @@
+"""Rules of the house that no other tool checks: names, sizes, and who may import or call what."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+ENGINE = PROJECT / "platform" / "raymill"
+CODE_FOLDERS = (ENGINE, PROJECT / "pipelines", PROJECT / "jobs")
+FILES = sorted(path for folder in CODE_FOLDERS for path in folder.rglob("*.py"))
+
+MOST_LINES_OF_A_FILE = 500
+MOST_LINES_OF_A_FUNCTION = 60
+VAGUE_NAMES = re.compile(r"(^|_)(utils?|helpers?|managers?|common|misc)(_|$)")
+
+# Package -> the engine's files that may import it. Packages with one name are held to their places by import-linter.
+PLACES = {"ray.data": {"stream.py"}, "ray.train": {"trainer.py", "loop.py"}}
+
+# Each of these can run code that is hidden in a file.
+FORBIDDEN_CALLS = {
+    "torch.load",
+    "yaml.load",
+    "yaml.load_all",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "pandas.read_pickle",
+    "eval",
+    "exec",
+}
+FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+
+# Files without which `raymill check` cannot answer.
+LIGHT = ("errors", "home", "load", "order", "plan", "signature", "sources", "spec", "task")
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PROJECT))
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+class WithoutTypes(ast.NodeTransformer):
+    """Leaves out what only a type checker imports."""
+
+    def visit_If(self, node: ast.If) -> ast.If | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else node
+
+
+def running_tree_of(path: Path) -> ast.Module:
+    tree = WithoutTypes().visit(tree_of(path))
+    assert isinstance(tree, ast.Module)
+    return tree
+
+
+def functions_of(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def imports_of(tree: ast.Module) -> dict[str, str]:
+    """Local name -> what it stands for, with its full dotted name, wherever in the file it is imported."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names[alias.asname or alias.name] = alias.name
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return names
+
+
+def dotted_uses_of(tree: ast.Module) -> set[str]:
+    """Full names of all that the file imports or reaches through an import, such as "torch.load"."""
+    imported = imports_of(tree)
+    uses = set(imported.values())
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute | ast.Name):
+            continue
+        first, *rest = ast.unparse(node).split(".")
+        uses.add(".".join([imported.get(first, first), *rest]))
+    return uses
+
+
+def is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+# ---------------------------------------------------------------- the folder named platform
+
+
+def test_platform_is_no_package_so_the_standard_library_keeps_its_name() -> None:
+    assert not (PROJECT / "platform" / "__init__.py").exists()
+    done = run_python("-c", "import platform; print(platform.system()); print(platform.__file__)")
+    assert done.returncode == 0, done.stderr
+    assert str(PROJECT / "platform") not in done.stdout
+
+
+def test_the_command_answers_from_the_project_root() -> None:
+    done = run_python("-m", "raymill", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
+
+
+# ---------------------------------------------------------------- names and sizes
+
+
+def test_there_is_code_to_check() -> None:
+    assert len(FILES) > 10
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_and_its_functions_keep_their_budget(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= MOST_LINES_OF_A_FILE
+    too_long = {
+        function.name: lines
+        for function in functions_of(tree_of(path))
+        if (lines := (function.end_lineno or 0) - function.lineno + 1) > MOST_LINES_OF_A_FUNCTION
+    }
+    assert too_long == {}
+
+
+def test_no_file_has_a_name_that_says_nothing() -> None:
+    assert [name_of(path) for path in FILES if VAGUE_NAMES.search(path.stem)] == []
+
+
+@pytest.mark.parametrize("path", sorted(ENGINE.rglob("*.py")), ids=name_of)
+def test_every_public_name_of_the_engine_says_what_it_is(path: Path) -> None:
+    tree = tree_of(path)
+    public: list[ast.AST] = [tree]
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            public.append(node)
+    bare = [getattr(node, "name", "the file") for node in public if not ast.get_docstring(node)]  # type: ignore[arg-type]
+    assert bare == []
+
+
+# ---------------------------------------------------------------- imports and calls
+
+
+@pytest.mark.parametrize("package", PLACES)
+def test_ray_libraries_stay_in_their_places(package: str) -> None:
+    users = {path for path in FILES if any(is_within(use, package) for use in dotted_uses_of(running_tree_of(path)))}
+    allowed = {ENGINE / name for name in PLACES[package]}
+    assert sorted(map(name_of, users - allowed)) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nothing_reads_what_could_run_code(path: Path) -> None:
+    tree = tree_of(path)
+    imported = {name for name in imports_of(tree).values() if name.split(".")[0] in FORBIDDEN_IMPORTS}
+    assert (dotted_uses_of(tree) & FORBIDDEN_CALLS) | imported == set()
+    flags = [node for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "allow_pickle"]
+    assert [ast.unparse(flag) for flag in flags if ast.unparse(flag.value) != "False"] == []
+
+
+def test_checking_a_job_loads_none_of_the_heavy_libraries() -> None:
+    modules = ", ".join(f"raymill.{name}" for name in LIGHT)
+    done = run_python("-c", f"import {modules}, sys; print(sorted({{'torch', 'ray', 'mlflow'}} & set(sys.modules)))")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
