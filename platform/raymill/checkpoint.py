@@ -21,6 +21,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,11 +51,29 @@ class Pointer:
 
 
 def read_pointer(folder: Path) -> Pointer | None:
-    """The pointer, or None when there is none or it cannot be read (it can be rebuilt from the checkpoints)."""
-    try:
-        return Pointer(**json.loads((folder / POINTER).read_text()))
-    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+    """The pointer; where it is missing or damaged, what the checkpoints themselves tell; None without any checkpoint."""
+    with suppress(FileNotFoundError, ValueError, TypeError):
+        pointer = Pointer(**json.loads((folder / POINTER).read_text()))
+        if all((folder / name).is_dir() for name in (pointer.latest, pointer.best) if name is not None):
+            return pointer
+    return _rebuilt_pointer(folder)
+
+
+def _rebuilt_pointer(folder: Path) -> Pointer | None:
+    whole = [name for name in names(folder) if _is_whole(folder / name)]
+    if not whole:
         return None
+    best = [name for name in whole if read_record(folder / name)["is_best"]]
+    attempt = max(int(name.rpartition(".")[2]) for name in whole)
+    return Pointer(whole[-1], best[-1] if best else None, attempt)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def write_file(path: Path, content: str) -> None:
@@ -79,8 +98,8 @@ def _sync_folder(folder: Path) -> None:
 # ---------------------------------------------------------------- one checkpoint
 
 
-def save(folder: Path, name: str, snapshot: Snapshot) -> None:
-    """Write a checkpoint under its final name, whole or not at all."""
+def save(folder: Path, name: str, snapshot: Snapshot, *, best: bool) -> None:
+    """Write a checkpoint under its final name, whole or not at all; it remembers whether it was the best when written."""
     from safetensors.torch import save_file
 
     from raymill.state import weights_sha256
@@ -90,7 +109,7 @@ def save(folder: Path, name: str, snapshot: Snapshot) -> None:
     stage.mkdir(parents=True)
     save_file(snapshot.weights, stage / "weights.safetensors")
     save_file(snapshot.optimizer, stage / "optimizer.safetensors")
-    record = {**snapshot.record, "weights_sha256": weights_sha256(snapshot.weights)}
+    record = {**snapshot.record, "is_best": best, "weights_sha256": weights_sha256(snapshot.weights)}
     (stage / "state.json").write_text(json.dumps(record, indent=1))
     files = sorted(path for path in stage.iterdir())
     manifest = {path.name: {"num_bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
@@ -119,13 +138,14 @@ def verify(path: Path) -> None:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
+        expected = {name: (entry["num_bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: no readable manifest.json; the checkpoint is not whole") from error
-    for name, expected in manifest.items():
+    for name, (num_bytes, sha256) in expected.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file}: missing; the checkpoint is not whole")
-        if file.stat().st_size != expected["num_bytes"] or _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != num_bytes or _sha256(file) != sha256:
             raise CheckpointError(f"{file}: size or SHA-256 is not what the manifest says; the file was damaged")
 
 
@@ -229,7 +249,7 @@ class Keeper:
 
     def _commit(self, snapshot: Snapshot, best: bool) -> None:
         name = f"step-{snapshot.record['step']:08d}.{self._attempt}"
-        save(self._folder, name, snapshot)
+        save(self._folder, name, snapshot, best=best)
         before = read_pointer(self._folder)
         if before and before.attempt > self._attempt:
             raise CheckpointError(

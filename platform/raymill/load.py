@@ -1,9 +1,10 @@
 """From a job's name and the command line's overrides to a checked spec, and from the spec to the job's own code.
 
 In time order: `find_job` finds the file; `load_job` reads it as strict YAML, lays the overrides over it, checks types
-and ranges (`spec`) and whether what it names exists (`check`), and raises every problem of all these steps at once.
-Nothing of the job has run by then, and neither torch nor Ray is imported. Only `import_pipeline` and `import_task` turn
-a string into running code; `resolved` is the record of the job.
+and ranges (`spec`) and whether what it names exists (`check`), and raises every problem of all these steps at once;
+`examine_job` does the same and hands the problems over, for who wants to look for more. Nothing of the job has run by
+then, and neither torch nor Ray is imported. Only `import_pipeline` and `import_task` turn a string into running code;
+`resolved` is the record of the job.
 """
 
 from __future__ import annotations
@@ -42,12 +43,22 @@ class LoadedJob:
         path: the job file.
         lines: dotted field path ("loop.epochs") -> line in the file; without what an override has replaced.
         overridden: field paths that the command line has set.
+        problems: all that is wrong with it, which is nothing when it comes from `load_job`.
+        faults: the field paths of the problems. There, `spec` may hold a default instead of the file's value.
     """
 
     spec: JobSpec
     path: Path
     lines: Mapping[str, int]
     overridden: frozenset[str] = field(default=frozenset())
+    problems: tuple[Problem, ...] = ()
+    faults: frozenset[str] = field(default=frozenset())
+
+    def is_sound(self, *fields: str) -> bool:
+        """Whether nothing is wrong with these fields, with what they hold, or with what holds them."""
+        return not any(_within(fault, fields) for fault in self.faults) and not any(
+            _within(name, self.faults) for name in fields
+        )
 
     def where(self, field: str) -> str:
         """The place of a field, for messages: "jobs/mnist/job.yaml:7 loop.epochs", or "--set loop.epochs"."""
@@ -70,6 +81,34 @@ def find_job(name: str) -> Path:
     raise InputError([Problem("job", shortened(name), "a job file, its folder, or the name of a job", near)])
 
 
+def list_jobs() -> list[dict[str, Any]]:
+    """The project's jobs by name.
+
+    Returns:
+        per folder of jobs/ with a job.yaml: name (of the folder), path (from the project's root), about (the first line
+        of its README.md, else the first comment of the job file), valid, num_problems.
+    """
+    root = project_root()
+    found: list[dict[str, Any]] = []
+    for path in sorted((root / "jobs").glob("*/job.yaml")):
+        try:
+            load_job(path)
+            num_problems = 0
+        except InputError as error:
+            num_problems = len(error.problems)
+        about = {"about": _about(path), "valid": not num_problems, "num_problems": num_problems}
+        found.append({"name": path.parent.name, "path": str(path.relative_to(root)), **about})
+    return found
+
+
+def _about(path: Path) -> str:
+    """What the job says of itself in one line; "" when it says nothing."""
+    readme = path.with_name("README.md")
+    source, mark = (readme, "") if readme.is_file() else (path, "#")
+    lines = source.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.strip("# ") for line in lines if line.strip() and line.startswith(mark)), "")
+
+
 def load_job(job: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
     """Read and check a job. Runs none of its code.
 
@@ -79,6 +118,18 @@ def load_job(job: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
 
     Raises:
         InputError: with every problem of the file, the overrides and what they name, in the order of the file.
+    """
+    examined = examine_job(job, overrides)
+    if examined.problems:
+        raise InputError(examined.problems)
+    return examined
+
+
+def examine_job(job: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
+    """As `load_job`, but a job that is wrong in places is returned with its problems.
+
+    Raises:
+        InputError: when too little of the job is right to go on with it, or an override cannot be applied.
     """
     path = find_job(str(job))
     packages = project_packages(project_root())
@@ -98,9 +149,13 @@ def load_job(job: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
     spec, spec_problems = _validate(values)
     judged = [*spec_problems, *check_names(values, packages)]
     problems += [problem for problem in judged if problem.where not in unreadable]
-    if problems or override_problems or spec is None:
-        raise InputError([*_placed(problems, path, lines, overridden), *override_problems])
-    return LoadedJob(spec, path, lines, overridden)
+    placed = (*_placed(problems, path, lines, overridden), *override_problems)
+    faults = frozenset(problem.where for problem in problems)
+    if spec is None:
+        spec, _ = _validate(_without(values, faults))
+    if spec is None or override_problems or "" in faults:
+        raise InputError(placed)
+    return LoadedJob(spec, path, lines, overridden, placed, faults)
 
 
 def import_pipeline(spec: JobSpec) -> Pipeline:
@@ -217,6 +272,17 @@ def _validate(values: dict[str, Any]) -> tuple[JobSpec | None, list[Problem]]:
         return JobSpec.model_validate(values), []
     except ValidationError as error:
         return None, [_translated(dict(details)) for details in error.errors(include_url=False)]
+
+
+def _without(values: dict[str, Any], faults: Collection[str]) -> dict[str, Any]:
+    """The values without those at these field paths; a list is left out as a whole."""
+    return {
+        name: _without(value, [fault.partition(".")[2] for fault in faults if fault.startswith(f"{name}.")])
+        if isinstance(value, dict)
+        else value
+        for name, value in values.items()
+        if name not in faults and (isinstance(value, dict) or not any(fault.startswith(f"{name}.") for fault in faults))
+    }
 
 
 def _translated(details: dict[str, Any]) -> Problem:

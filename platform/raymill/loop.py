@@ -20,12 +20,13 @@ from torch import nn
 from raymill.checkpoint import Keeper, better
 from raymill.errors import NumberError, RunError
 from raymill.metrics import Evaluation
-from raymill.order import TRAIN, VALIDATION, Cut, JobOrder, Turn, agenda, key
-from raymill.parallel import Wrapped, autocast, gather, gradient_norm, move
+from raymill.order import TRAIN, VALIDATION, Cut, JobOrder, Turn, agenda
+from raymill.parallel import Wrapped, autocast, gather, gradient_norm, move, share_buffers
 from raymill.plan import Plan
 from raymill.rows import ROW_ID, as_batch
 from raymill.spec import JobSpec
 from raymill.state import (
+    EVALUATION,
     FIRST_WEIGHTS,
     STEP,
     Snapshot,
@@ -149,6 +150,22 @@ def train(
         loop.close()
 
 
+def measure(
+    job: Job, seat: Seat, model: nn.Module, feed: Feed, epoch: int, number: int, evaluation: Evaluation
+) -> None:
+    """Add a rank's part of validation batch `number` to an evaluation.
+
+    What comes out depends on the weights and the data alone, so that `raymill.evaluation` finds the run's own numbers.
+    """
+    model.eval()
+    with torch.no_grad(), autocast(job.spec.loop.precision, seat.device):
+        for shard, count in job.cuts[VALIDATION].shards(number, seat.rank):
+            if count:
+                seed_everything(job.spec.loop.seed, EVALUATION, number, shard)
+                batch = move(job.collate(feed.take(VALIDATION, epoch, count)), seat.device)
+                evaluation.add(job.task.evaluate(model, batch), count)
+
+
 class _Loop:
     """One attempt at a job on one rank."""
 
@@ -163,6 +180,7 @@ class _Loop:
         self.keeper = Keeper(seat.folder / "checkpoints", seat.attempt, job.spec.checkpoint.keep, report)
         self.last_saved = state.position
         self.settled = False
+        self.stopping = False
         self.exchange: _Exchange | None = None
         self.order_file = None
         if job.spec.loop.record_order:
@@ -170,22 +188,27 @@ class _Loop:
 
     def run(self) -> dict[str, Any]:
         """Take turn after turn."""
-        stopped = False
         for turn in agenda(self.job.order, self.state.position):
             if turn.split == TRAIN and turn.batch is not None:
-                stopped = self.step(turn, turn.batch)
-                if stopped:
-                    self.save()
-                    break
+                self.step(turn, turn.batch)
             elif turn.split == TRAIN:
                 self.end_epoch(turn)
             elif turn.batch is not None:
                 self.evaluate(turn, turn.batch)
             else:
                 self.end_evaluation(turn)
+            if self.stopping and self.is_rest(turn):
+                self.save()
+                break
         self.settle_exchange()
         self.keeper.wait()
-        return self.outcome("interrupted" if stopped and self.state.position < self.job.order.total_rows else "finished")
+        share_buffers(self.state.model)
+        return self.outcome("finished" if self.state.position == self.job.order.total_rows else "interrupted")
+
+    def is_rest(self, turn: Turn) -> bool:
+        """Whether the position stands for all that was done: behind a step, or at an epoch's end behind its evaluation."""
+        epoch_ended = turn.position % self.job.order.train.num_rows == 0
+        return turn.split == TRAIN and (turn.batch is None) == epoch_ended
 
     def close(self) -> None:
         """Release files and threads."""
@@ -196,11 +219,11 @@ class _Loop:
 
     # ------------------------------------------------------------ a step
 
-    def step(self, turn: Turn, number: int) -> bool:
-        """Train on one global batch; returns whether to stop after it."""
+    def step(self, turn: Turn, number: int) -> None:
+        """Train on one global batch."""
         cut = self.job.cuts[TRAIN]
         shards = [(shard, count) for shard, count in cut.shards(number, self.seat.rank) if count]
-        batches = [(shard, count, self.batch(TRAIN, turn, count)) for shard, count in shards] or [(0, 0, None)]
+        batches = [(shard, count, self.batch(turn, count)) for shard, count in shards] or [(0, 0, None)]
         if not self.settled:
             for wrapped in self.state.wrapped:
                 wrapped.settle(batches[0][2])
@@ -211,20 +234,17 @@ class _Loop:
             measured |= self.minimise(place, wrapped, batches, rows, turn)
         self.state.position = turn.position
         step = self.job.order.step(turn.position)
-        stop = self.settle_exchange()
+        self.settle_exchange()
         self.exchange = _Exchange(self.event(step, turn, measured), sum(count for _, count in shards), self.seat, self.should_stop)
         if self.clock.first_step_s is None:
             self.first_step()
-        end_of_epoch = turn.position % self.job.order.train.num_rows == 0
-        if step % self.job.plan.checkpoint_every_steps == 0 and not end_of_epoch:
-            self.settle_exchange()
+        if step % self.job.plan.checkpoint_every_steps == 0 and self.is_rest(turn):
             self.save()
-        return stop and not end_of_epoch
 
-    def batch(self, split: str, turn: Turn, count: int) -> Batch:
-        """The next rows of this rank as a batch on its device."""
-        rows = self.feed.take(split, turn.epoch, count)
-        if self.order_file and split == TRAIN:
+    def batch(self, turn: Turn, count: int) -> Batch:
+        """The next training rows of this rank as a batch on its device."""
+        rows = self.feed.take(TRAIN, turn.epoch, count)
+        if self.order_file:
             self.order_file.write(json.dumps({"position": turn.position, "rows": rows[ROW_ID].tolist()}) + "\n")  # type: ignore[union-attr]
             self.order_file.flush()
         return move(self.job.collate(rows), self.seat.device)
@@ -288,28 +308,25 @@ class _Loop:
         self.clock.wait_before_s = self.feed.wait_s
         self.report({"kind": "first_step", "step": self.job.order.step(self.state.position)})
 
-    def settle_exchange(self) -> bool:
-        """Finish the exchange of the step before: report it; returns whether rank 0 wants to stop."""
+    def settle_exchange(self) -> None:
+        """Finish the exchange of the step before: report it, and hear whether rank 0 wants to stop."""
         if self.exchange is None:
-            return False
+            return
         event, rows, stop = self.exchange.finish()
         self.state.rows_used += rows
         self.report(event)
         self.exchange = None
-        return stop
+        self.stopping |= stop
 
     # ------------------------------------------------------------ evaluation and epochs
 
     def evaluate(self, turn: Turn, number: int) -> None:
         """Measure this rank's part of one batch."""
         start = time.perf_counter()
-        self.state.model.eval()
-        with torch.no_grad(), autocast(self.job.spec.loop.precision, self.seat.device):
-            for shard, count in self.job.cuts[VALIDATION].shards(number, self.seat.rank):
-                if count:
-                    seed_everything(self.job.spec.loop.seed, STEP, turn.position, shard, key(number))
-                    batch = self.batch(VALIDATION, turn, count)
-                    self.evaluation.add(self.job.task.evaluate(self.state.model, batch), count)
+        if number == 0:
+            # Each rank has its own running statistics since the last forward pass; the model is rank 0's.
+            share_buffers(self.state.model)
+        measure(self.job, self.seat, self.state.model, self.feed, turn.epoch, number, self.evaluation)
         self.clock.evaluation_s += time.perf_counter() - start
 
     def end_evaluation(self, turn: Turn) -> None:
@@ -333,7 +350,6 @@ class _Loop:
     def end_epoch(self, turn: Turn) -> None:
         """Close the epoch's pass and save."""
         self.feed.finish(TRAIN, turn.epoch)
-        self.settle_exchange()
         self.save(epoch_ended=True)
 
     # ------------------------------------------------------------ saving
@@ -342,6 +358,8 @@ class _Loop:
         """Save the state, once per position. Only rank 0 writes: DDP keeps the same state on all ranks."""
         if self.last_saved == self.state.position:
             return
+        self.settle_exchange()
+        self.check_weights()
         self.last_saved = self.state.position
         checkpoint = self.job.spec.checkpoint
         best = False
@@ -357,6 +375,15 @@ class _Loop:
                 self.state.best = value
         if self.seat.rank == 0:
             self.keeper.save(capture(self.state, self.job.order.step(self.state.position)), best=best)
+
+    def check_weights(self) -> None:
+        """Refuse to save weights that are not numbers. All ranks see the same ones."""
+        broken = [name for name, tensor in self.state.model.named_parameters() if not bool(torch.isfinite(tensor).all())]
+        if broken:
+            raise NumberError(
+                f"step {self.job.order.step(self.state.position)}: the weights {broken} hold NaN or infinite numbers; they were "
+                "not saved. Lower optimizer.lr, or set optimizer.clip_norm, and resume from the last checkpoint."
+            )
 
     def outcome(self, status: str) -> dict[str, Any]:
         """The result of this attempt."""

@@ -1,8 +1,8 @@
 """The manifest: what a run's input was when the run began.
 
 Taken once, before anything starts, from the indices of all files: every fragment with its rows, bytes and identity.
-The order of samples is computed from it, and a resume compares it with what is there then. `statistics` is the one
-function here that reads rows beyond the first fragment.
+The order of samples is computed from it, and a resume compares it with what is there then. Only `check_rows` and
+`statistics` read rows beyond the first fragment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from raymill.arrow import schema_problems
 from raymill.errors import DataError, InputError, Problem, did_you_mean
-from raymill.task import Column, Field, Fragment, Pipeline, Source
+from raymill.task import Column, Field, Fragment, Pipeline, Rows, Source
 
 TRAIN = "train"
 
@@ -98,6 +98,59 @@ def _first_rows_problems(name: str, source: Source, split: SplitManifest, pipeli
         return schema_problems(source.read(first), pipeline.schema, where)
     except DataError as error:
         return [Problem(where, str(error), "readable rows", "Correct or restore the data.")]
+
+
+def check_rows(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
+    """Read every row of every split once, before the transform, and look for all that is wrong.
+
+    Returns:
+        split -> fragments, rows and bytes, all of which are right.
+
+    Raises:
+        InputError: with each fragment that cannot be read or has other rows than its index says, and each column of a
+            fragment that does not fit the schema, has a label outside its classes, or holds NaN or infinity.
+    """
+    problems: list[Problem] = []
+    for name, split in manifest.splits.items():
+        for fragment in split.fragments:
+            where = f"split {name!r}, {fragment.path}, part {fragment.part}"
+            try:
+                rows = pipeline.sources[name].read(fragment)
+            except DataError as error:
+                problems.append(Problem(where, str(error), "readable rows", "Correct or restore the data."))
+                continue
+            problems += schema_problems(rows, pipeline.schema, where) or _value_problems(
+                rows, fragment, pipeline, where
+            )
+    if problems:
+        raise InputError(problems)
+    return {
+        name: {"fragments": len(split.fragments), "rows": split.num_rows, "bytes": split.num_bytes}
+        for name, split in manifest.splits.items()
+    }
+
+
+def _value_problems(rows: Rows, fragment: Fragment, pipeline: Pipeline, where: str) -> list[Problem]:
+    problems = []
+    for name, field in pipeline.schema.items():
+        place = f"{where}: column {name!r}"
+        if len(rows[name]) != fragment.num_rows:
+            fix = "Restore the data, or write them again."
+            problems.append(Problem(place, f"{len(rows[name])} rows", f"{fragment.num_rows}, as its index says", fix))
+        if field.dtype.startswith("float"):
+            wrong = np.flatnonzero(~_finite(rows[name]))
+            if len(wrong):
+                found = f"NaN or infinity in {len(wrong)} of {len(rows[name])} rows, the first of them row {wrong[0]}"
+                problems.append(Problem(place, found, "finite numbers", "Drop or correct these rows."))
+    return problems
+
+
+def _finite(column: Column) -> np.ndarray:
+    """Whether all numbers of a row's value are finite, bool [num_rows]."""
+    if isinstance(column, np.ndarray):
+        finite: np.ndarray = np.isfinite(column).reshape(len(column), -1).all(axis=1)
+        return finite
+    return np.array([np.isfinite(value).all() for value in column], bool)
 
 
 # ---------------------------------------------------------------- record

@@ -6,6 +6,8 @@ is what DDP wraps: so a job with two networks and two optimizers is wrapped exac
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -19,22 +21,35 @@ from torch.nn.parallel import DistributedDataParallel
 from raymill.errors import InputError, Problem
 from raymill.task import Batch, Objective
 
+LOOPBACK = "127.0.0.1"
 
-def join_group(address: str, rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
+
+def join_group(
+    meeting: tuple[str, int], listener: socket.socket | None, rank: int, world_size: int, device: torch.device, timeout_s: float
+) -> None:
     """Join the process group of all ranks; with one rank there is none.
 
     Args:
-        address: "tcp://HOST:PORT" of rank 0.
+        meeting: host and port of rank 0's listener.
+        listener: rank 0's own, bound to the one address to be reached at; None on the others.
         rank: this process's rank.
         world_size: ranks.
         device: decides between gloo (CPU) and nccl (GPU, with gloo for CPU tensors).
         timeout_s: seconds until a collective that somebody does not join fails.
     """
-    if world_size > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, init_method=address, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
-        )
+    if world_size == 1:
+        return
+    host, port = meeting
+    if host == LOOPBACK:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    timeout = timedelta(seconds=timeout_s)
+    # Given no socket, the store would listen on every interface.
+    descriptor = listener.detach() if listener else None
+    store = dist.TCPStore(
+        host, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False, master_listen_fd=descriptor
+    )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def leave_group() -> None:
@@ -50,6 +65,13 @@ def gather(tensor: torch.Tensor) -> list[torch.Tensor]:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor)
     return parts
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks the buffers of rank 0, such as running statistics, as DDP does before each forward pass."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 class LossModule(nn.Module):

@@ -95,8 +95,7 @@ def make_plan(spec: JobSpec, manifest: Manifest, facts: ClusterFacts, where: Whe
     Raises:
         InputError: with everything that does not fit together, numbers and ways out included.
     """
-    problems = [*_batch_problems(spec, manifest, where), *_resource_problems(spec, facts, where)]
-    if problems:
+    if problems := find_problems(spec, manifest, facts, where):
         raise InputError(problems)
 
     why: dict[str, str] = {}
@@ -142,7 +141,15 @@ def make_plan(spec: JobSpec, manifest: Manifest, facts: ClusterFacts, where: Whe
     )
 
 
-def _batch_problems(spec: JobSpec, manifest: Manifest, where: Where) -> list[Problem]:
+def find_problems(spec: JobSpec, manifest: Manifest | None, facts: ClusterFacts, where: Where = str) -> list[Problem]:
+    """Everything that does not fit together; without a manifest, all of it that is so whatever the data are."""
+    problems = _batch_problems(spec, where)
+    if manifest is not None:
+        problems += _row_problems(spec, manifest, where)
+    return [*problems, *_resource_problems(spec, facts, where)]
+
+
+def _batch_problems(spec: JobSpec, where: Where) -> list[Problem]:
     problems = []
     batch, workers, accumulate = spec.loop.global_batch_rows, spec.scale.workers, spec.loop.accumulate
     if batch % (workers * accumulate):
@@ -160,6 +167,12 @@ def _batch_problems(spec: JobSpec, manifest: Manifest, where: Where) -> list[Pro
                 else f"Set loop.global_batch_rows to a multiple of {workers * accumulate}.",
             )
         )
+    return problems
+
+
+def _row_problems(spec: JobSpec, manifest: Manifest, where: Where) -> list[Problem]:
+    problems = []
+    workers = spec.scale.workers
     for split in (TRAIN, VALIDATION):
         if split in manifest.splits and manifest.splits[split].num_rows < workers:
             problems.append(

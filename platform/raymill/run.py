@@ -56,12 +56,25 @@ class Prepared:
 def prepare(job: load.LoadedJob) -> Prepared:
     """Check a job against its data and this machine. Starts nothing.
 
+    Args:
+        job: from `load.examine_job`: what is right of it is checked further, also when some of it is wrong.
+
     Raises:
-        InputError: with everything that is wrong.
+        InputError: with everything that is wrong, the job's own problems included.
     """
-    pipeline = load.import_pipeline(job.spec)
-    taken = manifest.take_manifest(pipeline)
-    return Prepared(job.spec, pipeline, taken, plan.make_plan(job.spec, taken, local_facts(), job.where))
+    problems, facts = list(job.problems), local_facts()
+    pipeline = taken = None
+    if job.is_sound("pipeline", "data"):
+        try:
+            pipeline = load.import_pipeline(job.spec)
+            taken = manifest.take_manifest(pipeline)
+        except InputError as error:
+            problems += error.problems
+    if job.is_sound("loop.global_batch_rows", "loop.accumulate", "scale", "checkpoint.metric"):
+        problems += plan.find_problems(job.spec, taken, facts, job.where)
+    if problems or pipeline is None or taken is None:
+        raise InputError(problems)
+    return Prepared(job.spec, pipeline, taken, plan.make_plan(job.spec, taken, facts, job.where))
 
 
 # ---------------------------------------------------------------- train

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +24,8 @@ from raymill.order import key
 from raymill.parallel import Wrapped
 from raymill.spec import JobSpec, OptimizerSpec, ScheduleSpec
 
-FIRST_WEIGHTS, STEP = 4, 5
-"""Keep the random numbers of the first weights and of steps apart."""
+FIRST_WEIGHTS, STEP, EVALUATION = 4, 5, 6
+"""Keep the random numbers of the first weights, of steps and of evaluations apart."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -222,6 +223,8 @@ def _plain(value: Any) -> Any:
         return {"__tensor__": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, tuple):
         return {"__tuple__": [_plain(item) for item in value]}
+    if isinstance(value, Counter):
+        return {"__counter__": _plain(dict(value))}
     if isinstance(value, dict):
         if all(isinstance(name, str) for name in value):
             return {name: _plain(item) for name, item in value.items()}
@@ -239,6 +242,8 @@ def _original(value: Any) -> Any:
             return torch.tensor(value["__tensor__"], dtype=getattr(torch, value["dtype"]))
         if "__tuple__" in value:
             return tuple(_original(item) for item in value["__tuple__"])
+        if "__counter__" in value:
+            return Counter(_original(value["__counter__"]))
         if "__pairs__" in value:
             return {_original(name): _original(item) for name, item in value["__pairs__"]}
         return {name: _original(item) for name, item in value.items()}

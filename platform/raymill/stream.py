@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from raymill.errors import DataError
-from raymill.order import Cut, Item, JobOrder, Stream, key, window, window_rows
+from raymill.order import TRAIN, Cut, Item, JobOrder, Stream, key, window, window_rows
 from raymill.rows import ROW_ID, join, num_rows, pack, take, unpack
 from raymill.task import Fragment, Pipeline, Rows
 
@@ -93,8 +93,10 @@ class Reader:
         return rows
 
     def _transformed(self, rows: Rows, item: Item) -> Rows:
-        # The seed depends on the window alone, never on who reads it, so a resume draws the same numbers.
-        seed = key(self.order.train.seed, item.epoch, item.window, TRANSFORM_STREAM)
+        # The seed depends on the window alone, never on who reads it, so a resume draws the same numbers; and every
+        # evaluation draws the same, so that they differ by the weights alone.
+        epoch = item.epoch if item.split == TRAIN else 0
+        seed = key(self.order.train.seed, epoch, item.window, TRANSFORM_STREAM)
         count = num_rows(rows)
         changed = self.pipeline.transform(rows, item.split, np.random.Generator(np.random.Philox(key=seed)))
         if num_rows(changed) != count:

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -27,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymill.errors import InputError, Problem, did_you_mean
+from raymill.errors import InputError, Problem, TrackingError, did_you_mean
 from raymill.home import RunFolder, home, project_root, run_folder, runs_folder
 
 if TYPE_CHECKING:
@@ -133,10 +132,10 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def list_runs() -> list[dict[str, Any]]:
-    """All runs of this project, oldest first; see `show_run` for the keys. Asks no process and no server."""
+    """All runs of this project, newest first; see `show_run` for the keys. Asks no process and no server."""
     folders = [RunFolder(path) for path in runs_folder().glob("*/") if (path / "spec.json").is_file()]
     runs = [_facts(folder) for folder in folders]
-    return sorted(runs, key=lambda facts: (facts["started_s"] or 0.0, facts["run_id"]))
+    return sorted(runs, key=lambda facts: (facts["started_s"] or 0.0, facts["run_id"]), reverse=True)
 
 
 def show_run(run_id: str) -> dict[str, Any]:
@@ -308,6 +307,24 @@ def connect() -> MlflowClient:
     return client
 
 
+def serve_ui(port: int) -> None:
+    """Serve MLflow's page of the store on 127.0.0.1 until Ctrl-C.
+
+    Raises:
+        TrackingError: when the server ends by itself, for instance because the port is taken.
+    """
+    connect()
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri()]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    try:
+        # Without the job execution it is two processes instead of ten.
+        subprocess.run(command, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, check=True)
+    except KeyboardInterrupt:
+        return
+    except subprocess.CalledProcessError as error:
+        raise TrackingError(f"the MLflow server ended with code {error.returncode}. Try another --port.") from error
+
+
 def store_failures() -> tuple[type[Exception], ...]:
     """What an unreachable, slow or locked store raises."""
     from mlflow.exceptions import MlflowException
@@ -354,8 +371,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_folder", type=Path)
     parser.add_argument("--give-up-s", type=float, default=600.0, help="seconds to go on trying once the run is over")
     arguments = parser.parse_args(argv)
-    # Ctrl-C goes to every process of the terminal; the run's "stop" event must be delivered all the same.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # MLflow's own retries would hide an outage for minutes; `follow` retries instead.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from raymill import load, manifest, plan, stream
@@ -38,6 +40,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
+class EmbeddedTrainer(DataParallelTrainer):
+    """Ray Train without the two helper processes that a Ray of our own has no use for.
+
+    One removes placement groups after a controller's death, which end with an embedded Ray anyway; the other splits
+    data sets given to the trainer, and none is given. Each costs a process that imports Ray Data before the first step.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+
+
 STOP_FILE = "stop"
 GROUP_TIMEOUT_S = 600.0
 
@@ -54,7 +69,7 @@ def fit(folder: RunFolder, planned: Plan, spec: JobSpec) -> dict[str, Any]:
     resources = {"CPU": planned.worker_cpus}
     if spec.scale.gpus_per_worker:
         resources["GPU"] = spec.scale.gpus_per_worker
-    trainer = DataParallelTrainer(
+    trainer = EmbeddedTrainer(
         work,
         train_loop_config={"folder": str(folder.path)},
         scaling_config=ScalingConfig(
@@ -116,14 +131,15 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     folder = RunFolder(Path(config["folder"]))
     # By reference: what Ray Train broadcasts is meant to be small.
-    opened = [ray.put(_open(folder, world_size))] if rank == 0 else None
+    listener = socket.create_server((ray.util.get_node_ip_address(), 0)) if rank == 0 else None
+    opened = [ray.put(_open(folder, world_size, listener.getsockname()))] if listener else None
     start: dict[str, Any] = ray.get(broadcast_from_rank_zero(opened)[0])
     # Packets are on their way while torch is still being imported.
     packets = ahead(stream.receive(start["iterators"][rank], rank), depth=2)
-    return _train(folder, rank, world_size, start, packets)
+    return _train(folder, rank, world_size, start, packets, listener)
 
 
-def _open(folder: RunFolder, world_size: int) -> dict[str, Any]:
+def _open(folder: RunFolder, world_size: int, meeting: tuple[str, int]) -> dict[str, Any]:
     """On rank 0: take over the run, find where it is, and open the stream there."""
     attempt = _next_attempt(folder)
     clean(folder.checkpoints)
@@ -142,18 +158,22 @@ def _open(folder: RunFolder, world_size: int) -> dict[str, Any]:
     iterators: list[DataIterator] = stream.split_with_ray(
         reader, position, world_size, data_cpus=planned.data_cpus, task_cpus=planned.read_task_cpus
     )
-    host = ray.util.get_node_ip_address()
     return {
         "attempt": attempt,
         "checkpoint": name,
         "iterators": iterators,
-        "address": f"tcp://{host}:{_free_port(host)}",
+        "meeting": meeting,
         "notes": notes,
     }
 
 
 def _train(
-    folder: RunFolder, rank: int, world_size: int, start: dict[str, Any], packets: Iterator[stream.Packet]
+    folder: RunFolder,
+    rank: int,
+    world_size: int,
+    start: dict[str, Any],
+    packets: Iterator[stream.Packet],
+    listener: socket.socket | None,
 ) -> dict[str, Any]:
     import torch
 
@@ -171,7 +191,7 @@ def _train(
     )
     seat: Seat = loop.Seat(rank=rank, world_size=world_size, device=device, folder=folder.path, attempt=start["attempt"])
     snapshot = checkpoint.load(folder.checkpoints / start["checkpoint"]) if start["checkpoint"] else None
-    parallel.join_group(start["address"], rank, world_size, device, GROUP_TIMEOUT_S)
+    parallel.join_group(start["meeting"], listener, rank, world_size, device, GROUP_TIMEOUT_S)
     writer = EventWriter(folder.events) if rank == 0 else None
     if writer:
         writer.write(
@@ -213,12 +233,6 @@ def _next_attempt(folder: RunFolder) -> int:
     attempt = int(path.read_text()) + 1 if path.exists() else 1
     write_file(path, str(attempt))
     return attempt
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 def ahead(values: Iterator[T], depth: int) -> Iterator[T]:

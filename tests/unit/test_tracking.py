@@ -176,11 +176,11 @@ def test_a_run_shows_its_latest_step_metrics_and_version() -> None:
     assert facts["mlflow_run_id"] is None
 
 
-def test_runs_are_listed_oldest_first_and_what_is_no_run_is_not() -> None:
+def test_runs_are_listed_newest_first_and_what_is_no_run_is_not() -> None:
     for run_id, time_s in (("late", 20.0), ("early", 10.0)):
         append_event(new_run(run_id), {**START, "time_s": time_s})
     (run_folder("late").path.parent / "stray").mkdir()
-    assert [facts["run_id"] for facts in list_runs()] == ["early", "late"]
+    assert [facts["run_id"] for facts in list_runs()] == ["late", "early"]
 
 
 def test_an_unknown_run_names_the_nearest() -> None:

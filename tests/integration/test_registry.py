@@ -1,0 +1,241 @@
+"""A trained model becomes a version in a real MLflow registry, is found again, and computes the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from raymill import checkpoint, registry
+from raymill.errors import CheckpointError, InputError, RunError
+from raymill.home import RunFolder, run_folder
+from raymill.spec import JobSpec
+from raymill.state import Snapshot
+from raymill.tracking import append_event, connect, experiment_id
+
+# MLflow warns of a type hint of its own where it infers signatures.
+pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning")
+
+CODE = """
+import numpy as np
+import torch
+from torch import nn
+
+from raymill.task import Field, Fragment, Pipeline, Task
+
+
+class Points:
+    def fragments(self):
+        return [Fragment("points", part, 1 + part, 8, "x") for part in range(3)]
+
+    def read(self, fragment):
+        return {"x": np.full((fragment.num_rows, 3), fragment.part, np.float32)}
+
+
+def points():
+    return Pipeline(sources={"train": Points()}, schema={"x": Field("float32", (3,))})
+
+
+class Line(Task):
+    def __init__(self, width: int = 2, kind: str = "good"):
+        self.width, self.kind = width, kind
+
+    def build(self):
+        class Net(nn.Module):
+            def __init__(self, width, kind):
+                super().__init__()
+                self.kind = kind
+                self.layers = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Dropout(0.5))
+
+            def forward(self, x, other=None):
+                x = x if other is None else x + other
+                if self.kind == "branching" and x.sum().item() > 0:
+                    x = x * 2
+                noise = torch.rand(()) if self.kind == "random" else 0
+                return self.layers(x) + noise
+
+        return Net(self.width, self.kind)
+
+    def evaluate(self, model, batch):
+        return {}
+
+    def inputs(self, batch):
+        return (batch["x"], batch["x"]) if self.kind == "two inputs" else (batch["x"],)
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose own package holds the job's code; a name of its own, since `jobs` is this repository's."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "tinyjobs").mkdir()
+    (root / "tinyjobs" / "__init__.py").touch()
+    (root / "tinyjobs" / "line.py").write_text(CODE)
+    (root / "jobs").mkdir()
+    (root / "pyproject.toml").write_text('[tool.raymill]\npackages = ["tinyjobs"]\n')
+    return root
+
+
+@pytest.fixture(autouse=True)
+def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    monkeypatch.syspath_prepend(project)
+
+
+def finished_run(run_id: str, seed: int = 0, kind: str = "good") -> RunFolder:
+    folder = run_folder(run_id)
+    folder.checkpoints.mkdir(parents=True)
+    spec = JobSpec.model_validate(
+        {
+            "name": "line",
+            "task": "tinyjobs.line:Line",
+            "pipeline": "tinyjobs.line:points",
+            "model": {"width": 2, "kind": kind},
+            "optimizer": {"kind": "SGD", "lr": 0.1},
+            "register": {"model": "line"},
+        }
+    )
+    folder.spec.write_text(spec.model_dump_json(by_alias=True))
+    folder.plan.write_text(json.dumps({"num_workers": 2}))
+    folder.manifest.write_text(json.dumps({"digest": "d" * 64}))
+    torch.manual_seed(seed)
+    weights = {
+        "layers.0.weight": torch.randn(2, 3),
+        "layers.0.bias": torch.randn(2),
+        "layers.1.weight": torch.randn(2),
+        "layers.1.bias": torch.randn(2),
+        "layers.1.running_mean": torch.randn(2),
+        "layers.1.running_var": torch.rand(2) + 0.5,
+        "layers.1.num_batches_tracked": torch.tensor(7),
+    }
+    checkpoint.save(folder.checkpoints, "step-00000009.1", Snapshot(weights, {}, {"step": 9}))
+    end = {"kind": "end", "best_checkpoint": "checkpoints/step-00000009.1", "metrics": {"validation/loss": 0.25}}
+    append_event(folder, end)
+    client = connect()
+    run = client.create_run(experiment_id(client, "line"), tags={"raymill.run_id": run_id}, run_name=run_id)
+    folder.delivered.write_text(json.dumps({"mlflow_run_id": run.info.run_id}))
+    return folder
+
+
+def weights_of(folder: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(folder.checkpoints / "step-00000009.1" / "weights.safetensors")
+
+
+def test_a_registered_model_is_found_loads_without_pickle_and_computes_the_same_for_any_batch_size() -> None:
+    import mlflow
+
+    folder = finished_run("run-1")
+    made = registry.register(folder)
+    assert (made.name, made.version, made.alias, made.run_id) == ("line", 1, "candidate", "run-1")
+    assert made.metrics == {"validation/loss": 0.25}
+    for reference in ("line@candidate", "line/1", "run-1"):
+        assert registry.resolve(reference) == made
+
+    weights = weights_of(folder)
+    loaded = mlflow.pytorch.load_model(made.uri)
+    for num_rows in (1, 2, 17):
+        x = torch.randn(num_rows, 3)
+        inner = x @ weights["layers.0.weight"].T + weights["layers.0.bias"]
+        expected = torch.nn.functional.batch_norm(
+            inner, *(weights[f"layers.1.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+        )
+        torch.testing.assert_close(loaded(x), expected)
+
+    files = registry.model_files(made)
+    assert {file.name for file in files.iterdir()} == {
+        "weights.safetensors", "spec.json", "plan.json", "manifest.json"
+    }  # fmt: skip
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(files / "weights.safetensors").items())
+    assert JobSpec.model_validate_json((files / "spec.json").read_text()).model == {"width": 2, "kind": "good"}
+    suffixes = {file.suffix for file in files.parent.rglob("*") if file.is_file()}
+    assert not suffixes & {".pkl", ".pickle", ".pth", ".pt"}
+    requirements = (files.parent / "requirements.txt").read_text()
+    assert f"torch=={torch.__version__.partition('+')[0]}" in requirements
+
+    shown = registry.show_model("line@candidate")
+    state = json.loads((folder.checkpoints / "step-00000009.1" / "state.json").read_text())
+    assert (shown["weights_sha256"], shown["data_digest"]) == (state["weights_sha256"], "d" * 64)
+    assert shown["aliases"] == ["candidate"]
+    run = connect().get_run(json.loads(folder.delivered.read_text())["mlflow_run_id"])
+    assert run.info.status == "RUNNING"
+    assert len(run.outputs.model_outputs) == 1
+
+
+def test_registering_the_same_weights_again_finds_the_version_and_the_alias_never_moves_back() -> None:
+    first, second = finished_run("run-1", seed=1), finished_run("run-2", seed=2)
+    assert [registry.register(folder).version for folder in (first, first, second, first)] == [1, 1, 2, 1]
+    assert registry.resolve("line@candidate").version == 2
+    assert replace(registry.resolve("run-1"), alias=None) == replace(registry.resolve("line/1"), alias=None)
+    (model,) = registry.list_models()
+    assert (model["name"], model["versions"], model["aliases"]) == ("line", [2, 1], {"candidate": 2})
+
+
+def test_a_model_of_several_inputs_is_registered_too() -> None:
+    import mlflow
+
+    made = registry.register(finished_run("run-1", kind="two inputs"))
+    loaded, x = mlflow.pytorch.load_model(made.uri), torch.randn(5, 3)
+    assert loaded(x, 0 * x).shape == (5, 2)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("branching", "no export"), ("random", "computes something else")])
+def test_a_model_whose_export_fails_or_differs_is_refused_and_no_version_is_left(kind: str, reason: str) -> None:
+    with pytest.raises(RunError, match=reason):
+        registry.register(finished_run("run-1", kind=kind))
+    assert registry.list_models() == []
+
+
+@pytest.mark.parametrize(("kind", "code"), [("good", 0), ("branching", 1)])
+def test_the_tracking_process_registers_at_the_end_and_the_run_is_finished_either_way(kind: str, code: int) -> None:
+    folder = finished_run("run-1", kind=kind)
+    done = subprocess.run([sys.executable, "-m", "raymill.tracking", str(folder.path)], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    run = connect().get_run(json.loads(folder.delivered.read_text())["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    if kind == "good":
+        version = {"name": "line", "version": 1, "alias": "candidate"}
+        assert json.loads(folder.version.read_text()) == version
+    else:
+        assert "no export" in done.stderr
+        assert not folder.version.exists()
+
+
+def test_the_files_of_a_version_in_a_local_store_are_not_copied(state_folder: Path) -> None:
+    files = registry.model_files(registry.register(finished_run("run-1")))
+    assert files.is_relative_to(state_folder / "artifacts")
+
+
+def test_damaged_weights_are_refused() -> None:
+    folder = finished_run("run-1")
+    path = folder.checkpoints / "step-00000009.1" / "weights.safetensors"
+    save_file({name: tensor + 1 for name, tensor in weights_of(folder).items()}, path)
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors"):
+        registry.register(folder)
+
+
+def test_a_run_that_has_not_ended_is_refused() -> None:
+    folder = finished_run("run-1")
+    folder.events.unlink()
+    with pytest.raises(RunError, match="--resume run-1"):
+        registry.register(folder)
+
+
+def test_an_unknown_model_names_the_nearest() -> None:
+    registry.register(finished_run("run-1"))
+    cases: dict[str, Any] = {
+        "lime@candidate": "Did you mean 'line@candidate'",
+        "line@candidat": "Did you mean 'line@candidate'",
+        "line/7": "Did you mean 'line/1'",
+        "run-7": "Valid names",
+        "a' or 1=1": "Valid names",
+    }
+    for reference, words in cases.items():
+        with pytest.raises(InputError, match=words):
+            registry.resolve(reference)
