@@ -34,8 +34,7 @@ def slice_rows(rows: Rows, start: int, stop: int) -> Rows:
 def rows_bytes(rows: Rows) -> int:
     """Bytes of all values."""
     return sum(
-        column.nbytes if isinstance(column, np.ndarray) else sum(len(_raw(value)) for value in column)
-        for column in rows.values()
+        column.nbytes if isinstance(column, np.ndarray) else sum(len(_raw(value)) for value in column) for column in rows.values()
     )
 
 
@@ -103,9 +102,7 @@ def _misfit(column: Column, field: Field) -> str | None:
         if not isinstance(value, np.ndarray):
             return f"a list that holds a {type(value).__name__}"
         shape = value.shape[1:] if value is column else value.shape
-        fits = len(shape) == len(field.shape) and all(
-            want in (None, have) for want, have in zip(field.shape, shape, strict=True)
-        )
+        fits = len(shape) == len(field.shape) and all(want in (None, have) for want, have in zip(field.shape, shape, strict=True))
         if not fits or value.dtype != np.dtype(field.dtype):
             return describe(Field(str(value.dtype), shape))
         if field.classes and value.size and (value.min() < 0 or value.max() >= field.classes):

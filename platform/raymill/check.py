@@ -203,9 +203,7 @@ def check_names(values: Mapping[str, Any], packages: Packages) -> list[Problem]:
     return problems
 
 
-def _check_code(
-    field: str, kind: str, values: Mapping[str, Any], arguments_field: str, packages: Packages
-) -> list[Problem]:
+def _check_code(field: str, kind: str, values: Mapping[str, Any], arguments_field: str, packages: Packages) -> list[Problem]:
     import_path, arguments = values.get(field), values.get(arguments_field, {})
     if not isinstance(import_path, str):
         return []

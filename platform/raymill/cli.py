@@ -1,14 +1,11 @@
-"""The verbs: parse, call one function, print, exit code. `--json` puts one JSON object on stdout and nothing else there."""
+"""The verbs: parse, call one function, print, exit code. `--json` puts one JSON object on stdout and nothing else."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -58,28 +55,6 @@ def _errors(as_json: bool) -> Iterator[None]:
         raise typer.Exit(error.exit_code) from error
 
 
-@contextmanager
-def _quiet_into(log: Path) -> Iterator[TextIO]:
-    """Send whatever this process and its children print to a log file; gives the real stderr."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    out, err = os.dup(1), os.dup(2)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
-    try:
-        with os.fdopen(os.dup(err), "w", buffering=1) as stderr:
-            yield stderr
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(out, 1)
-        os.dup2(err, 2)
-        os.close(out)
-        os.close(err)
-
-
 def _overrides(given: list[str] | None, workers: int | None) -> list[str]:
     return [*(given or []), *([f"scale.workers={workers}"] if workers is not None else [])]
 
@@ -93,11 +68,11 @@ def check(job: JobArgument, set_: SetOption = None, workers: WorkersOption = Non
     with _errors(json_):
         from raymill import load, run
 
-        loaded = load.load_job(load.find_job(job), _overrides(set_, workers))
+        loaded = load.examine_job(job, _overrides(set_, workers))
         prepared = run.prepare(loaded)
         rows = {split: part.num_rows for split, part in prepared.manifest.splits.items()}
         _emit(
-            {"job": prepared.spec.name, "valid": True, "rows": rows},
+            {"job": prepared.spec.name, "valid": True, "rows": rows, "problems": []},
             json_,
             lambda console: console.print(f"{loaded.path}: valid; rows: {rows}", highlight=False),
         )
@@ -110,7 +85,7 @@ def plan(job: JobArgument, set_: SetOption = None, workers: WorkersOption = None
         from raymill import load, run
         from raymill.plan import explain
 
-        prepared = run.prepare(load.load_job(load.find_job(job), _overrides(set_, workers)))
+        prepared = run.prepare(load.examine_job(job, _overrides(set_, workers)))
 
         def show(console: Console) -> None:
             table = Table("number", "value", "reason", box=None, header_style="bold")
@@ -136,26 +111,21 @@ def train(
         from raymill.progress import Progress
 
         if (job is None) == (resume is None):
-            raise InputError(
-                [Problem("train", "both or neither of JOB and --resume", "one of them", "Give a job file, or --resume RUN.")]
-            )
+            fix = "Give a job file, or --resume RUN."
+            raise InputError([Problem("train", "both or neither of JOB and --resume", "one of them", fix)])
         if resume is not None and set_:
-            raise InputError(
-                [Problem("--set", "--resume with changed values", "the values of the run", "Resume as it was, or start a new run.")]
-            )
-        prepared = run.prepare(load.load_job(load.find_job(job), _overrides(set_, workers))) if job else None
+            fix = "Resume it as it was, or start a new run."
+            raise InputError([Problem("--set", "--resume with changed values", "the values of the run", fix)])
+        prepared = run.prepare(load.examine_job(job, _overrides(set_, workers))) if job else None
         with ExitStack() as stack:
 
             def watch(folder: RunFolder) -> Callable[[dict[str, Any]], None]:
-                console = Console(file=stack.enter_context(_quiet_into(folder.ray_log)))
+                console = Console(stderr=True)
                 console.print(f"run {folder.run_id}", highlight=False)
                 console.print(f"Ray's output: {folder.ray_log}", highlight=False, soft_wrap=True)
                 return stack.enter_context(Progress(console)).show
 
-            if prepared is not None:
-                summary = run.train(prepared, watch)
-            else:
-                summary = run.resume(str(resume), workers, watch)
+            summary = run.train(prepared, watch) if prepared else run.resume(str(resume), workers, watch)
         _emit(summary, json_, lambda console: _show_summary(console, summary))
 
 
@@ -178,13 +148,19 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
 
 
 @app.command()
-def evaluate(model: Annotated[str, typer.Argument(help="name@alias, name/version, or a run id")], json_: JsonOption = False) -> None:
+def evaluate(
+    model: Annotated[str, typer.Argument(help="name@alias, name/version, or a run id")], json_: JsonOption = False
+) -> None:
     """Measure a model on its job's validation rows, every row exactly once."""
     with _errors(json_):
         from raymill.evaluation import evaluate as measure
 
         result = measure(model)
-        _emit(result, json_, lambda console: _show_values(console, {"model": model, **result["metrics"], "rows": result["rows"]}))
+        _emit(
+            result,
+            json_,
+            lambda console: _show_values(console, {"model": model, **result["metrics"], "rows": result["rows"]}),
+        )
 
 
 @app.command()
@@ -194,14 +170,15 @@ def jobs(json_: JsonOption = False) -> None:
         from raymill.load import list_jobs
 
         found = list_jobs()
-        _emit({"jobs": found}, json_, lambda console: _show_table(console, found, ("name", "path", "about")))
+        columns = ("name", "path", "about", "valid")
+        _emit({"jobs": found}, json_, lambda console: _show_table(console, found, columns))
 
 
 @app.command()
 def ui(port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 5000) -> None:
     """Open the MLflow page of this project on this machine, until Ctrl-C."""
     with _errors(False):
-        from raymill.tracking import serve_ui
+        from raymill.ui import serve_ui
 
         Console(stderr=True).print(f"MLflow: http://127.0.0.1:{port}  (Ctrl-C ends it)", highlight=False)
         serve_ui(port)
@@ -241,7 +218,9 @@ def models_list(json_: JsonOption = False) -> None:
 
 
 @models_app.command("show")
-def models_show(model: Annotated[str, typer.Argument(help="name@alias, name/version, or a run id")], json_: JsonOption = False) -> None:
+def models_show(
+    model: Annotated[str, typer.Argument(help="name@alias, name/version, or a run id")], json_: JsonOption = False
+) -> None:
     """Show one model version."""
     with _errors(json_):
         from raymill.registry import show_model
@@ -256,12 +235,11 @@ def data_get(job: JobArgument, set_: SetOption = None, json_: JsonOption = False
     with _errors(json_):
         from raymill import load
 
-        loaded = load.load_job(load.find_job(job), _overrides(set_, None))
+        loaded = load.load_job(job, _overrides(set_, None))
         pipeline = load.import_pipeline(loaded.spec)
         if pipeline.get is None:
-            raise InputError(
-                [Problem(loaded.where("pipeline"), "a pipeline that fetches nothing", "one with `get`", "This job's data need no fetching, or you bring them.")]
-            )
+            fix = "This job's data need no fetching, or you bring them."
+            raise InputError([Problem(loaded.where("pipeline"), "a pipeline without `get`", "one that fetches data", fix)])
         folder = pipeline.get()
         _emit({"folder": str(folder)}, json_, lambda console: console.print(str(folder), highlight=False, soft_wrap=True))
 
@@ -273,7 +251,7 @@ def data_check(job: JobArgument, set_: SetOption = None, json_: JsonOption = Fal
         from raymill import load
         from raymill.manifest import check_rows, take_manifest
 
-        pipeline = load.import_pipeline(load.load_job(load.find_job(job), _overrides(set_, None)).spec)
+        pipeline = load.import_pipeline(load.load_job(job, _overrides(set_, None)).spec)
         result = check_rows(pipeline, take_manifest(pipeline))
         _emit(result, json_, lambda console: _show_values(console, result))
 
@@ -285,7 +263,7 @@ def data_stats(job: JobArgument, set_: SetOption = None, json_: JsonOption = Fal
         from raymill import load
         from raymill.manifest import statistics, take_manifest
 
-        pipeline = load.import_pipeline(load.load_job(load.find_job(job), _overrides(set_, None)).spec)
+        pipeline = load.import_pipeline(load.load_job(job, _overrides(set_, None)).spec)
         taken = take_manifest(pipeline)
         found = {split: statistics(pipeline, taken, split) for split in taken.splits}
         _emit(found, json_, lambda console: _show_values(console, found))
@@ -309,5 +287,7 @@ def _show_table(console: Console, rows: list[dict[str, Any]], columns: tuple[str
 
 def _short(value: Any) -> str:
     if isinstance(value, dict):
-        return "  ".join(f"{name} {number:.4g}" if isinstance(number, float) else f"{name} {number}" for name, number in value.items())
+        return "  ".join(
+            f"{name} {number:.4g}" if isinstance(number, float) else f"{name} {number}" for name, number in value.items()
+        )
     return str(value)

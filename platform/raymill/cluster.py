@@ -6,13 +6,14 @@ session in a private temporary folder, and is gone, folder and all, when the com
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import psutil
 from raymill.plan import ClusterFacts, Plan
 
 SESSION_PREFIX = "raymill-"
+SESSION_VARIABLE = "RAYMILL_SESSION"
 
 RAY_SETTINGS = {
     # The controller looks at its workers this often; reports and the end of a run wait for it (default 2).
@@ -42,7 +44,9 @@ def local_facts() -> ClusterFacts:
     """What this machine has, as an embedded Ray would offer it."""
     num_gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").is_dir() else 0
     return ClusterFacts(
-        num_cpus=float(len(os.sched_getaffinity(0))), num_gpus=float(num_gpus), memory_bytes=psutil.virtual_memory().total
+        num_cpus=float(len(os.sched_getaffinity(0))),
+        num_gpus=float(num_gpus),
+        memory_bytes=psutil.virtual_memory().total,
     )
 
 
@@ -54,6 +58,37 @@ def remove_stale_sessions() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def end_session(pid: int, timeout_s: float) -> None:
+    """Wait until nothing is left of the Ray of a driver that ended, and end what stays; then remove its folder.
+
+    Args:
+        pid: the driver's process id.
+        timeout_s: seconds to wait before killing what is left.
+    """
+    folder = session_folder(pid)
+    if not folder.exists():
+        return
+    left = [process for process in psutil.process_iter() if _belongs(process, folder)]
+    _, left = psutil.wait_procs(left, timeout=timeout_s)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _belongs(process: psutil.Process, folder: Path) -> bool:
+    try:
+        return str(folder) in " ".join(process.cmdline()) or process.environ().get(SESSION_VARIABLE) == str(folder)
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return False
+
+
+def session_folder(pid: int) -> Path:
+    """Where the Ray of this process keeps its session. Short, because the sockets in it have a length limit."""
+    return Path(tempfile.gettempdir()) / f"{SESSION_PREFIX}{pid}"
+
+
 @contextmanager
 def embedded_ray(plan: Plan, facts: ClusterFacts) -> Iterator[None]:
     """A Ray of this process's own, for as long as the context lasts."""
@@ -62,9 +97,10 @@ def embedded_ray(plan: Plan, facts: ClusterFacts) -> Iterator[None]:
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     remove_stale_sessions()
-    # Short, because the sockets in it have a length limit; of this process alone, because others must not look in.
-    session = Path(tempfile.gettempdir()) / f"{SESSION_PREFIX}{os.getpid()}"
+    session = session_folder(os.getpid())
     session.mkdir(mode=0o700)
+    # Every process of this Ray inherits it, and so can be found when the driver is gone.
+    os.environ[SESSION_VARIABLE] = str(session)
     # The driver needs these modules next; importing them while the cluster starts saves their time.
     imports = threading.Thread(target=_import_ahead, name="imports")
     imports.start()
@@ -93,7 +129,7 @@ def _start(plan: Plan, facts: ClusterFacts, session: Path) -> None:
         address="local",
         include_dashboard=False,
         log_to_driver=True,
-        logging_level="WARNING",
+        logging_level=logging.WARNING,
         _temp_dir=str(session),
         _node_ip_address="127.0.0.1",
         **settings,

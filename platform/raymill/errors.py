@@ -7,6 +7,7 @@
     |   |-- DataError            a row, file or row group could not be read or is not what the manifest says
     |   |-- CheckpointError      no checkpoint could be written or read
     |   |-- NumberError          a loss or gradient is NaN or infinite; names step and rows
+    |   |-- StallError           no step was made for too long; names who waits for whom
     |   `-- TrackingError        MLflow could not be reached or refused
     `-- Interrupted      (3)     stopped by the user or the machine; can be resumed
 
@@ -16,9 +17,10 @@ processes unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -86,19 +88,21 @@ class RunError(RaymillError):
 
 
 class WorkerError(RunError):
-    """A worker failed.
+    """A process of the run failed.
 
     Args:
         message: what happened and what to do.
         rank: the rank that failed first, or None when unknown.
         traceback: the remote traceback as text.
+        cause: one of the values of `retry.Cause`.
     """
 
-    def __init__(self, message: str, rank: int | None = None, traceback: str = "") -> None:
+    def __init__(self, message: str, rank: int | None = None, traceback: str = "", cause: str = "code") -> None:
         super().__init__(message)
         self.rank = rank
         self.traceback = traceback
-        self.args = (message, rank, traceback)
+        self.cause = cause
+        self.args = (message, rank, traceback, cause)
 
 
 class DataError(RunError):
@@ -111,6 +115,10 @@ class CheckpointError(RunError):
 
 class NumberError(RunError):
     """A loss or gradient is NaN or infinite."""
+
+
+class StallError(RunError):
+    """No step was made for too long."""
 
 
 class TrackingError(RunError):
@@ -134,6 +142,26 @@ class Interrupted(RaymillError):
 
     def __str__(self) -> str:
         return f"run {self.run_id} was interrupted; its state is saved at step {self.step}. Continue with --resume {self.run_id}"
+
+
+def as_record(error: RaymillError) -> dict[str, Any]:
+    """An error as JSON-ready values; `from_record` makes an equal one."""
+    if isinstance(error, InputError):
+        return {"kind": "InputError", "problems": [problem.as_dict() for problem in error.problems]}
+    return {"kind": type(error).__name__, "args": list(error.args)}
+
+
+def from_record(record: Mapping[str, Any]) -> RaymillError:
+    """The error of a record.
+
+    Raises:
+        KeyError: when the record is not one of an error of this file.
+    """
+    if record["kind"] == "InputError":
+        return InputError([Problem(**problem) for problem in record["problems"]])
+    kinds = (RunError, WorkerError, DataError, CheckpointError, NumberError, StallError, TrackingError, Interrupted)
+    made: RaymillError = {kind.__name__: kind for kind in kinds}[record["kind"]](*record["args"])
+    return made
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from raymill import checkpoint, load, loop, plan, registry
-from raymill.errors import InputError, Problem
+from raymill.errors import CheckpointError, InputError, Problem
 from raymill.home import RunFolder, run_folder
 from raymill.manifest import take_manifest
 from raymill.metrics import Evaluation
@@ -56,7 +56,7 @@ def evaluate(reference: str) -> dict[str, Any]:
 
     Raises:
         InputError: when there is no such model, or its job has no validation rows.
-        CheckpointError: when the run's checkpoint is damaged.
+        CheckpointError: when the run's checkpoint is damaged, or is of another model than the task builds now.
         DataError: when the rows cannot be read.
     """
     trained = find_model(reference)
@@ -138,7 +138,12 @@ def measure_all(trained: Trained) -> tuple[dict[str, float], dict[str, Any], int
     seat = loop.Seat(rank=0, world_size=1, device=device, folder=trained.weights.parent, attempt=0)
     torch.set_num_threads(planned.threads)
     model = job.task.build()
-    model.load_state_dict(load_file(trained.weights), strict=True)
+    try:
+        model.load_state_dict(load_file(trained.weights), strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{trained.weights} does not fit what {spec.task} builds now: {error}. Restore the task's code as it was."
+        ) from error
     model.to(device)
     evaluation = Evaluation()
     for number in range(num_batches(cut.num_rows, cut.batch_rows)):

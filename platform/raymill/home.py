@@ -1,10 +1,10 @@
 """Where a project keeps its state: `.raymill/` in the project, or the folder that RAYMILL_HOME names.
 
-    .raymill/
-        data/NAME/              data sets made by `raymill data get`
-        cache/                  archives they were taken from
-        mlflow.db, artifacts/   the MLflow store
-        runs/RUN/               one folder per run, see RunFolder
+.raymill/
+    data/NAME/              data sets made by `raymill data get`
+    cache/                  archives they were taken from
+    mlflow.db, artifacts/   the MLflow store
+    runs/RUN/               one folder per run, see RunFolder
 """
 
 from __future__ import annotations
@@ -83,6 +83,26 @@ class RunFolder:
     def summary(self) -> Path:
         """The result of the run, as JSON."""
         return self.path / "summary.json"
+
+    @property
+    def command(self) -> Path:
+        """When the command was given that the current attempts belong to, as JSON."""
+        return self.path / "command.json"
+
+    @property
+    def outcome(self) -> Path:
+        """Why the last driver ended without finishing, as JSON."""
+        return self.path / "outcome.json"
+
+    @property
+    def lease(self) -> Path:
+        """Locked by the process that drives the run; holds its pid."""
+        return self.path / "lease"
+
+    @property
+    def stop(self) -> Path:
+        """There while the workers are asked to save and stop."""
+        return self.path / "stop"
 
     @property
     def version(self) -> Path:

@@ -56,9 +56,7 @@ class LoadedJob:
 
     def is_sound(self, *fields: str) -> bool:
         """Whether nothing is wrong with these fields, with what they hold, or with what holds them."""
-        return not any(_within(fault, fields) for fault in self.faults) and not any(
-            _within(name, self.faults) for name in fields
-        )
+        return not any(_within(fault, fields) for fault in self.faults) and not any(_within(name, self.faults) for name in fields)
 
     def where(self, field: str) -> str:
         """The place of a field, for messages: "jobs/mnist/job.yaml:7 loop.epochs", or "--set loop.epochs"."""
@@ -152,7 +150,7 @@ def examine_job(job: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
     placed = (*_placed(problems, path, lines, overridden), *override_problems)
     faults = frozenset(problem.where for problem in problems)
     if spec is None:
-        spec, _ = _validate(_without(values, faults))
+        spec, _ = _validate(_without(values, {problem.where for problem in spec_problems}))
     if spec is None or override_problems or "" in faults:
         raise InputError(placed)
     return LoadedJob(spec, path, lines, overridden, placed, faults)
@@ -211,9 +209,7 @@ def _import_code(import_path: str, field: str, kind: str) -> Any:
         module = importlib.import_module(name)
     except ImportError as error:
         found = f"a module that cannot be imported: {error}"
-        raise InputError(
-            [Problem(field, found, "a module that imports", "Install or correct what it imports.")]
-        ) from error
+        raise InputError([Problem(field, found, "a module that imports", "Install or correct what it imports.")]) from error
     checked, imported = packages.locate(name), getattr(module, "__file__", None)
     if imported is None or checked is None or not os.path.samefile(imported, checked):
         found = f"{name} already imported from {imported}"
@@ -275,14 +271,13 @@ def _validate(values: dict[str, Any]) -> tuple[JobSpec | None, list[Problem]]:
 
 
 def _without(values: dict[str, Any], faults: Collection[str]) -> dict[str, Any]:
-    """The values without those at these field paths; a list is left out as a whole."""
-    return {
-        name: _without(value, [fault.partition(".")[2] for fault in faults if fault.startswith(f"{name}.")])
-        if isinstance(value, dict)
-        else value
-        for name, value in values.items()
-        if name not in faults and (isinstance(value, dict) or not any(fault.startswith(f"{name}.") for fault in faults))
-    }
+    """The values without those at these field paths; of a list that holds one, nothing is kept."""
+    kept = {}
+    for name, value in values.items():
+        inside = [fault.removeprefix(f"{name}.") for fault in faults if fault.startswith(f"{name}.")]
+        if name not in faults and (isinstance(value, dict) or not inside):
+            kept[name] = _without(value, inside) if inside else value
+    return kept
 
 
 def _translated(details: dict[str, Any]) -> Problem:
@@ -299,9 +294,7 @@ def _translated(details: dict[str, Any]) -> Problem:
     if kind == "missing":
         return Problem(where, "nothing", f"a value{meaning}", f"Add {where}.")
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    message = message.replace("valid dictionary or instance of", "mapping of fields for").replace(
-        "dictionary", "mapping"
-    )
+    message = message.replace("valid dictionary or instance of", "mapping of fields for").replace("dictionary", "mapping")
     return Problem(where, shortened(details["input"]), f"{message}{meaning}", f"Change {where}.")
 
 
@@ -342,9 +335,7 @@ def _where(path: Path, lines: Mapping[str, int], overridden: Collection[str], fi
     return f"{file}{line} {field}".rstrip()
 
 
-def _placed(
-    problems: Sequence[Problem], path: Path, lines: Mapping[str, int], overridden: Collection[str]
-) -> list[Problem]:
+def _placed(problems: Sequence[Problem], path: Path, lines: Mapping[str, int], overridden: Collection[str]) -> list[Problem]:
     """Problems with their field paths made into places, in the order of the file, those of overrides last."""
 
     def line(problem: Problem) -> float:

@@ -150,9 +150,7 @@ def train(
         loop.close()
 
 
-def measure(
-    job: Job, seat: Seat, model: nn.Module, feed: Feed, epoch: int, number: int, evaluation: Evaluation
-) -> None:
+def measure(job: Job, seat: Seat, model: nn.Module, feed: Feed, epoch: int, number: int, evaluation: Evaluation) -> None:
     """Add a rank's part of validation batch `number` to an evaluation.
 
     What comes out depends on the weights and the data alone, so that `raymill.evaluation` finds the run's own numbers.
@@ -170,7 +168,13 @@ class _Loop:
     """One attempt at a job on one rank."""
 
     def __init__(
-        self, job: Job, seat: Seat, state: TrainState, packets: Iterator[Packet], report: Report, should_stop: Callable[[], bool]
+        self,
+        job: Job,
+        seat: Seat,
+        state: TrainState,
+        packets: Iterator[Packet],
+        report: Report,
+        should_stop: Callable[[], bool],
     ) -> None:
         self.job, self.seat, self.state = job, seat, state
         self.feed = Feed(packets)
@@ -235,7 +239,9 @@ class _Loop:
         self.state.position = turn.position
         step = self.job.order.step(turn.position)
         self.settle_exchange()
-        self.exchange = _Exchange(self.event(step, turn, measured), sum(count for _, count in shards), self.seat, self.should_stop)
+        self.exchange = _Exchange(
+            self.event(step, turn, measured), sum(count for _, count in shards), self.seat, self.should_stop
+        )
         if self.clock.first_step_s is None:
             self.first_step()
         if step % self.job.plan.checkpoint_every_steps == 0 and self.is_rest(turn):
@@ -265,7 +271,7 @@ class _Loop:
                 with wrapped.accumulating(last):
                     loss = wrapped.loss(batch)
                     # DDP averages over ranks; this makes it the mean over the rows of the global batch.
-                    (loss * (count * self.seat.world_size / rows)).backward()
+                    torch.autograd.backward(loss * (count * self.seat.world_size / rows))
                 loss_sum += float(loss.detach()) * count
         optimizer_values = optimizer_spec(spec, name, [w.objective.name for w in self.state.wrapped])
         norm = gradient_norm(wrapped.parameters)
@@ -294,7 +300,13 @@ class _Loop:
     def event(self, step: int, turn: Turn, measured: dict[str, float]) -> dict[str, Any]:
         """A step event without what other ranks still have to add."""
         now = time.perf_counter()
-        event: dict[str, Any] = {"kind": "step", "step": step, "epoch": turn.epoch, "rows": turn.position, "metrics": measured}
+        event: dict[str, Any] = {
+            "kind": "step",
+            "step": step,
+            "epoch": turn.epoch,
+            "rows": turn.position,
+            "metrics": measured,
+        }
         if self.clock.first_step_s is not None:
             elapsed = now - self.clock.first_step_s - self.clock.evaluation_s
             event["rows_per_s"] = (turn.position - self.clock.rows_before) / max(elapsed, 1e-9)

@@ -119,9 +119,7 @@ def check_rows(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
             except DataError as error:
                 problems.append(Problem(where, str(error), "readable rows", "Correct or restore the data."))
                 continue
-            problems += schema_problems(rows, pipeline.schema, where) or _value_problems(
-                rows, fragment, pipeline, where
-            )
+            problems += schema_problems(rows, pipeline.schema, where) or _value_problems(rows, fragment, pipeline, where)
     if problems:
         raise InputError(problems)
     return {

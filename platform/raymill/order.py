@@ -272,9 +272,7 @@ class Stream:
         self._order = order
         self._per_epoch = order.train.num_windows + (order.validation.num_windows if order.validation else 0)
         self._epoch, self._place = divmod(position, order.train.num_rows)
-        self._first = self._epoch * self._per_epoch + (
-            window_at(order.train, self._epoch, self._place) if self._place else 0
-        )
+        self._first = self._epoch * self._per_epoch + (window_at(order.train, self._epoch, self._place) if self._place else 0)
 
     def __len__(self) -> int:
         return self._order.epochs * self._per_epoch - self._first

@@ -25,7 +25,12 @@ LOOPBACK = "127.0.0.1"
 
 
 def join_group(
-    meeting: tuple[str, int], listener: socket.socket | None, rank: int, world_size: int, device: torch.device, timeout_s: float
+    meeting: tuple[str, int],
+    listener: socket.socket | None,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    timeout_s: float,
 ) -> None:
     """Join the process group of all ranks; with one rank there is none.
 
@@ -45,16 +50,28 @@ def join_group(
     timeout = timedelta(seconds=timeout_s)
     # Given no socket, the store would listen on every interface.
     descriptor = listener.detach() if listener else None
-    store = dist.TCPStore(
-        host, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False, master_listen_fd=descriptor
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        host,
+        port,
+        world_size,
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=descriptor,
     )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def leave_group() -> None:
-    """Leave the process group, if this process is in one."""
+def leave_group(*, together: bool) -> None:
+    """Leave the process group, if this process is in one.
+
+    Args:
+        together: wait for the other ranks first; gloo may abort where one leaves while another still sends.
+    """
     if dist.is_initialized():
+        if together:
+            dist.barrier()
         dist.destroy_process_group()
 
 
@@ -147,7 +164,7 @@ class Wrapped:
         buffers = [buffer.clone() for buffer in self._module.buffers()]
         with self.only_own():
             for _ in range(2):
-                self.loss(batch).backward()
+                torch.autograd.backward(self.loss(batch))
         with torch.no_grad():
             for buffer, before in zip(self._module.buffers(), buffers, strict=True):
                 buffer.copy_(before)

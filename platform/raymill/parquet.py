@@ -137,9 +137,7 @@ def _value_problems(path: Path, footer: Footer, schema: Schema) -> list[Problem]
     return problems
 
 
-def _label_problems(
-    path: Path, footer: Footer, name: str, field: Field, statistics: list[pq.Statistics | None]
-) -> list[Problem]:
+def _label_problems(path: Path, footer: Footer, name: str, field: Field, statistics: list[pq.Statistics | None]) -> list[Problem]:
     ranges: dict[int, tuple[int, int]] = {}
     for part, found in enumerate(statistics):
         if found is not None and found.has_min_max:
@@ -182,9 +180,7 @@ def write_parquet(folder: Path, rows: Rows, schema: Schema, *, num_shards: int, 
     if row_group_rows < 1:
         problems.append(Problem(str(folder), f"row groups of {row_group_rows} rows", "at least 1", "Use 1000 or so."))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        problems.append(
-            Problem(str(folder), "something there already", "no folder, or an empty one", "Delete it first.")
-        )
+        problems.append(Problem(str(folder), "something there already", "no folder, or an empty one", "Delete it first."))
     if problems:
         raise InputError(problems)
     stage = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"

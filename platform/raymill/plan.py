@@ -285,4 +285,6 @@ def explain(plan: Plan) -> list[tuple[str, str, str]]:
     """Each number of the plan as (name, value, reason), for people."""
     record = plan.as_record()
     reasons = record.pop("reasons")
-    return [(name, f"{value:g}" if isinstance(value, float) else str(value), reasons.get(name, "")) for name, value in record.items()]
+    return [
+        (name, f"{value:g}" if isinstance(value, float) else str(value), reasons.get(name, "")) for name, value in record.items()
+    ]

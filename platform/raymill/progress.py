@@ -52,11 +52,13 @@ class Progress:
         elif kind == "evaluation":
             self._evaluation = "  ".join(f"{name} {value:.4g}" for name, value in event["metrics"].items())
             self._say(f"epoch {event['epoch']}: {self._evaluation}")
+        elif kind == "restart":
+            self._say(f"{event['cause']} at step {event['step']}: {event['message']}; going on from there")
         elif kind == "delivering":
             self._say("delivering the run to MLflow")
 
     def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False)
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _step(self, event: dict[str, Any]) -> None:
         done = event["step"]

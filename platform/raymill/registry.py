@@ -171,9 +171,7 @@ def _files_beside(folder: RunFolder, checkpoint: Path, beside: Path) -> list[str
     return [str(path) for path in (*beside.iterdir(), *saved)]
 
 
-def _log(
-    model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], model_id: str, run_id: str, files: list[str]
-) -> None:
+def _log(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], model_id: str, run_id: str, files: list[str]) -> None:
     import mlflow
     import torch
     from mlflow.models import Model

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +13,16 @@ from typing import Any
 import psutil
 
 from raymill import load, manifest, plan
-from raymill.checkpoint import read_pointer, write_file
-from raymill.cluster import embedded_ray, local_facts
-from raymill.errors import InputError, Interrupted, Problem, RaymillError, did_you_mean
+from raymill.checkpoint import write_file
+from raymill.cluster import local_facts
+from raymill.errors import InputError, Problem, did_you_mean
 from raymill.home import RunFolder, run_folder, runs_folder
 from raymill.manifest import Manifest
 from raymill.plan import Plan
 from raymill.spec import JobSpec
+from raymill.supervisor import supervise
 from raymill.task import Pipeline
-from raymill.tracking import append_event, environment, read_events
+from raymill.tracking import environment
 
 Event = dict[str, Any]
 Show = Callable[[Event], None]
@@ -100,7 +95,7 @@ def train(prepared: Prepared, watch: Watch) -> dict[str, Any]:
     _write(folder.spec, load.resolved(prepared.spec))
     _write(folder.manifest, manifest.as_record(prepared.manifest))
     _write(folder.environment, environment())
-    return _attempt(folder, prepared, watch)
+    return _run(folder, prepared, watch)
 
 
 def resume(run_id: str, num_workers: int | None, watch: Watch) -> dict[str, Any]:
@@ -120,7 +115,9 @@ def resume(run_id: str, num_workers: int | None, watch: Watch) -> dict[str, Any]
         recorded["scale"]["workers"] = num_workers
     spec = JobSpec.model_validate(recorded)
     if folder.summary.exists() and json.loads(folder.summary.read_text()).get("status") == "finished":
-        raise InputError([Problem(f"--resume {run_id}", "a run that is finished", "an interrupted or failed run", "Start a new run.")])
+        raise InputError(
+            [Problem(f"--resume {run_id}", "a run that is finished", "an interrupted or failed run", "Start a new run.")]
+        )
     pipeline = load.import_pipeline(spec)
     taken = manifest.take_manifest(pipeline)
     changed = manifest.differences(manifest.from_record(json.loads(folder.manifest.read_text())), taken)
@@ -128,7 +125,7 @@ def resume(run_id: str, num_workers: int | None, watch: Watch) -> dict[str, Any]
         raise InputError(changed)
     planned = plan.make_plan(spec, taken, local_facts(), lambda field: f"run {run_id} {field}")
     _write(folder.spec, load.resolved(spec))
-    return _attempt(folder, Prepared(spec, pipeline, taken, planned), watch)
+    return _run(folder, Prepared(spec, pipeline, taken, planned), watch)
 
 
 def find_run(run_id: str) -> RunFolder:
@@ -144,158 +141,13 @@ def find_run(run_id: str) -> RunFolder:
     return folder
 
 
-def _attempt(folder: RunFolder, prepared: Prepared, watch: Watch) -> dict[str, Any]:
+def _run(folder: RunFolder, prepared: Prepared, watch: Watch) -> dict[str, Any]:
     _write(folder.plan, prepared.plan.as_record())
-    (folder.path / STOP_FILE).unlink(missing_ok=True)
-    started_s = psutil.Process().create_time()
-    offset = folder.events.stat().st_size if folder.events.exists() else 0
-    show = watch(folder)
-    tracker = _Tracker(folder)
-    try:
-        with _stop_on_signal(folder):
-            with embedded_ray(prepared.plan, local_facts()):
-                outcome, first_step_s = _fit_and_watch(folder, prepared, offset, show, tracker.start)
-            summary = _summary(folder, prepared, outcome, first_step_s and first_step_s - started_s)
-            _write(folder.summary, summary)
-            if outcome["status"] == "interrupted":
-                append_event(folder, {"kind": "stop", "reason": "interrupted", "message": "", "time_s": time.time()})
-                raise Interrupted(folder.run_id, outcome["step"])
-            append_event(
-                folder,
-                {
-                    "kind": "end",
-                    "time_s": time.time(),
-                    "best_checkpoint": summary["best_checkpoint"],
-                    "metrics": summary["metrics"],
-                },
-            )
-            summary |= tracker.finish(show)
-            _write(folder.summary, summary)
-            return summary
-    except RaymillError as error:
-        if not isinstance(error, Interrupted):
-            append_event(folder, {"kind": "stop", "reason": "failed", "message": str(error), "time_s": time.time()})
-        tracker.finish(show)
-        raise
-
-
-def _fit_and_watch(
-    folder: RunFolder, prepared: Prepared, offset: int, show: Show, track: Callable[[], None]
-) -> tuple[dict[str, Any], float | None]:
-    """Run the trainer in a thread, and pass on events until it is done; returns its outcome and when step one was done."""
-    from raymill import trainer
-
-    result: dict[str, Any] = {}
-
-    def fit() -> None:
-        try:
-            result["outcome"] = trainer.fit(folder, prepared.plan, prepared.spec)
-        except Exception as error:  # handed to the main thread, which raises it
-            result["error"] = error
-
-    # Not in the main thread: Ray would take over SIGINT there.
-    thread = threading.Thread(target=fit, name="fit")
-    thread.start()
-    first_step_s: float | None = None
-    running = True
-    while running:
-        thread.join(timeout=0.1)
-        running = thread.is_alive()
-        events, offset = read_events(folder.events, offset)
-        for event in events:
-            if event["kind"] == "first_step" and first_step_s is None:
-                first_step_s = event["time_s"]
-                track()
-            show(event)
-    if "error" in result:
-        raise result["error"]
-    return result["outcome"], first_step_s
-
-
-@contextmanager
-def _stop_on_signal(folder: RunFolder) -> Iterator[None]:
-    """Within this, SIGINT and SIGTERM ask the workers to save and stop; a second SIGINT stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if (folder.path / STOP_FILE).exists() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        (folder.path / STOP_FILE).touch()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _Tracker:
-    """The process that delivers the run's events to MLflow. Started once training goes, so that it delays nothing."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start it, at low priority and apart from this terminal's Ctrl-C."""
-        if self._process is None:
-            with open(self._folder.tracking_log, "ab") as log:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "raymill.tracking", str(self._folder.path)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                    preexec_fn=_be_nice,
-                )
-
-    def finish(self, show: Show) -> dict[str, Any]:
-        """Wait until everything is delivered; returns what the summary says about it."""
-        self.start()
-        show({"kind": "delivering"})
-        assert self._process is not None
-        code = self._process.wait()
-        found: dict[str, Any] = {"delivered_to_mlflow": code == 0}
-        if self._folder.version.exists():
-            found["model"] = json.loads(self._folder.version.read_text())
-        if code:
-            found["note"] = f"MLflow did not take everything (see {self._folder.tracking_log}); the queue is kept"
-        return found
-
-
-def _be_nice() -> None:
-    os.nice(5)
-
-
-def _summary(
-    folder: RunFolder, prepared: Prepared, outcome: Mapping[str, Any], first_step_s: float | None
-) -> dict[str, Any]:
-    total = prepared.plan.train_rows * prepared.spec.loop.epochs
-    pointer = read_pointer(folder.checkpoints)
-    chosen = (pointer.best or pointer.latest) if pointer else None
-    best = json.loads((folder.checkpoints / chosen / "state.json").read_text()) if chosen else {}
-    remaining = 0 if outcome["status"] == "finished" else total - outcome["position"]
-    return {
-        "run_id": folder.run_id,
-        "status": outcome["status"],
-        "steps": outcome["step"],
-        "metrics": best.get("metrics") or outcome["metrics"],
-        "last_metrics": outcome["metrics"],
-        "best_checkpoint": f"checkpoints/{chosen}" if chosen else None,
-        "best_step": best.get("step"),
-        "weights_sha256": outcome["weights_sha256"],
-        "best_weights_sha256": best.get("weights_sha256"),
-        "rows": {"used": outcome["rows_used"], "skipped": total - outcome["rows_used"] - remaining, "total": total - remaining},
-        "rows_per_s": round(outcome["rows_per_s"], 1),
-        "data_wait_share": round(outcome["data_wait_share"], 4),
-        "seconds_to_first_step": round(first_step_s, 2) if first_step_s is not None else None,
-        "num_workers": prepared.plan.num_workers,
-        "folder": str(folder.path),
-        "ray_log": str(folder.ray_log),
-    }
+    _write(folder.command, {"started_s": psutil.Process().create_time()})
+    folder.stop.unlink(missing_ok=True)
+    summary = supervise(folder, prepared.spec, watch(folder))
+    _write(folder.summary, summary)
+    return summary
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:

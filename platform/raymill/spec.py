@@ -105,6 +105,14 @@ class CheckpointSpec(StrictModel):
     mode: Literal["max", "min"] = Field(default="max", description="whether more or less of the metric is better")
 
 
+class RetrySpec(StrictModel):
+    """How often a run goes on by itself after a failure. Progress, a newer checkpoint, makes each budget whole again."""
+
+    lost_processes: int = Field(default=3, ge=0, description="deaths of a worker, controller, coordinator or driver")
+    stalls: int = Field(default=1, ge=0, description="stalls without progress")
+    storage: int = Field(default=2, ge=0, description="checkpoints that could not be written or read")
+
+
 class RegisterSpec(StrictModel):
     """Under which name the best model is registered."""
 
@@ -125,4 +133,5 @@ class JobSpec(StrictModel):
     loop: LoopSpec = Field(default_factory=LoopSpec)
     scale: ScaleSpec = Field(default_factory=ScaleSpec)
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
+    retry: RetrySpec = Field(default_factory=RetrySpec)
     register_: RegisterSpec | None = Field(default=None, alias="register", description="null: do not register")

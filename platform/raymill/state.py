@@ -34,7 +34,7 @@ def seed_everything(*numbers: int) -> None:
     """Seed Python, NumPy and torch (all devices) from these numbers."""
     seed = key(*numbers)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  a task's own code may use the global generator
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed % 2**63)
 
 
@@ -198,9 +198,7 @@ def restore(state: TrainState, snapshot: Snapshot) -> None:
             found |= {path.removeprefix(prefix): _original(plain[path]) for path in plain if path.startswith(prefix)}
             if found:
                 by_place[place] = found
-        state.optimizers[name].load_state_dict(
-            {"state": by_place, "param_groups": _original(record["optimizer_groups"][name])}
-        )
+        state.optimizers[name].load_state_dict({"state": by_place, "param_groups": _original(record["optimizer_groups"][name])})
     for name, schedule in state.schedules.items():
         schedule.load_state_dict(_original(record["schedules"][name]))
     state.position, state.rows_used = record["position"], record["rows_used"]

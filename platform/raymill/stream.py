@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -172,13 +172,13 @@ def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus:
     stream = Stream(reader.order, position)
     items = ray.data.range(len(stream), override_num_blocks=len(stream))
     packets = items.map_batches(
-        _read_block,
+        _read_block,  # type: ignore[arg-type]  # Ray's stub forgets keyword arguments
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"reader": reader, "stream": stream},
         num_cpus=task_cpus,
     )
-    return cast("list[DataIterator]", packets.streaming_split(world_size, equal=False))
+    return packets.streaming_split(world_size, equal=False)
 
 
 def receive(iterator: DataIterator, rank: int) -> Iterator[Packet]:
@@ -187,7 +187,12 @@ def receive(iterator: DataIterator, rank: int) -> Iterator[Packet]:
     Raises:
         DataError: when a packet is missing or is for somebody else, which would break the order.
     """
-    blocks = iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    # Ray takes None for "whole blocks", and its annotation forgets it.
+    blocks: Iterable[pa.Table] = iterator.iter_batches(
+        batch_size=None,  # type: ignore[arg-type]
+        batch_format="pyarrow",
+        prefetch_batches=2,
+    )
     expected = 0
     for block in blocks:
         for place in range(block.num_rows):

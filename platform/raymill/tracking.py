@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymill.errors import InputError, Problem, TrackingError, did_you_mean
+from raymill.errors import InputError, Problem, did_you_mean
 from raymill.home import RunFolder, home, project_root, run_folder, runs_folder
 
 if TYPE_CHECKING:
@@ -305,24 +305,6 @@ def connect() -> MlflowClient:
         client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
     return client
-
-
-def serve_ui(port: int) -> None:
-    """Serve MLflow's page of the store on 127.0.0.1 until Ctrl-C.
-
-    Raises:
-        TrackingError: when the server ends by itself, for instance because the port is taken.
-    """
-    connect()
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri()]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    try:
-        # Without the job execution it is two processes instead of ten.
-        subprocess.run(command, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, check=True)
-    except KeyboardInterrupt:
-        return
-    except subprocess.CalledProcessError as error:
-        raise TrackingError(f"the MLflow server ended with code {error.returncode}. Try another --port.") from error
 
 
 def store_failures() -> tuple[type[Exception], ...]:

@@ -9,6 +9,7 @@ driver nor Ray's controller has to import torch.
 from __future__ import annotations
 
 import json
+import os
 import queue
 import socket
 import threading
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
+import ray.exceptions
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from raymill import load, manifest, plan, stream
@@ -30,6 +33,7 @@ from raymill.errors import RaymillError, RunError, WorkerError
 from raymill.home import RunFolder
 from raymill.order import TRAIN, VALIDATION
 from raymill.plan import Plan
+from raymill.retry import Cause
 from raymill.spec import JobSpec
 from raymill.tracking import EventWriter
 
@@ -53,8 +57,9 @@ class EmbeddedTrainer(DataParallelTrainer):
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
 
-STOP_FILE = "stop"
 GROUP_TIMEOUT_S = 600.0
+LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, WorkerHealthCheckFailedError)
+"""What Ray raises where a process is gone."""
 
 
 def fit(folder: RunFolder, planned: Plan, spec: JobSpec) -> dict[str, Any]:
@@ -71,13 +76,13 @@ def fit(folder: RunFolder, planned: Plan, spec: JobSpec) -> dict[str, Any]:
         resources["GPU"] = spec.scale.gpus_per_worker
     trainer = EmbeddedTrainer(
         work,
-        train_loop_config={"folder": str(folder.path)},
+        train_loop_config={"folder": str(folder.path), "driver_pid": os.getpid()},
         scaling_config=ScalingConfig(
             num_workers=planned.num_workers,
             use_gpu=bool(spec.scale.gpus_per_worker),
             resources_per_worker=resources,
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[arg-type]  # the trainer's stub names the class of Ray Train V1
             name="ray-train",
             storage_path=str(folder.path),
             # A start that fails three times will fail for ever; Ray's default is to try for ever.
@@ -86,26 +91,36 @@ def fit(folder: RunFolder, planned: Plan, spec: JobSpec) -> dict[str, Any]:
     )
     try:
         result = trainer.fit()
-    except ray.train.TrainingFailedError as error:
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         raise root_cause(error) from error
-    if not isinstance(result.return_value, dict):
+    outcome = getattr(result, "return_value", None)
+    if not isinstance(outcome, dict):
         raise RunError(f"the workers ended without an outcome; see {folder.ray_log}")
-    return result.return_value
+    return outcome
 
 
 def root_cause(error: Exception) -> RaymillError:
-    """The error that explains a failed training: our own kind from whichever rank raised it, else the first that is not a
-    consequence of another rank's death."""
+    """The error that explains a failed training: our own kind from whichever rank raised it, else the first that is not
+    a consequence of another rank's death."""
     failures: dict[int, BaseException] = dict(getattr(error, "worker_failures", {}))
     for rank in sorted(failures):
         for cause in _causes(failures[rank]):
             if isinstance(cause, RaymillError):
                 return cause
-    for rank in sorted(failures, key=lambda r: (_is_consequence(failures[r]), r)):
+    lost = [rank for rank in sorted(failures) if any(isinstance(cause, LOST) for cause in _causes(failures[rank]))]
+    if lost:
+        ranks = f"rank {lost[0]}" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))}"
+        text = "".join(traceback.format_exception(failures[lost[0]]))
+        if "OutOfMemory" in text:
+            message = f"{ranks} ran out of memory. Lower loop.global_batch_rows or loop.window_rows, or raise loop.accumulate."
+            return WorkerError(message, lost[0], text, Cause.MEMORY)
+        return WorkerError(f"{ranks} died, or lost a process that it needs", lost[0], text, Cause.LOST_PROCESS)
+    for rank in sorted(failures, key=lambda rank: (_is_consequence(failures[rank]), rank)):
         text = "".join(traceback.format_exception(failures[rank]))
-        last = str(failures[rank]).strip().splitlines()[-1:] or [type(failures[rank]).__name__]
-        return WorkerError(f"rank {rank} failed: {type(failures[rank]).__name__}: {last[0]}", rank, text)
-    return WorkerError(f"training failed: {error}", None, "".join(traceback.format_exception(error)))
+        said = str(failures[rank]).strip().splitlines()[-1:] or [""]
+        why = Cause.LOST_PROCESS if _is_consequence(failures[rank]) else Cause.CODE
+        return WorkerError(f"rank {rank} failed: {type(failures[rank]).__name__}: {said[0]}", rank, text, why)
+    return WorkerError(f"training failed: {error}", None, "".join(traceback.format_exception(error)), Cause.LOST_PROCESS)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -117,7 +132,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_consequence(error: BaseException) -> bool:
-    return "Connection" in str(error) or "gloo" in str(error)
+    """Whether this is what a rank says when another one is gone."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("Connection", "gloo", "NCCL"))
 
 
 # ---------------------------------------------------------------- on each worker
@@ -131,9 +147,9 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     folder = RunFolder(Path(config["folder"]))
     # By reference: what Ray Train broadcasts is meant to be small.
-    listener = socket.create_server((ray.util.get_node_ip_address(), 0)) if rank == 0 else None
+    listener = socket.create_server((_host(), 0)) if rank == 0 else None
     opened = [ray.put(_open(folder, world_size, listener.getsockname()))] if listener else None
-    start: dict[str, Any] = ray.get(broadcast_from_rank_zero(opened)[0])
+    start: dict[str, Any] = ray.get(broadcast_from_rank_zero(opened)[0]) | {"driver_pid": config["driver_pid"]}
     # Packets are on their way while torch is still being imported.
     packets = ahead(stream.receive(start["iterators"][rank], rank), depth=2)
     return _train(folder, rank, world_size, start, packets, listener)
@@ -203,17 +219,24 @@ def _train(
                 "num_total_steps": planned.total_steps,
                 "resumed": snapshot is not None,
                 "notes": start["notes"],
+                "pid": start["driver_pid"],
             }
         )
-    stop_file = folder.path / STOP_FILE
+    report = writer.write if writer else lambda event: None
+    together = False
     try:
-        return loop.train(
-            job, seat, snapshot, packets, writer.write if writer else lambda event: None, stop_file.exists
-        )
+        outcome = loop.train(job, seat, snapshot, packets, report, folder.stop.exists)
+        together = True
+        return outcome
     finally:
         if writer:
             writer.close()
-        parallel.leave_group()
+        parallel.leave_group(together=together)
+
+
+def _host() -> str:
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
 
 
 def _read(folder: RunFolder) -> tuple[JobSpec, Plan, Any, manifest.Manifest]:

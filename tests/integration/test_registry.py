@@ -115,7 +115,7 @@ def finished_run(run_id: str, seed: int = 0, kind: str = "good") -> RunFolder:
         "layers.1.running_var": torch.rand(2) + 0.5,
         "layers.1.num_batches_tracked": torch.tensor(7),
     }
-    checkpoint.save(folder.checkpoints, "step-00000009.1", Snapshot(weights, {}, {"step": 9}))
+    checkpoint.save(folder.checkpoints, "step-00000009.1", Snapshot(weights, {}, {"step": 9}), best=True)
     end = {"kind": "end", "best_checkpoint": "checkpoints/step-00000009.1", "metrics": {"validation/loss": 0.25}}
     append_event(folder, end)
     client = connect()

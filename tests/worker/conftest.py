@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from worker_harness import Experiment, RankPool, TrainingRun
+
+NewRun = Callable[[Experiment], TrainingRun]
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Four rank processes for all tests."""
+    opened = RankPool(4)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def new_run(pool: RankPool, tmp_path: Path) -> NewRun:
+    """Makes runs, each in a folder of its own."""
+    made: list[TrainingRun] = []
+
+    def make(experiment: Experiment) -> TrainingRun:
+        made.append(TrainingRun(pool, tmp_path / f"run-{len(made)}", experiment))
+        return made[-1]
+
+    return make

@@ -1,0 +1,272 @@
+"""Real rank processes for tests: a pool that stays up, in which each case joins and leaves a process group of its own.
+
+    RankPool            processes 0..n-1, started once; `call` runs a function on the first `world_size` of them
+    TrainingRun         one run's folder; `go` is one attempt, from the newest checkpoint, at any number of ranks
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from raymill.spec import JobSpec
+from raymill.task import Pipeline, Schema, Task
+
+TIMEOUT_S = 60.0
+
+Batches = dict[int, list[int]]
+"""Position behind a step -> its row ids, in the order of shards."""
+
+
+# ---------------------------------------------------------------- the pool
+
+
+class RankPool:
+    """Processes that stay up between cases, so that torch is imported once in each."""
+
+    def __init__(self, size: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for _ in range(size):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def call(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run `function(rank, world_size, port, *args)` on each rank; the results by rank, or the first rank's error."""
+        port = self._ask(self._pipes[:1], [(_listen, ())])[0] if world_size > 1 else 0
+        pipes = self._pipes[:world_size]
+        return self._ask(pipes, [(function, (rank, world_size, port, *args)) for rank in range(world_size)])
+
+    def _ask(self, pipes: Sequence[Connection], requests: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+        for pipe, request in zip(pipes, requests, strict=True):
+            pipe.send(request)
+        answers = []
+        for pipe in pipes:
+            if not pipe.poll(TIMEOUT_S):
+                raise TimeoutError(f"a rank did not answer within {TIMEOUT_S} s")
+            answers.append(pipe.recv())
+        for value, error, text in answers:
+            if error is not None:
+                error.add_note(text)
+                raise error
+        return [value for value, _, _ in answers]
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.kill()
+            process.join(TIMEOUT_S)
+
+
+_listeners: list[socket.socket] = []
+
+
+def _listen() -> int:
+    listener = socket.create_server(("127.0.0.1", 0))
+    _listeners[:] = [listener]
+    return int(listener.getsockname()[1])
+
+
+def _serve(pipe: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((function(*args), None, ""))
+        except Exception as error:  # the test decides whether it was expected
+            pipe.send((None, error, traceback.format_exc()))
+
+
+def join(rank: int, world_size: int, port: int) -> None:
+    """Join the process group of one case; `raymill.parallel.leave_group` leaves it."""
+    import torch
+
+    from raymill.parallel import join_group
+
+    listener = _listeners.pop() if rank == 0 and world_size > 1 else None
+    join_group(("127.0.0.1", port), listener, rank, world_size, torch.device("cpu"), TIMEOUT_S)
+
+
+# ---------------------------------------------------------------- a run
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is trained.
+
+    Attributes:
+        make_task: schema -> Task; importable, as it is called in every rank.
+        make_pipeline: makes the Pipeline, likewise.
+        values: the job's values, as in a job file without names and import paths.
+    """
+
+    make_task: Callable[[Schema], Task]
+    make_pipeline: Callable[[], Pipeline]
+    values: Mapping[str, Any]
+
+    def with_values(self, **sections: Mapping[str, Any]) -> Experiment:
+        """The same with some values changed, by section of the job file."""
+        merged = {name: {**self.values.get(name, {}), **section} for name, section in sections.items()}
+        return Experiment(self.make_task, self.make_pipeline, {**self.values, **merged})
+
+    def spec(self, world_size: int) -> JobSpec:
+        """The job at this number of workers."""
+        loop = {"threads": 1, "record_order": True, **self.values.get("loop", {})}
+        values = {**self.values, "loop": loop, "scale": {"workers": world_size}}
+        return JobSpec.model_validate({"name": "probe", "task": "-", "pipeline": "-", **values})
+
+
+class Crash(Exception):
+    """A rank died as the test wanted."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How one attempt is to go, see `TrainingRun.go`."""
+
+    folder: Path
+    attempt: int
+    stop_after: int | None
+    crash_after: int | None
+    settle: bool
+
+
+@dataclass
+class Attempt:
+    """What one attempt gave.
+
+    Attributes:
+        outcomes: what `loop.train` returned, by rank.
+        events: what rank 0 reported.
+    """
+
+    outcomes: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+
+    @property
+    def sha256(self) -> str:
+        """The weights' SHA-256, which all ranks must agree on."""
+        found = {outcome["weights_sha256"] for outcome in self.outcomes}
+        assert len(found) == 1, "ranks ended with different weights"
+        return str(found.pop())
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """The outcome of rank 0."""
+        return self.outcomes[0]
+
+    def metrics(self, kind: str) -> list[dict[str, float]]:
+        """The metrics of all events of a kind, in order."""
+        return [event["metrics"] for event in self.events if event["kind"] == kind]
+
+
+@dataclass
+class TrainingRun:
+    """One run's folder, in which attempts follow each other."""
+
+    pool: RankPool
+    folder: Path
+    experiment: Experiment
+    attempts: int = 0
+    batches: Batches = field(default_factory=dict)
+
+    def go(
+        self, world_size: int, stop_after: int | None = None, *, crash_after: int | None = None, settle: bool = True
+    ) -> Attempt:
+        """Train from the newest checkpoint.
+
+        Args:
+            world_size: ranks.
+            stop_after: ask to stop once this many steps of the job are done; None: to the end.
+            crash_after: rank 0 raises `Crash` at that moment.
+            settle: False leaves out `Wrapped.settle`.
+        """
+        self.attempts += 1
+        self.folder.mkdir(parents=True, exist_ok=True)
+        start = Start(self.folder, self.attempts, stop_after, crash_after, settle)
+        try:
+            results = self.pool.call(world_size, run_rank, self.experiment, start)
+        finally:
+            self._collect(world_size)
+        return Attempt([outcome for outcome, _ in results], results[0][1])
+
+    def _collect(self, world_size: int) -> None:
+        found: Batches = {}
+        for rank in range(world_size):
+            path = self.folder / f"order-{rank}.jsonl"
+            for line in path.read_text().splitlines() if path.exists() else ():
+                entry = json.loads(line)
+                found.setdefault(entry["position"], []).extend(entry["rows"])
+            path.unlink(missing_ok=True)
+        for position, rows in found.items():
+            assert self.batches.setdefault(position, rows) == rows, "a step that was done again had other rows"
+
+
+def run_rank(
+    rank: int, world_size: int, port: int, experiment: Experiment, start: Start
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One rank of one attempt: what `trainer` does, without Ray."""
+    import torch
+
+    from raymill import checkpoint, loop, parallel, plan, stream
+    from raymill.manifest import take_manifest
+
+    spec, pipeline = experiment.spec(world_size), experiment.make_pipeline()
+    manifest = take_manifest(pipeline)
+    planned = plan.make_plan(spec, manifest, plan.ClusterFacts(num_cpus=8, num_gpus=0, memory_bytes=2**32))
+    order = plan.job_order(spec, planned, manifest)
+    cuts = {split: plan.cut(planned, split) for split in ("train", "validation")}
+    fragments = {split: part.fragments for split, part in manifest.splits.items()}
+    reader = stream.Reader(f"{start.folder.name}.{start.attempt}", order, cuts, fragments, pipeline)
+    name = checkpoint.find_latest(start.folder / "checkpoints", print)
+    snapshot = checkpoint.load(start.folder / "checkpoints" / name) if name else None
+    position = snapshot.record["position"] if snapshot else 0
+    collate = {"collate": pipeline.collate} if pipeline.collate else {}
+    task = experiment.make_task(pipeline.schema)
+    job = loop.Job(spec=spec, plan=planned, order=order, cuts=cuts, task=task, **collate)
+    seat = loop.Seat(
+        rank=rank, world_size=world_size, device=torch.device("cpu"), folder=start.folder, attempt=start.attempt
+    )
+    events: list[dict[str, Any]] = []
+    steps_done = order.step(position)
+
+    def should_stop() -> bool:
+        nonlocal steps_done
+        steps_done += 1
+        if steps_done == start.crash_after:
+            raise Crash
+        return start.stop_after is not None and steps_done >= start.stop_after
+
+    settle = parallel.Wrapped.settle
+    if not start.settle:
+        parallel.Wrapped.settle = lambda self, batch: None  # type: ignore[method-assign]
+    join(rank, world_size, port)
+    try:
+        packets = stream.read_locally(reader, position, rank)
+        outcome = loop.train(job, seat, snapshot, packets, events.append, should_stop)
+        # No rank may tear the group down while another one is still in it.
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        return outcome, events
+    finally:
+        parallel.leave_group()
+        parallel.Wrapped.settle = settle  # type: ignore[method-assign]
