@@ -13,13 +13,14 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from raymill.spec import JobSpec
 from raymill.task import Pipeline, Schema, Task
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 
 Batches = dict[int, list[int]]
 """Position behind a step -> its row ids, in the order of shards."""
@@ -32,44 +33,48 @@ class RankPool:
     """Processes that stay up between cases, so that torch is imported once in each."""
 
     def __init__(self, size: int) -> None:
+        self._size = size
+        self._ranks: list[tuple[BaseProcess, Connection]] = []
+
+    def call(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run `function(rank, world_size, port, *args)` on each rank; the results by rank, or the first rank's error."""
+        if not self._ranks:
+            self._start()
+        port = self._ask([(_listen, ())])[0] if world_size > 1 else 0
+        return self._ask([(function, (rank, world_size, port, *args)) for rank in range(world_size)])
+
+    def close(self) -> None:
+        """End the processes."""
+        for process, pipe in self._ranks:
+            process.kill()
+            process.join()
+            pipe.close()
+        self._ranks = []
+
+    def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for _ in range(size):
+        for _ in range(self._size):
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+            self._ranks.append((process, ours))
 
-    def call(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Run `function(rank, world_size, port, *args)` on each rank; the results by rank, or the first rank's error."""
-        port = self._ask(self._pipes[:1], [(_listen, ())])[0] if world_size > 1 else 0
-        pipes = self._pipes[:world_size]
-        return self._ask(pipes, [(function, (rank, world_size, port, *args)) for rank in range(world_size)])
-
-    def _ask(self, pipes: Sequence[Connection], requests: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    def _ask(self, requests: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+        pipes = [pipe for _, pipe in self._ranks[: len(requests)]]
         for pipe, request in zip(pipes, requests, strict=True):
             pipe.send(request)
         answers = []
-        for pipe in pipes:
+        for rank, pipe in enumerate(pipes):
             if not pipe.poll(TIMEOUT_S):
-                raise TimeoutError(f"a rank did not answer within {TIMEOUT_S} s")
+                self.close()  # new ones are started for the next case
+                raise TimeoutError(f"rank {rank} did not answer within {TIMEOUT_S} s")
             answers.append(pipe.recv())
         for value, error, text in answers:
             if error is not None:
                 error.add_note(text)
                 raise error
         return [value for value, _, _ in answers]
-
-    def close(self) -> None:
-        """End the processes."""
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.kill()
-            process.join(TIMEOUT_S)
 
 
 _listeners: list[socket.socket] = []
@@ -206,18 +211,22 @@ class TrainingRun:
         try:
             results = self.pool.call(world_size, run_rank, self.experiment, start)
         finally:
-            self._collect(world_size)
+            self._collect_batches(world_size)
         return Attempt([outcome for outcome, _ in results], results[0][1])
 
-    def _collect(self, world_size: int) -> None:
+    def _collect_batches(self, world_size: int) -> None:
         found: Batches = {}
+        begun: dict[int, int] = {}
         for rank in range(world_size):
             path = self.folder / f"order-{rank}.jsonl"
             for line in path.read_text().splitlines() if path.exists() else ():
                 entry = json.loads(line)
                 found.setdefault(entry["position"], []).extend(entry["rows"])
+                begun[rank] = entry["position"]
             path.unlink(missing_ok=True)
         for position, rows in found.items():
+            if position > begun[0]:
+                continue  # rank 0 died before it got there
             assert self.batches.setdefault(position, rows) == rows, "a step that was done again had other rows"
 
 
@@ -260,13 +269,12 @@ def run_rank(
     if not start.settle:
         parallel.Wrapped.settle = lambda self, batch: None  # type: ignore[method-assign]
     join(rank, world_size, port)
+    together = False
     try:
         packets = stream.read_locally(reader, position, rank)
         outcome = loop.train(job, seat, snapshot, packets, events.append, should_stop)
-        # No rank may tear the group down while another one is still in it.
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        together = True
         return outcome, events
     finally:
-        parallel.leave_group()
+        parallel.leave_group(together=together)
         parallel.Wrapped.settle = settle  # type: ignore[method-assign]

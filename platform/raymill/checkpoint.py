@@ -236,9 +236,9 @@ class Keeper:
 
     def wait(self) -> None:
         """Return when the last save is safe on disk; raises what it raised."""
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def close(self) -> None:
         """Wait, and end the thread."""

@@ -113,7 +113,7 @@ def summarise(folder: RunFolder, planned: Plan, spec: JobSpec, outcome: Mapping[
         "best_weights_sha256": best.get("weights_sha256"),
         "rows": {
             "used": outcome["rows_used"],
-            "skipped": total - remaining - outcome["rows_used"],
+            "skipped": outcome["rows_skipped"],
             "remaining": remaining,
             "total": total,
         },

@@ -22,6 +22,7 @@ from raymill.metrics import Evaluation
 from raymill.order import VALIDATION, Item, num_batches
 from raymill.parallel import gather
 from raymill.plan import Plan
+from raymill.rows import as_batch
 from raymill.spec import NAME, JobSpec
 from raymill.stream import Feed, Reader
 
@@ -117,8 +118,8 @@ def measure_all(trained: Trained) -> tuple[dict[str, float], dict[str, Any], int
         validation_rows=rows[VALIDATION],
         validation_windows=max(1, trained.plan.validation_windows),
     )
-    # The shards of the run's workers, all on this one: batches of other sizes would be rounded otherwise.
-    cut = replace(plan.cut(planned, VALIDATION), world_size=1)
+    # The shards of the run's workers, all in this process: pieces of other sizes would be rounded otherwise.
+    cut = plan.cut(planned, VALIDATION, world_size=1)
     order = plan.job_order(spec, planned, taken)
     job = loop.Job(
         spec=spec,
@@ -126,7 +127,7 @@ def measure_all(trained: Trained) -> tuple[dict[str, float], dict[str, Any], int
         order=order,
         cuts={VALIDATION: cut},
         task=load.import_task(spec, pipeline.schema),
-        **({"collate": pipeline.collate} if pipeline.collate else {}),
+        collate=pipeline.collate or as_batch,
     )
     fragments = {split: part.fragments for split, part in taken.splits.items()}
     reader = Reader(trained.name, order, job.cuts, fragments, pipeline)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,7 +22,7 @@ from raymill.checkpoint import Keeper, better
 from raymill.errors import NumberError, RunError
 from raymill.metrics import Evaluation
 from raymill.order import TRAIN, VALIDATION, Cut, JobOrder, Turn, agenda
-from raymill.parallel import Wrapped, autocast, gather, gradient_norm, move, share_buffers
+from raymill.parallel import Wrapped, autocast, gather, gather_numbers, gradient_norm, move, share_buffers
 from raymill.plan import Plan
 from raymill.rows import ROW_ID, as_batch
 from raymill.spec import JobSpec
@@ -39,6 +40,7 @@ from raymill.state import (
     seed_everything,
     weights_sha256,
 )
+from raymill.step import Exchange, Piece, Saved, apply, averaged_gradients, ordered_gradients
 from raymill.stream import Feed, Packet
 from raymill.task import Batch, Rows, Task
 
@@ -78,6 +80,7 @@ class Job:
         cuts: split -> how batches are dealt out.
         task: the user's Task.
         collate: rows -> batch.
+        passed_over: positions behind the batches that are not trained on, because they spoiled the numbers before.
     """
 
     spec: JobSpec
@@ -86,6 +89,7 @@ class Job:
     cuts: Mapping[str, Cut]
     task: Task
     collate: Callable[[Rows], Batch] = as_batch
+    passed_over: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -106,7 +110,8 @@ def build(job: Job, seat: Seat) -> TrainState:
     model = job.task.build().to(seat.device)
     objectives = list(job.task.objectives())
     names = [objective.name for objective in objectives]
-    wrapped = [Wrapped(model, objective, job.spec.loop.precision, seat.device) for objective in objectives]
+    loop = job.spec.loop
+    wrapped = [Wrapped(model, objective, loop.precision, seat.device, strict=loop.strict) for objective in objectives]
     optimizers = {w.objective.name: make_optimizer(optimizer_spec(job.spec, w.objective.name, names), w) for w in wrapped}
     schedules = {}
     for name, optimizer in optimizers.items():
@@ -185,7 +190,7 @@ class _Loop:
         self.last_saved = state.position
         self.settled = False
         self.stopping = False
-        self.exchange: _Exchange | None = None
+        self.exchange: Exchange | None = None
         self.order_file = None
         if job.spec.loop.record_order:
             self.order_file = open(seat.folder / f"order-{seat.rank}.jsonl", "a")  # noqa: SIM115  closed in close()
@@ -224,77 +229,96 @@ class _Loop:
     # ------------------------------------------------------------ a step
 
     def step(self, turn: Turn, number: int) -> None:
-        """Train on one global batch."""
+        """Train on one global batch, or pass over it if it is one that spoiled the numbers before."""
         cut = self.job.cuts[TRAIN]
-        shards = [(shard, count) for shard, count in cut.shards(number, self.seat.rank) if count]
-        batches = [(shard, count, self.batch(turn, count)) for shard, count in shards] or [(0, 0, None)]
-        if not self.settled:
-            for wrapped in self.state.wrapped:
-                wrapped.settle(batches[0][2])
-            self.settled = True
         rows = cut.batch_size(number)
+        ids: list[np.ndarray] = []
+        pieces = [
+            Piece(shard, count, self.batch(turn, count, ids)) for shard, count in cut.shards(number, self.seat.rank) if count
+        ]
+        self.settle(pieces)
+        skipped = turn.position in self.job.passed_over
         measured: dict[str, float] = {}
         for place, wrapped in enumerate(self.state.wrapped):
-            measured |= self.minimise(place, wrapped, batches, rows, turn)
+            if not skipped:
+                values = self.minimise(place, wrapped, pieces, rows, turn, ids)
+                skipped = values is None
+                measured |= values or {}
+            if wrapped.objective.name in self.state.schedules:
+                self.state.schedules[wrapped.objective.name].step()
         self.state.position = turn.position
+        self.state.rows_skipped += rows if skipped else 0
         step = self.job.order.step(turn.position)
         self.settle_exchange()
-        self.exchange = _Exchange(
-            self.event(step, turn, measured), sum(count for _, count in shards), self.seat, self.should_stop
-        )
+        used = 0 if skipped else sum(piece.count for piece in pieces)
+        wants_stop = self.seat.rank == 0 and self.should_stop()
+        self.exchange = Exchange(self.event(step, turn, measured), used, wants_stop)
         if self.clock.first_step_s is None:
             self.first_step()
         if step % self.job.plan.checkpoint_every_steps == 0 and self.is_rest(turn):
             self.save()
 
-    def batch(self, turn: Turn, count: int) -> Batch:
-        """The next training rows of this rank as a batch on its device."""
+    def settle(self, pieces: list[Piece]) -> None:
+        """Before an attempt's first step: let DDP fix what it otherwise fixes during that step."""
+        if not self.settled:
+            for wrapped in self.state.wrapped:
+                wrapped.settle(pieces[0].batch if pieces else None)
+            self.settled = True
+
+    def batch(self, turn: Turn, count: int, ids: list[np.ndarray]) -> Batch:
+        """The next training rows of this rank as a batch on its device; their row ids are added to `ids`."""
         rows = self.feed.take(TRAIN, turn.epoch, count)
+        ids.append(np.asarray(rows[ROW_ID]))
         if self.order_file:
-            self.order_file.write(json.dumps({"position": turn.position, "rows": rows[ROW_ID].tolist()}) + "\n")  # type: ignore[union-attr]
+            self.order_file.write(json.dumps({"position": turn.position, "rows": ids[-1].tolist()}) + "\n")
             self.order_file.flush()
         return move(self.job.collate(rows), self.seat.device)
 
     def minimise(
-        self, place: int, wrapped: Wrapped, batches: list[tuple[int, int, Batch]], rows: int, turn: Turn
-    ) -> dict[str, float]:
-        """One optimizer step of one objective; returns this rank's part of the metrics."""
+        self, place: int, wrapped: Wrapped, pieces: list[Piece], rows: int, turn: Turn, ids: list[np.ndarray]
+    ) -> dict[str, float] | None:
+        """One optimizer step of one objective; returns this rank's part of the metrics, or None for a refused step."""
         name, spec = wrapped.objective.name, self.job.spec
         optimizer = self.state.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         self.state.model.train()
-        loss_sum = 0.0
+        saved = Saved.of(self.state.model) if spec.loop.on_nan == "skip" else None
+        gradients = ordered_gradients if spec.loop.strict else averaged_gradients
         with wrapped.only_own():
-            for number, (shard, count, batch) in enumerate(batches):
-                seed_everything(spec.loop.seed, STEP, turn.position, shard, place)
-                last = number == len(batches) - 1
-                with wrapped.accumulating(last):
-                    loss = wrapped.loss(batch)
-                    # DDP averages over ranks; this makes it the mean over the rows of the global batch.
-                    torch.autograd.backward(loss * (count * self.seat.world_size / rows))
-                loss_sum += float(loss.detach()) * count
-        optimizer_values = optimizer_spec(spec, name, [w.objective.name for w in self.state.wrapped])
+            loss_sum = gradients(
+                wrapped, pieces, rows, lambda shard: seed_everything(spec.loop.seed, STEP, turn.position, shard, place)
+            )
         norm = gradient_norm(wrapped.parameters)
-        self.check_finite(norm, name, turn)
-        if optimizer_values.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(wrapped.parameters, optimizer_values.clip_norm, norm)
+        if not bool(torch.isfinite(norm)):
+            self.refuse(turn, name, float(norm), ids)
+            if saved is not None:
+                saved.restore()
+            return None
+        clip_norm = optimizer_spec(spec, name, [w.objective.name for w in self.state.wrapped]).clip_norm
         rate = optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        if name in self.state.schedules:
-            self.state.schedules[name].step()
+        apply(wrapped, optimizer, norm, clip_norm)
         return {
             f"train/{_label(name, 'loss')}": loss_sum / rows,
             f"train/{_label(name, 'gradient_norm')}": float(norm),
             f"train/{_label(name, 'learning_rate')}": float(rate),
         }
 
-    def check_finite(self, norm: torch.Tensor, name: str, turn: Turn) -> None:
-        """Refuse a step whose gradient is not a number, before the weights change. All ranks see the same norm."""
-        if not bool(torch.isfinite(norm)):
+    def refuse(self, turn: Turn, name: str, norm: float, ids: list[np.ndarray]) -> None:
+        """Do not take a step whose gradient is not a number; the weights are as before. All ranks see the same norm.
+
+        Raises:
+            NumberError: unless the policy is to skip the batch.
+        """
+        step, policy = self.job.order.step(turn.position), self.job.spec.loop.on_nan
+        row_ids = gather_numbers(np.concatenate(ids) if ids else np.zeros(0, np.int64))
+        self.report(
+            {"kind": "refused", "step": step, "epoch": turn.epoch, "position": turn.position, "rows": row_ids, "policy": policy}
+        )
+        if policy != "skip":
             raise NumberError(
-                f"step {self.job.order.step(turn.position)} (epoch {turn.epoch}, batch {turn.batch}): the gradient of objective "
-                f"{name!r} has norm {float(norm)}. The weights were not changed. Lower optimizer.lr, set optimizer.clip_norm, or "
-                "look for NaN in the rows with `raymill data stats`."
+                f"step {step} (epoch {turn.epoch}, batch {turn.batch}): the gradient of objective {name!r} has norm {norm}. "
+                f"The weights were not changed. Rows of the batch: {row_ids}. Lower optimizer.lr, set optimizer.clip_norm, "
+                "look for NaN in the rows with `raymill data check`, or set loop.on_nan to skip or rollback."
             )
 
     def event(self, step: int, turn: Turn, measured: dict[str, float]) -> dict[str, Any]:
@@ -406,33 +430,12 @@ class _Loop:
             "step": self.job.order.step(self.state.position),
             "position": self.state.position,
             "rows_used": self.state.rows_used,
+            "rows_skipped": self.state.rows_skipped,
             "metrics": dict(self.state.metrics),
             "weights_sha256": weights_sha256(self.state.model.state_dict()),
             "rows_per_s": trained / elapsed if elapsed > 0 and trained else 0.0,
             "data_wait_share": (self.feed.wait_s - self.clock.wait_before_s) / elapsed if elapsed > 0 else 0.0,
         }
-
-
-class _Exchange:
-    """What ranks tell each other of a step, sent while the next one runs: rows, losses, and rank 0's wish to stop."""
-
-    def __init__(self, event: dict[str, Any], rows: int, seat: Seat, should_stop: Callable[[], bool]) -> None:
-        self._event = event
-        self._losses = [name for name in event["metrics"] if name.endswith("loss")]
-        stop = float(seat.rank == 0 and should_stop())
-        values = [float(rows), stop, *(event["metrics"][name] for name in self._losses)]
-        self._sum = torch.tensor(values, dtype=torch.float64)
-        self._work = None
-        if torch.distributed.is_initialized():
-            self._work = torch.distributed.all_reduce(self._sum, async_op=True)
-
-    def finish(self) -> tuple[dict[str, Any], int, bool]:
-        """The complete event, the rows of all ranks, and whether to stop."""
-        if self._work is not None:
-            self._work.wait()
-        rows, stop, *losses = self._sum.tolist()
-        self._event["metrics"] |= dict(zip(self._losses, losses, strict=True))
-        return self._event, int(rows), stop > 0
 
 
 def _label(objective: str, quantity: str) -> str:

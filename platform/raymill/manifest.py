@@ -146,8 +146,7 @@ def _value_problems(rows: Rows, fragment: Fragment, pipeline: Pipeline, where: s
 def _finite(column: Column) -> np.ndarray:
     """Whether all numbers of a row's value are finite, bool [num_rows]."""
     if isinstance(column, np.ndarray):
-        finite: np.ndarray = np.isfinite(column).reshape(len(column), -1).all(axis=1)
-        return finite
+        return np.asarray(np.isfinite(column).reshape(len(column), -1).all(axis=1))
     return np.array([np.isfinite(value).all() for value in column], bool)
 
 

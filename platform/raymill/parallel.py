@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -84,6 +86,14 @@ def gather(tensor: torch.Tensor) -> list[torch.Tensor]:
     return parts
 
 
+def gather_numbers(numbers: npt.NDArray[np.int64]) -> list[int]:
+    """The whole numbers of all ranks, in the order of the ranks."""
+    sizes = [int(size) for size in gather(torch.tensor([len(numbers)]))]
+    padded = torch.zeros(max(sizes), dtype=torch.int64)
+    padded[: len(numbers)] = torch.from_numpy(numbers.copy())
+    return [number for part, size in zip(gather(padded), sizes, strict=True) for number in part[:size].tolist()]
+
+
 def share_buffers(model: nn.Module) -> None:
     """Give all ranks the buffers of rank 0, such as running statistics, as DDP does before each forward pass."""
     if dist.is_initialized():
@@ -114,19 +124,23 @@ class LossModule(nn.Module):
 class Wrapped:
     """One objective, ready to be trained on all ranks."""
 
-    def __init__(self, model: nn.Module, objective: Objective, precision: str, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, objective: Objective, precision: str, device: torch.device, *, strict: bool = False
+    ) -> None:
         """Wrap the model for this objective; must be called on all ranks in the same order.
+
+        Strict gradients are added up by `step.ordered_gradients`, not by DDP.
 
         Raises:
             InputError: when the objective names a submodule that the model lacks.
         """
-        self.objective = objective
+        self.objective, self.model, self.device = objective, model, device
         self.names, self.parameters = trained_parameters(model, objective)
-        self._precision, self._device = precision, device
+        self._precision = precision
         self._others = [p for p in model.parameters() if all(p is not own for own in self.parameters)]
         module: nn.Module = LossModule(model, objective)
         with self.only_own():
-            self._module = DistributedDataParallel(module) if dist.is_initialized() else module
+            self._module = DistributedDataParallel(module) if dist.is_initialized() and not strict else module
 
     @contextmanager
     def only_own(self) -> Iterator[None]:
@@ -142,7 +156,7 @@ class Wrapped:
 
     def loss(self, batch: Batch | None) -> torch.Tensor:
         """The loss of a batch, computed in the job's precision."""
-        with autocast(self._precision, self._device):
+        with autocast(self._precision, self.device):
             loss = self._module(batch)
         return loss.float()  # type: ignore[no-any-return]
 

@@ -23,6 +23,12 @@ WINDOW_BYTES = 16 * 2**20
 LEAST_WINDOWS_PER_EPOCH = 8
 """So that reading, transforming and training overlap also on small data."""
 
+STRICT_SHARDS = 12
+"""Shards of a strict step unless given."""
+
+JUDGED = ("loop.global_batch_rows", "loop.accumulate", "loop.strict", "loop.shards", "scale", "checkpoint.metric")
+"""The fields that `find_problems` looks at."""
+
 Where = Callable[[str], str]
 """Dotted field of the spec -> where the user wrote it."""
 
@@ -47,13 +53,15 @@ class Plan:
     """What will be done, in numbers. See `reasons` for why.
 
     Attributes:
-        num_workers: worker processes.
+        num_workers: worker processes; the most, where it may change.
+        least_workers: the fewest that the run goes on with.
         worker_cpus: CPUs reserved for each worker.
         data_cpus: CPUs left for Ray Data.
         read_task_cpus: CPUs each reading task asks for.
         threads: CPU threads per worker for tensor operations.
         global_batch_rows: rows of a step.
-        num_shards: pieces that a global batch is cut into, one backward pass each.
+        shards_per_worker: backward passes of each worker per step, where the number of shards follows the workers.
+        strict_shards: the fixed number of shards of a strict step; 0: not strict.
         train_rows: rows of a training epoch.
         validation_rows: rows of an evaluation; 0: none.
         steps_per_epoch: optimizer steps of an epoch; the last may have fewer rows.
@@ -67,12 +75,14 @@ class Plan:
     """
 
     num_workers: int
+    least_workers: int
     worker_cpus: float
     data_cpus: float
     read_task_cpus: float
     threads: int
     global_batch_rows: int
-    num_shards: int
+    shards_per_worker: int
+    strict_shards: int
     train_rows: int
     validation_rows: int
     steps_per_epoch: int
@@ -99,7 +109,7 @@ def make_plan(spec: JobSpec, manifest: Manifest, facts: ClusterFacts, where: Whe
         raise InputError(problems)
 
     why: dict[str, str] = {}
-    workers = spec.scale.workers
+    workers = spec.scale.most
     train, validation = manifest.splits[TRAIN], manifest.splits.get(VALIDATION)
     worker_cpus, data_cpus = _cpus(spec, facts, why)
     window_rows = _window_rows(spec, train.num_rows, train.num_bytes, why)
@@ -109,25 +119,23 @@ def make_plan(spec: JobSpec, manifest: Manifest, facts: ClusterFacts, where: Whe
         f"; the last step has {tail} rows and counts by its true size" if tail else ""
     )
     why["total_steps"] = f"{spec.loop.epochs} epochs x {steps_per_epoch} steps"
-    if spec.loop.threads is None:
-        threads = max(1, int(facts.num_cpus) // workers)
-        why["threads"] = f"{facts.num_cpus:g} CPUs / {workers} workers, at least 1"
-    else:
-        threads = spec.loop.threads
-        why["threads"] = "given"
-    why["num_shards"] = f"{workers} workers x {spec.loop.accumulate} backward passes per step"
+    threads = _threads(spec, facts, why)
+    why["shards_per_worker"] = "loop.accumulate"
+    why["strict_shards"] = "the same at any number of workers" if spec.loop.strict else "not strict: shards follow the workers"
     every = spec.checkpoint.every_steps or steps_per_epoch
     why["checkpoint_every_steps"] = "given" if spec.checkpoint.every_steps else "once per epoch, after its evaluation"
     object_store_bytes = int(min(2 * 2**30, max(256 * 2**20, 0.1 * facts.memory_bytes)))
     why["object_store_bytes"] = "a tenth of memory, between 256 MiB and 2 GiB; only for a Ray that raymill starts"
     return Plan(
         num_workers=workers,
+        least_workers=spec.scale.least,
         worker_cpus=worker_cpus,
         data_cpus=data_cpus,
         read_task_cpus=min(1.0, data_cpus),
         threads=threads,
         global_batch_rows=spec.loop.global_batch_rows,
-        num_shards=workers * spec.loop.accumulate,
+        shards_per_worker=spec.loop.accumulate,
+        strict_shards=strict_shards(spec) if spec.loop.strict else 0,
         train_rows=train.num_rows,
         validation_rows=validation.num_rows if validation else 0,
         steps_per_epoch=steps_per_epoch,
@@ -150,29 +158,40 @@ def find_problems(spec: JobSpec, manifest: Manifest | None, facts: ClusterFacts,
 
 
 def _batch_problems(spec: JobSpec, where: Where) -> list[Problem]:
-    problems = []
-    batch, workers, accumulate = spec.loop.global_batch_rows, spec.scale.workers, spec.loop.accumulate
-    if batch % (workers * accumulate):
-        fitting = [count for count in range(1, batch + 1) if batch % (count * accumulate) == 0]
-        lower = max((count for count in fitting if count < workers), default=None)
-        upper = min((count for count in fitting if count > workers), default=None)
-        near = " or ".join(str(count) for count in (lower, upper) if count)
-        problems.append(
+    batch, workers, accumulate = spec.loop.global_batch_rows, spec.scale.most, spec.loop.accumulate
+    if spec.loop.strict or spec.scale.elastic:
+        # Shards may then differ by a row: the shard count is fixed, or the worker count is not known before.
+        pieces = strict_shards(spec) if spec.loop.strict else workers * accumulate
+        if workers <= pieces <= batch:
+            return []
+        return [
             Problem(
-                where("scale.workers"),
-                f"{workers} workers x {accumulate} backward passes with {batch} rows per step",
-                "a product that divides loop.global_batch_rows",
-                f"Use {near} workers, or set loop.global_batch_rows to a multiple of {workers * accumulate}."
-                if near
-                else f"Set loop.global_batch_rows to a multiple of {workers * accumulate}.",
+                where("loop.shards" if spec.loop.strict else "scale.max_workers"),
+                f"{workers} workers, {pieces} shards and {batch} rows per step",
+                "at least one shard for each worker and one row for each shard",
+                f"Raise loop.global_batch_rows to at least {max(pieces, workers)}, or use fewer workers or shards.",
             )
+        ]
+    if batch % (workers * accumulate) == 0:
+        return []
+    fitting = [count for count in range(1, batch + 1) if batch % (count * accumulate) == 0]
+    lower = max((count for count in fitting if count < workers), default=None)
+    upper = min((count for count in fitting if count > workers), default=None)
+    near = " or ".join(str(count) for count in (lower, upper) if count)
+    multiple = f"set loop.global_batch_rows to a multiple of {workers * accumulate}."
+    return [
+        Problem(
+            where("scale.workers"),
+            f"{workers} workers x {accumulate} backward passes with {batch} rows per step",
+            "a product that divides loop.global_batch_rows",
+            f"Use {near} workers, or {multiple}" if near else multiple.capitalize(),
         )
-    return problems
+    ]
 
 
 def _row_problems(spec: JobSpec, manifest: Manifest, where: Where) -> list[Problem]:
     problems = []
-    workers = spec.scale.workers
+    workers = spec.scale.most
     for split in (TRAIN, VALIDATION):
         if split in manifest.splits and manifest.splits[split].num_rows < workers:
             problems.append(
@@ -197,7 +216,7 @@ def _row_problems(spec: JobSpec, manifest: Manifest, where: Where) -> list[Probl
 
 def _resource_problems(spec: JobSpec, facts: ClusterFacts, where: Where) -> list[Problem]:
     problems = []
-    workers = spec.scale.workers
+    workers = spec.scale.most
     if spec.scale.cpus_per_worker is not None:
         asked = workers * spec.scale.cpus_per_worker
         if asked + _least_data_cpus(facts) > facts.num_cpus:
@@ -223,12 +242,17 @@ def _resource_problems(spec: JobSpec, facts: ClusterFacts, where: Where) -> list
     return problems
 
 
+def strict_shards(spec: JobSpec) -> int:
+    """Pieces that a strict step is computed in: given, or 12, which 1, 2, 3, 4, 6 and 12 workers share evenly."""
+    return spec.loop.shards or max(min(STRICT_SHARDS, spec.loop.global_batch_rows), spec.scale.most)
+
+
 def _least_data_cpus(facts: ClusterFacts) -> float:
     return min(1.0, facts.num_cpus / 2)
 
 
 def _cpus(spec: JobSpec, facts: ClusterFacts, why: dict[str, str]) -> tuple[float, float]:
-    workers = spec.scale.workers
+    workers = spec.scale.most
     if spec.scale.cpus_per_worker is not None:
         worker_cpus = spec.scale.cpus_per_worker
         why["worker_cpus"] = "given"
@@ -244,6 +268,17 @@ def _cpus(spec: JobSpec, facts: ClusterFacts, why: dict[str, str]) -> tuple[floa
     data_cpus = round(facts.num_cpus - workers * worker_cpus, 2)
     why["data_cpus"] = f"{facts.num_cpus:g} - {workers} x {worker_cpus:g}, so that workers never wait for ever for a row"
     return worker_cpus, data_cpus
+
+
+def _threads(spec: JobSpec, facts: ClusterFacts, why: dict[str, str]) -> int:
+    if spec.loop.threads is not None:
+        why["threads"] = "given"
+        return spec.loop.threads
+    if spec.loop.strict or spec.scale.elastic:
+        why["threads"] = "1, because sums may round differently with more, and the number of workers may change"
+        return 1
+    why["threads"] = f"{facts.num_cpus:g} CPUs / {spec.scale.most} workers, at least 1"
+    return max(1, int(facts.num_cpus) // spec.scale.most)
 
 
 def _window_rows(spec: JobSpec, num_rows: int, num_bytes: int, why: dict[str, str]) -> int:
@@ -274,11 +309,14 @@ def job_order(spec: JobSpec, plan: Plan, manifest: Manifest) -> JobOrder:
     )
 
 
-def cut(plan: Plan, split: str) -> Cut:
-    """How the batches of a split are dealt out to the ranks."""
+def cut(plan: Plan, split: str, world_size: int | None = None) -> Cut:
+    """How the batches of a split are dealt out to this many ranks; None: as many as planned."""
+    ranks = plan.num_workers if world_size is None else world_size
     if split == TRAIN:
-        return Cut(plan.train_rows, plan.global_batch_rows, plan.num_shards, plan.num_workers)
-    return Cut(plan.validation_rows, plan.global_batch_rows, plan.num_workers, plan.num_workers)
+        num_shards = plan.strict_shards or ranks * plan.shards_per_worker
+        return Cut(plan.train_rows, plan.global_batch_rows, num_shards, ranks)
+    # An evaluation's batches stay the same whatever the number of ranks is.
+    return Cut(plan.validation_rows, plan.global_batch_rows, plan.num_workers, ranks)
 
 
 def explain(plan: Plan) -> list[tuple[str, str, str]]:

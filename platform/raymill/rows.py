@@ -127,8 +127,9 @@ def _as_tensors(column: Column) -> Any:
     import torch
 
     def tensor(array: np.ndarray) -> torch.Tensor:
-        # Unpacked arrays are read-only views of shared memory; a batch must be safe to write to.
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
+        # A copy in memory of torch's own: an unpacked array is a read-only view of shared memory, and how a kernel rounds
+        # depends on the alignment of its input, which must not hang on where in a window a batch begins.
+        return torch.tensor(array if array.flags.c_contiguous else array.copy())
 
     if isinstance(column, np.ndarray):
         return tensor(column)

@@ -65,7 +65,7 @@ def prepare(job: load.LoadedJob) -> Prepared:
             taken = manifest.take_manifest(pipeline)
         except InputError as error:
             problems += error.problems
-    if job.is_sound("loop.global_batch_rows", "loop.accumulate", "scale", "checkpoint.metric"):
+    if job.is_sound(*plan.JUDGED):
         problems += plan.find_problems(job.spec, taken, facts, job.where)
     if problems or pipeline is None or taken is None:
         raise InputError(problems)
@@ -112,7 +112,7 @@ def resume(run_id: str, num_workers: int | None, watch: Watch) -> dict[str, Any]
     folder = find_run(run_id)
     recorded = json.loads(folder.spec.read_text())
     if num_workers is not None:
-        recorded["scale"]["workers"] = num_workers
+        recorded["scale"] |= {"workers": num_workers, "min_workers": None, "max_workers": None}
     spec = JobSpec.model_validate(recorded)
     if folder.summary.exists() and json.loads(folder.summary.read_text()).get("status") == "finished":
         raise InputError(

@@ -7,9 +7,9 @@ whether the names of optimizers and arguments exist is checked in `load`, whethe
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -84,16 +84,49 @@ class LoopSpec(StrictModel):
     seed: int = Field(default=0, ge=0, description="seed of first weights, order, transforms and dropout")
     window_rows: Positive | None = Field(default=None, description="rows that are read and shuffled together")
     threads: Positive | None = Field(default=None, description="CPU threads per worker for tensor operations")
+    strict: bool = Field(default=False, description="the same weights to the bit at any number of workers; slower")
+    shards: Positive | None = Field(default=None, description="pieces a strict step is computed in")
+    on_nan: Literal["stop", "skip", "rollback"] = Field(
+        default="stop", description="a gradient is NaN: end the run, skip the batch, or go back and leave it out"
+    )
+    stall_timeout_s: float = Field(default=60, gt=0, description="seconds without a step before the run is restarted")
     record_order: bool = Field(default=False, description="write the row ids of each step, for tests")
 
 
 class ScaleSpec(StrictModel):
-    """How many workers."""
+    """How many workers: a fixed number, or as many as there is room for, between a least and a most."""
 
-    workers: Positive = Field(default=1, description="worker processes")
+    workers: Positive | None = Field(default=None, description="worker processes; null: 1, or min_workers to max_workers")
+    min_workers: Positive | None = Field(default=None, description="least workers of an elastic job")
+    max_workers: Positive | None = Field(default=None, description="most workers of an elastic job")
     strategy: Literal["ddp"] = Field(default="ddp", description="how the model is spread over workers")
     gpus_per_worker: float = Field(default=0, ge=0, description="GPUs of each worker")
     cpus_per_worker: float | None = Field(default=None, gt=0, description="CPUs reserved for each worker")
+
+    @model_validator(mode="after")
+    def _fixed_or_elastic(self) -> Self:
+        if (self.min_workers is None) != (self.max_workers is None):
+            raise ValueError("min_workers and max_workers go together")
+        if self.workers is not None and self.max_workers is not None:
+            raise ValueError("give workers, or min_workers and max_workers, not both")
+        if self.least > self.most:
+            raise ValueError(f"min_workers {self.least} is more than max_workers {self.most}")
+        return self
+
+    @property
+    def least(self) -> int:
+        """Fewest workers it may run with."""
+        return self.min_workers or self.workers or 1
+
+    @property
+    def most(self) -> int:
+        """Most workers it may run with."""
+        return self.max_workers or self.workers or 1
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change."""
+        return self.max_workers is not None
 
 
 class CheckpointSpec(StrictModel):
@@ -110,6 +143,7 @@ class RetrySpec(StrictModel):
 
     lost_processes: int = Field(default=3, ge=0, description="deaths of a worker, controller, coordinator or driver")
     stalls: int = Field(default=1, ge=0, description="stalls without progress")
+    rollbacks: int = Field(default=3, ge=0, description="returns to a checkpoint after NaN, with loop.on_nan: rollback")
     storage: int = Field(default=2, ge=0, description="checkpoints that could not be written or read")
 
 

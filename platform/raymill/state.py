@@ -48,7 +48,8 @@ class TrainState:
         optimizers: objective -> its optimizer.
         schedules: objective -> its learning-rate schedule, where there is one.
         position: rows trained on since the start of the job.
-        rows_used: the same, counted from what ranks really received.
+        rows_used: the same, counted from what ranks really received, less what was skipped.
+        rows_skipped: rows of batches that were not trained on because they spoiled the numbers.
         best: the best value of the checkpoint metric so far.
         metrics: the last evaluation.
     """
@@ -59,6 +60,7 @@ class TrainState:
     schedules: Mapping[str, lr_scheduler.LRScheduler]
     position: int = 0
     rows_used: int = 0
+    rows_skipped: int = 0
     best: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -162,6 +164,7 @@ def capture(state: TrainState, step: int) -> Snapshot:
         "position": state.position,
         "step": step,
         "rows_used": state.rows_used,
+        "rows_skipped": state.rows_skipped,
         "best": state.best,
         "metrics": dict(state.metrics),
         "optimizer_groups": _plain(groups),
@@ -201,7 +204,7 @@ def restore(state: TrainState, snapshot: Snapshot) -> None:
         state.optimizers[name].load_state_dict({"state": by_place, "param_groups": _original(record["optimizer_groups"][name])})
     for name, schedule in state.schedules.items():
         schedule.load_state_dict(_original(record["schedules"][name]))
-    state.position, state.rows_used = record["position"], record["rows_used"]
+    state.position, state.rows_used, state.rows_skipped = record["position"], record["rows_used"], record["rows_skipped"]
     state.best, state.metrics = record["best"], dict(record["metrics"])
 
 

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from raymill import cluster, driver, errors, retry
+from raymill import cluster, driver, errors, retry, stall
 from raymill.checkpoint import read_pointer, read_record
-from raymill.errors import Interrupted, RaymillError, RunError
+from raymill.errors import Interrupted, RaymillError, RunError, StallError
 from raymill.home import RunFolder
 from raymill.retry import Cause, Failure
 from raymill.spec import JobSpec
@@ -42,14 +42,16 @@ def supervise(folder: RunFolder, spec: JobSpec, show: Show) -> dict[str, Any]:
         Interrupted: stopped on request, with its state saved.
         RaymillError: the cause of the last attempt's end, once its budget is spent.
     """
+    rollbacks = spec.retry.rollbacks if spec.loop.on_nan == "rollback" else 0
     budgets = {
+        Cause.NUMBERS: rollbacks,
         Cause.LOST_PROCESS: spec.retry.lost_processes,
         Cause.STALL: spec.retry.stalls,
         Cause.STORAGE: spec.retry.storage,
     }
     failures: list[Failure] = []
     tracker = Tracker(folder)
-    watched = _Watched(folder, show, tracker)
+    watched = _Watched(folder, spec.loop.stall_timeout_s, show, tracker)
     try:
         with _stop_on_signal(folder):
             while (error := _attempt(folder, watched)) is not None:
@@ -89,17 +91,21 @@ def _attempt(folder: RunFolder, watched: _Watched) -> RaymillError | None:
             # Ctrl-C is for the supervisor, which asks the workers to stop; the driver must live until they have.
             start_new_session=True,
         )
+    stalled: RaymillError | None = None
     try:
-        while process.poll() is None:
+        watched.begin()
+        while process.poll() is None and stalled is None:
             watched.look()
+            stalled = watched.stalled()
             time.sleep(POLL_S)
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
     finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
         watched.look()
-        cluster.end_session(process.pid, END_TIMEOUT_S)
+        cluster.end_session(process.pid, END_TIMEOUT_S if stalled is None else 0.0)
+    if stalled is not None:
+        return stalled
     if process.returncode == driver.FINISHED:
         return None
     if process.returncode == driver.INTERRUPTED:
@@ -114,19 +120,41 @@ def _attempt(folder: RunFolder, watched: _Watched) -> RaymillError | None:
 
 
 class _Watched:
-    """The events of a run, passed on as they come."""
+    """The events of a run, passed on as they come, and the time since the last one."""
 
-    def __init__(self, folder: RunFolder, show: Show, tracker: Tracker) -> None:
-        self._folder, self._show, self._tracker = folder, show, tracker
+    def __init__(self, folder: RunFolder, stall_timeout_s: float, show: Show, tracker: Tracker) -> None:
+        self._folder, self._stall_timeout_s, self._show, self._tracker = folder, stall_timeout_s, show, tracker
         self._offset = folder.events.stat().st_size if folder.events.exists() else 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Say that an attempt begins."""
+        self._last_s = time.monotonic()
+        self._first_step_done = False
+        self._ended = False
+        self._step, self._num_workers = 0, 0
 
     def look(self) -> None:
         """Pass on what is new."""
         events, self._offset = read_events(self._folder.events, self._offset)
         for event in events:
+            self._last_s = time.monotonic()
+            self._step = event.get("step", self._step)
+            self._num_workers = event.get("num_workers", self._num_workers)
+            self._ended = event["kind"] in ("end", "stop")
             if event["kind"] == "first_step":
+                self._first_step_done = True
                 self._tracker.start()
             self._show(event)
+
+    def stalled(self) -> StallError | None:
+        """What to say when nothing has happened for too long, else None."""
+        quiet_s = time.monotonic() - self._last_s
+        limit_s = stall.limit_s(self._stall_timeout_s, first_step_done=self._first_step_done)
+        if self._ended or quiet_s < limit_s:
+            return None
+        seen = stall.look(self._folder, self._num_workers)
+        return StallError(f"{stall.explain(seen, quiet_s, self._step)}. Stacks of all ranks: {self._folder.path}/stacks-*.txt")
 
 
 @contextmanager

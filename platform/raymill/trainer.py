@@ -27,7 +27,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from raymill import load, manifest, plan, stream
+from raymill import load, manifest, plan, stall, stream
 from raymill.checkpoint import clean, find_latest
 from raymill.errors import RaymillError, RunError, WorkerError
 from raymill.home import RunFolder
@@ -35,7 +35,7 @@ from raymill.order import TRAIN, VALIDATION
 from raymill.plan import Plan
 from raymill.retry import Cause
 from raymill.spec import JobSpec
-from raymill.tracking import EventWriter
+from raymill.tracking import EventWriter, read_events
 
 if TYPE_CHECKING:
     from ray.data import DataIterator
@@ -78,7 +78,7 @@ def fit(folder: RunFolder, planned: Plan, spec: JobSpec) -> dict[str, Any]:
         work,
         train_loop_config={"folder": str(folder.path), "driver_pid": os.getpid()},
         scaling_config=ScalingConfig(
-            num_workers=planned.num_workers,
+            num_workers=(planned.least_workers, planned.num_workers) if spec.scale.elastic else planned.num_workers,
             use_gpu=bool(spec.scale.gpus_per_worker),
             resources_per_worker=resources,
         ),
@@ -146,6 +146,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     folder = RunFolder(Path(config["folder"]))
+    stall.announce(folder, rank)
     # By reference: what Ray Train broadcasts is meant to be small.
     listener = socket.create_server((_host(), 0)) if rank == 0 else None
     opened = [ray.put(_open(folder, world_size, listener.getsockname()))] if listener else None
@@ -167,7 +168,7 @@ def _open(folder: RunFolder, world_size: int, meeting: tuple[str, int]) -> dict[
     reader = stream.Reader(
         f"{folder.run_id}.{attempt}",
         plan.job_order(spec, planned, taken),
-        _cuts(planned),
+        _cuts(planned, world_size),
         {split: part.fragments for split, part in taken.splits.items()},
         pipeline,
     )
@@ -180,6 +181,7 @@ def _open(folder: RunFolder, world_size: int, meeting: tuple[str, int]) -> dict[
         "iterators": iterators,
         "meeting": meeting,
         "notes": notes,
+        "passed_over": [refused["position"] for refused in refusals(folder)],
     }
 
 
@@ -201,8 +203,9 @@ def _train(
         spec=spec,
         plan=planned,
         order=plan.job_order(spec, planned, taken),
-        cuts=_cuts(planned),
+        cuts=_cuts(planned, world_size),
         task=load.import_task(spec, pipeline.schema),
+        passed_over=frozenset(start["passed_over"]),
         **({"collate": pipeline.collate} if pipeline.collate else {}),
     )
     seat: Seat = loop.Seat(rank=rank, world_size=world_size, device=device, folder=folder.path, attempt=start["attempt"])
@@ -234,6 +237,12 @@ def _train(
         parallel.leave_group(together=together)
 
 
+def refusals(folder: RunFolder) -> list[dict[str, Any]]:
+    """The batches that were refused under the policy of going back and leaving them out."""
+    events, _ = read_events(folder.events)
+    return [event for event in events if event["kind"] == "refused" and event["policy"] == "rollback"]
+
+
 def _host() -> str:
     address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     return address
@@ -245,8 +254,8 @@ def _read(folder: RunFolder) -> tuple[JobSpec, Plan, Any, manifest.Manifest]:
     return spec, planned, load.import_pipeline(spec), manifest.from_record(json.loads(folder.manifest.read_text()))
 
 
-def _cuts(planned: Plan) -> dict[str, Any]:
-    return {split: plan.cut(planned, split) for split in (TRAIN, VALIDATION)}
+def _cuts(planned: Plan, world_size: int) -> dict[str, Any]:
+    return {split: plan.cut(planned, split, world_size) for split in (TRAIN, VALIDATION)}
 
 
 def _next_attempt(folder: RunFolder) -> int:

@@ -182,8 +182,8 @@ BAD = {
     ),
     "duplicate key": (
         editing("  epochs: 2\n", "  epochs: 2\n  epochs: 3\n"),
-        "jobs/tiny/job.yaml:11 loop.epochs",
-        ("line 10", "once", ""),
+        "jobs/tiny/job.yaml:10 loop.epochs",
+        ("lines 10 and 11", "once", "Remove one"),
     ),
     "missing file": (no_shards, "data/train", ("no file", "Parquet files", "raymill data get")),
     "unknown optimizer": (
@@ -194,7 +194,7 @@ BAD = {
     "unknown optimizer argument": (
         editing("lr: 0.1", "lr: 0.1, momentun: 0.9"),
         "jobs/tiny/job.yaml:7 optimizer.momentun",
-        ("'momentun'", "SGD", "'momentum'"),
+        ("'momentun'", "known argument", "'momentum'"),
     ),
     "workers that do not divide the batch": (
         editing("workers: 2", "workers: 5"),
@@ -264,7 +264,7 @@ def test_the_problems_of_the_file_the_numbers_and_the_data_come_at_once(project:
     # The second name has put one line before all that follows.
     wheres = {problem["where"] for problem in problems_of(result)}
     assert wheres == {
-        "jobs/tiny/job.yaml:3 name",
+        "jobs/tiny/job.yaml:2 name",
         "jobs/tiny/job.yaml:4 task",
         "jobs/tiny/job.yaml:8 optimizer.clip_norm",
         "jobs/tiny/job.yaml:8 optimizer.momentun",

@@ -1,0 +1,353 @@
+"""Starts runs of the command line, lets something go wrong, and collects all that is left when they are over.
+
+A run gets a state folder, a temporary folder and a folder for its faults of its own. Every process of it inherits these
+names, and so can be found whatever it became. Nothing is asked of any process: the run's files say what happened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from raymill.checkpoint import STAGE, names, read_pointer, verify
+from raymill.errors import CheckpointError
+from raymill.home import RunFolder
+from raymill.tracking import read_events
+
+PROJECT = Path(__file__).parents[2]
+POLL_S = 0.05
+LIMIT_S = 600.0
+GRACE_S = 5.0
+
+KINDS = {
+    "worker": "ray::RayTrainWorker",
+    "controller": "ray::TrainController",
+    "coordinator": "ray::SplitCoordinator",
+    "reader": "ray::MapBatches",
+    "raylet": "raylet/raylet",
+    "gcs": "gcs/gcs_server",
+    "driver": "raymill.driver",
+    "tracking": "raymill.tracking",
+}
+"""What the command line of each kind of process holds."""
+
+
+class Live:
+    """A run that is going on, and the folders that are its own."""
+
+    def __init__(self) -> None:
+        # Short: Ray makes sockets in it, whose paths may have 107 bytes.
+        self.tmp = Path(tempfile.mkdtemp(prefix="rf-", dir="/tmp"))
+        self.home = self.tmp / "home"
+        self.faults = self.tmp / "faults"
+        self.scratch = self.tmp / "t"
+        for folder in (self.home / "data", self.faults, self.scratch):
+            folder.mkdir(parents=True)
+        data = PROJECT / ".raymill" / "data" / "mnist"
+        if data.is_dir():
+            (self.home / "data" / "mnist").symlink_to(data)
+        self.command: subprocess.Popen[bytes] | None = None
+
+    def environment(self, fault: str = "") -> dict[str, str]:
+        """Of every process of this run."""
+        own = {"RAYMILL_HOME": self.home, "RAYMILL_FAULT_FOLDER": self.faults, "TMPDIR": self.scratch}
+        others = {name: value for name, value in os.environ.items() if not name.startswith(("RAY", "MLFLOW_"))}
+        return {**others, **{name: str(value) for name, value in own.items()}, "RAYMILL_FAULT": fault}
+
+    def start(self, arguments: list[str], fault: str = "") -> subprocess.Popen[bytes]:
+        """Start a command of raymill; what it prints goes to files of its own."""
+        number = len(list(self.tmp.glob("*.out")))
+        with open(self.tmp / f"{number}.out", "wb") as out, open(self.tmp / f"{number}.err", "wb") as err:
+            command = [sys.executable, "-m", "raymill", *arguments]
+            return subprocess.Popen(command, env=self.environment(fault), stdout=out, stderr=err, cwd=PROJECT)
+
+    def said(self) -> str:
+        """What the last command printed on stderr."""
+        return max(self.tmp.glob("*.err"), key=lambda path: int(path.stem)).read_text()
+
+    def printed(self) -> dict[str, Any]:
+        """The JSON object that the last command printed, or an empty one."""
+        text = max(self.tmp.glob("*.out"), key=lambda path: int(path.stem)).read_text()
+        try:
+            values: dict[str, Any] = json.loads(text)
+        except ValueError:
+            return {}
+        return values
+
+    @property
+    def folder(self) -> RunFolder | None:
+        """The run's folder, once it is there."""
+        found = [path.parent for path in self.home.glob("runs/*/spec.json")]
+        return RunFolder(found[0]) if found else None
+
+    def step(self) -> int:
+        """The last step that rank 0 has reported."""
+        events = read_events(self.folder.events)[0] if self.folder else []
+        return max((event["step"] for event in events if event["kind"] == "step"), default=0)
+
+    def processes(self, kind: str = "") -> list[psutil.Process]:
+        """The processes of this run of a kind, oldest first."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                mine = process.environ().get("RAYMILL_HOME") == str(self.home)
+                # Ray changes what processes are called, which may hide their environment; their parent tells then.
+                if mine and KINDS.get(kind, "") in " ".join(process.cmdline()):
+                    found.append(process)
+        return sorted(found, key=lambda process: process.create_time())
+
+    def fired(self) -> list[dict[str, Any]]:
+        """The faults that have happened."""
+        file = self.faults / "fired.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def forget_faults(self) -> None:
+        """Let the faults of the next command happen, whatever happened before."""
+        for file in self.faults.iterdir():
+            file.unlink()
+
+    def remove(self) -> None:
+        """End what is left and remove the folders."""
+        for process in self.processes():
+            with suppress(psutil.Error):
+                process.kill()
+        shutil.rmtree(self.tmp, ignore_errors=True)
+
+
+@contextmanager
+def live() -> Iterator[Live]:
+    """A place for one run, gone with all its processes at the end."""
+    made = Live()
+    try:
+        yield made
+    finally:
+        if os.environ.get("KEEP"):
+            print(f"kept: {made.tmp}")
+        else:
+            made.remove()
+
+
+Provoke = Callable[[Live], bool]
+"""Asked again and again while a command runs, until it has done what it is there for."""
+
+
+@dataclass
+class Result:
+    """What is left of a run after a command.
+
+    Attributes:
+        exit_code: of the command; None: it was ended after LIMIT_S seconds.
+        message: of its error, "" without one.
+        weights: SHA-256 of the last weights, or None.
+        order: position behind a batch -> its row ids, in order.
+        attempts: worker groups that started.
+        fired: points where a fault happened.
+        provoked: whether all that was to go wrong did.
+        broken: what is wrong with the checkpoints.
+        left: processes and files that should be gone.
+        tracked: what is wrong with the metrics in MLflow.
+        seconds: the command took.
+        said: what it printed on stderr.
+    """
+
+    exit_code: int | None
+    message: str
+    weights: str | None
+    order: dict[int, list[int]]
+    attempts: int
+    fired: list[str]
+    provoked: bool
+    broken: list[str]
+    left: list[str]
+    tracked: list[str]
+    seconds: float
+    said: str
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def play(place: Live, arguments: list[str], fault: str = "", provoke: Provoke | None = None) -> Result:
+    """Run one command to its end, with what is to go wrong on the way."""
+    shared_before = set(os.listdir("/dev/shm"))
+    begun_s = time.monotonic()
+    command = place.command = place.start(arguments, fault)
+    provoked = provoke is None
+    while command.poll() is None and time.monotonic() - begun_s < LIMIT_S:
+        provoked = provoked or provoke is None or provoke(place)
+        time.sleep(POLL_S)
+    exit_code = command.poll()
+    if exit_code is None:
+        command.kill()
+        command.wait()
+    return collect(place, exit_code, provoked, shared_before, time.monotonic() - begun_s)
+
+
+def collect(place: Live, exit_code: int | None, provoked: bool, shared_before: set[str], seconds: float) -> Result:
+    """Everything that can be seen once a command has ended."""
+    left = left_over(place) + [f"/dev/shm/{name}" for name in sorted(set(os.listdir("/dev/shm")) - shared_before)]
+    printed, folder = place.printed(), place.folder
+    events = read_events(folder.events)[0] if folder else []
+    done = json.loads(folder.summary.read_text()) if folder and folder.summary.exists() else {}
+    return Result(
+        exit_code=exit_code,
+        message=printed.get("message", ""),
+        weights=done.get("weights_sha256"),
+        order=order_of(folder) if folder else {},
+        attempts=sum(event["kind"] == "start" for event in events),
+        fired=[event["point"] for event in place.fired()],
+        provoked=provoked,
+        broken=broken_checkpoints(folder) if folder else [],
+        left=left,
+        tracked=wrong_metrics(place, events) if exit_code == 0 else [],
+        seconds=seconds,
+        said=place.said(),
+        summary=done,
+    )
+
+
+def order_of(folder: RunFolder) -> dict[int, list[int]]:
+    """The rows of each global batch in order, as the last attempt that trained on it took them."""
+    taken: dict[int, dict[int, dict[int, list[int]]]] = {}
+    for file in sorted(folder.path.glob("order-*.jsonl")):
+        rank = int(file.stem.removeprefix("order-"))
+        for line in file.read_text().splitlines():
+            record = json.loads(line)
+            ranks = taken.setdefault(record["position"], {}).setdefault(record["attempt"], {})
+            ranks.setdefault(rank, []).extend(record["rows"])
+    last = {position: attempts[max(attempts)] for position, attempts in sorted(taken.items())}
+    return {position: [row for rank in sorted(ranks) for row in ranks[rank]] for position, ranks in last.items()}
+
+
+def broken_checkpoints(folder: RunFolder) -> list[str]:
+    """What is wrong with the checkpoints that the pointer names, and what was left half-written."""
+    pointer = read_pointer(folder.checkpoints)
+    found = []
+    for name in {pointer.latest, pointer.best} - {None} if pointer else set():
+        try:
+            verify(folder.checkpoints / str(name))
+        except CheckpointError as error:
+            found.append(str(error))
+    if pointer is None and names(folder.checkpoints):
+        found.append("checkpoints without a pointer")
+    return found
+
+
+def left_over(place: Live) -> list[str]:
+    """Processes of the run, parts of checkpoints and folders of Ray that outlived it."""
+    until_s = time.monotonic() + GRACE_S
+    while (alive := place.processes()) and time.monotonic() < until_s:
+        time.sleep(POLL_S)
+    found = []
+    for process in alive:
+        with suppress(psutil.Error):
+            found.append(f"process {process.pid} {' '.join(process.cmdline())[:60]}")
+    # Torch keeps a folder for compiled kernels; it stays on purpose.
+    stale = [path.name for path in place.scratch.iterdir() if not path.name.startswith("torchinductor_")]
+    found += [f"{name} in the temporary folder" for name in stale]
+    found += [str(path.name) for path in place.home.glob(f"runs/*/checkpoints/{STAGE}*")]
+    return found
+
+
+def wrong_metrics(place: Live, events: list[dict[str, Any]]) -> list[str]:
+    """Whether MLflow has one run, finished, with each step's loss once, and no other."""
+    steps = sorted({event["step"] for event in events if event["kind"] == "step"})
+    with sqlite3.connect(f"file:{place.home / 'mlflow.db'}?mode=ro", uri=True) as store:
+        runs = store.execute("select run_uuid, status from runs").fetchall()
+        found = Counter(step for (step,) in store.execute("select step from metrics where key = 'train/loss'"))
+    problems = [] if [status for _, status in runs] == ["FINISHED"] else [f"MLflow has the runs {runs}"]
+    doubled = [step for step, count in found.items() if count > 1]
+    if doubled:
+        problems.append(f"MLflow has the loss of steps {doubled} more than once")
+    if sorted(found) != steps:
+        problems.append(f"MLflow has {len(found)} of {len(steps)} steps")
+    return problems
+
+
+# ---------------------------------------------------------------- from outside
+
+
+def kill(kind: str, step: int = 12, number: int = signal.SIGKILL, rank: int = 0) -> Provoke:
+    """Signal the `rank`-th oldest process of a kind once a step is done."""
+
+    def provoke(place: Live) -> bool:
+        if place.step() < step:
+            return False
+        found = place.processes(kind)
+        if len(found) <= rank:
+            return False
+        with suppress(psutil.NoSuchProcess):
+            found[rank].send_signal(number)
+            return True
+        return False
+
+    return provoke
+
+
+def interrupt(step: int = 12, number: int = signal.SIGTERM) -> Provoke:
+    """Signal the command itself once a step is done."""
+
+    def provoke(place: Live) -> bool:
+        if place.step() < step or place.command is None:
+            return False
+        place.command.send_signal(number)
+        return True
+
+    return provoke
+
+
+def pause(kind: str, seconds: float, step: int = 12) -> Provoke:
+    """Stop a process with SIGSTOP, and let it go on after some seconds."""
+    stopped: list[tuple[psutil.Process, float]] = []
+
+    def provoke(place: Live) -> bool:
+        if not stopped:
+            found = place.processes(kind) if place.step() >= step else []
+            if found:
+                found[0].suspend()
+                stopped.append((found[0], time.monotonic()))
+            return False
+        process, since_s = stopped[0]
+        if time.monotonic() - since_s < seconds:
+            return False
+        process.resume()
+        return True
+
+    return provoke
+
+
+def lock_store(seconds: float, step: int = 3) -> Provoke:
+    """Hold MLflow's database with an exclusive transaction for some seconds."""
+    held: list[tuple[sqlite3.Connection, float]] = []
+
+    def provoke(place: Live) -> bool:
+        if not held:
+            if place.step() < step or not (place.home / "mlflow.db").exists():
+                return False
+            store = sqlite3.connect(place.home / "mlflow.db", timeout=0.01, isolation_level=None)
+            try:
+                store.execute("begin exclusive")
+            except sqlite3.OperationalError:
+                store.close()
+                return False
+            held.append((store, time.monotonic()))
+        store, since_s = held[0]
+        if time.monotonic() - since_s < seconds:
+            return False
+        store.close()
+        return True
+
+    return provoke

@@ -1,0 +1,220 @@
+"""A trained model, measured again: the numbers of its run, each row once, and only from what is whole."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from raymill import checkpoint, load, loop, plan
+from raymill.checkpoint import POINTER
+from raymill.errors import CheckpointError, InputError
+from raymill.evaluation import evaluate
+from raymill.home import RunFolder, run_folder
+from raymill.manifest import take_manifest
+from raymill.metrics import Evaluation
+from raymill.order import Item
+from raymill.plan import ClusterFacts
+from raymill.spec import JobSpec
+from raymill.state import Snapshot
+from raymill.stream import Feed, Reader
+
+CODE = """
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from raymill.sources import ArraySource
+from raymill.task import Field, Pipeline, Task, Total
+
+ROWS = {"train": 60, "validation": 47}
+
+
+def make(split):
+    generator = np.random.default_rng(len(split))
+    x = generator.normal(size=(ROWS[split], 5)).astype(np.float32)
+    return {"x": x, "label": (x.sum(axis=1) > 0).astype(np.int64)}
+
+
+def noisy(rows, split, generator):
+    return {**rows, "x": rows["x"] + generator.normal(0, 0.1, rows["x"].shape).astype(np.float32)}
+
+
+def points(validate: bool = True):
+    splits = ROWS if validate else ["train"]
+    schema = {"x": Field("float32", (5,)), "label": Field("int64", classes=2)}
+    return Pipeline(
+        sources={split: ArraySource(split, partial(make, split), 4) for split in splits}, schema=schema, transform=noisy
+    )
+
+
+class Net(Task):
+    def __init__(self, width: int = 6):
+        self.width = width
+
+    def build(self):
+        return nn.Sequential(nn.Linear(5, self.width), nn.BatchNorm1d(self.width), nn.Linear(self.width, 2))
+
+    def evaluate(self, model, batch):
+        scores = model(batch["x"])
+        return {
+            "loss": functional.cross_entropy(scores, batch["label"], reduction="none"),
+            "accuracy": (scores.argmax(dim=1) == batch["label"]).float(),
+            "luck": torch.rand(len(scores)),
+            "times_seen": Total(torch.bincount(batch["__row__"], minlength=ROWS["validation"])),
+        }
+"""
+
+JOB = {
+    "name": "measured",
+    "task": "measured.code:Net",
+    "pipeline": "measured.code:points",
+    "optimizer": {"kind": "SGD", "lr": 0.1},
+    "loop": {"global_batch_rows": 10, "seed": 3, "threads": 1},
+    "scale": {"workers": 2},
+}
+FACTS = ClusterFacts(num_cpus=2, num_gpus=0, memory_bytes=2**33)
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "project"
+    (root / "jobs").mkdir(parents=True)
+    (root / "measured").mkdir()
+    (root / "measured/code.py").write_text(CODE)
+    (root / "pyproject.toml").write_text('[tool.raymill]\npackages = ["measured"]\n')
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("measured", "measured.code"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+class Run:
+    """The folder of a run on two workers that has not saved anything yet."""
+
+    def __init__(self, **changes: Any) -> None:
+        self.folder: RunFolder = run_folder("measured-1")
+        self.folder.checkpoints.mkdir(parents=True)
+        self.spec = JobSpec.model_validate(JOB | changes)
+        self.pipeline = load.import_pipeline(self.spec)
+        self.task = load.import_task(self.spec, self.pipeline.schema)
+        self.manifest = take_manifest(self.pipeline)
+        self.plan = plan.make_plan(self.spec, self.manifest, FACTS)
+        self.folder.spec.write_text(json.dumps(load.resolved(self.spec)))
+        self.folder.plan.write_text(json.dumps(self.plan.as_record()))
+
+    def save(self, step: int, seed: int, *, best: bool) -> torch.nn.Module:
+        """Save a model with weights drawn by the seed; as the best, or only as the newest, checkpoint."""
+        torch.set_num_threads(self.plan.threads)
+        torch.manual_seed(seed)
+        model = self.task.build()
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape) + 0.1)
+        name = f"step-{step:08d}.1"
+        snapshot = Snapshot(model.state_dict(), {}, {"step": step, "position": 10 * step})
+        checkpoint.save(self.folder.checkpoints, name, snapshot, best=best)
+        before = checkpoint.read_pointer(self.folder.checkpoints)
+        pointer = {"latest": name, "best": name if best else before and before.best, "attempt": 1}
+        (self.folder.checkpoints / POINTER).write_text(json.dumps(pointer))
+        return model
+
+    def recorded(self, model: torch.nn.Module, epoch: int) -> tuple[dict[str, float], dict[str, Any], int]:
+        """What the run's two workers find behind an epoch."""
+        order = plan.job_order(self.spec, self.plan, self.manifest)
+        cuts = {"validation": plan.cut(self.plan, "validation")}
+        fragments = {split: part.fragments for split, part in self.manifest.splits.items()}
+        reader = Reader("run", order, cuts, fragments, self.pipeline)
+        job = loop.Job(spec=self.spec, plan=self.plan, order=order, cuts=cuts, task=self.task)
+        evaluations = []
+        for rank in range(2):
+            windows = [Item("validation", epoch, window, 0) for window in range(self.plan.validation_windows)]
+            feed = Feed(reader.read(item)[rank] for item in windows)
+            seat = loop.Seat(rank=rank, world_size=2, device=torch.device("cpu"), folder=self.folder.path, attempt=1)
+            evaluations.append(Evaluation())
+            for number in range(5):
+                loop.measure(job, seat, model, feed, epoch, number, evaluations[-1])
+        return evaluations[0].reduce(lambda mine: [mine, flat(evaluations[1])])
+
+
+def flat(evaluation: Evaluation) -> torch.Tensor:
+    """What a rank sends to the others."""
+    sent: list[torch.Tensor] = []
+    evaluation.reduce(lambda mine: [sent.append(mine) or mine])  # type: ignore[func-returns-value]
+    return sent[0]
+
+
+def test_the_best_checkpoint_gives_the_numbers_that_the_workers_of_its_run_found() -> None:
+    run = Run()
+    best = run.save(6, seed=1, best=True)
+    run.save(12, seed=2, best=False)
+    values, totals, rows = run.recorded(best, epoch=3)
+    found = evaluate("measured-1")
+    assert (found["model"], found["run_id"], found["rows"]) == ("measured-1", "measured-1", rows)
+    assert found["metrics"]["validation/accuracy"] == values["accuracy"]
+    # Ranks are added in another order than batches: the last digits of the float64 sums may differ.
+    assert found["metrics"] == pytest.approx({f"validation/{name}": value for name, value in values.items()}, rel=1e-12)
+    assert found["totals"] == {f"validation/{name}": total for name, total in totals.items()}
+    assert evaluate("measured-1") == found
+
+
+def test_every_row_is_measured_once() -> None:
+    run = Run()
+    run.save(6, seed=1, best=True)
+    found = evaluate("measured-1")
+    assert found["rows"] == 47
+    assert found["totals"]["validation/times_seen"] == [1] * 47
+
+
+def test_without_a_best_checkpoint_the_newest_is_measured() -> None:
+    run = Run()
+    run.save(6, seed=1, best=False)
+    newest = run.save(12, seed=2, best=False)
+    assert evaluate("measured-1")["metrics"]["validation/loss"] == pytest.approx(run.recorded(newest, 0)[0]["loss"])
+
+
+def test_rows_are_measured_once_also_in_windows_of_another_size() -> None:
+    run = Run()
+    run.save(6, seed=1, best=True)
+    run.folder.plan.write_text(json.dumps(replace(run.plan, validation_windows=1).as_record()))
+    assert evaluate("measured-1")["totals"]["validation/times_seen"] == [1] * 47
+
+
+def test_a_damaged_checkpoint_is_refused() -> None:
+    run = Run()
+    run.save(6, seed=1, best=True)
+    weights = next(run.folder.checkpoints.glob("step-*/weights.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors"):
+        evaluate("measured-1")
+
+
+def test_weights_of_another_model_than_the_task_builds_now_are_refused() -> None:
+    run = Run()
+    run.save(6, seed=1, best=True)
+    run.folder.spec.write_text(json.dumps(load.resolved(JobSpec.model_validate(JOB | {"model": {"width": 7}}))))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        evaluate("measured-1")
+
+
+def test_a_run_that_saved_nothing_yet_is_refused_with_the_way_on() -> None:
+    Run()
+    with pytest.raises(InputError, match="--resume measured-1"):
+        evaluate("measured-1")
+
+
+def test_a_job_without_validation_rows_cannot_be_measured() -> None:
+    run = Run(data={"validate": False})
+    run.save(6, seed=1, best=True)
+    with pytest.raises(InputError, match="validation"):
+        evaluate("measured-1")

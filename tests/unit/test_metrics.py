@@ -1,0 +1,90 @@
+"""A mean is over all rows, each once, at any number of ranks; a total is a sum; anything else is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raymill.errors import RunError
+from raymill.metrics import Evaluation
+from raymill.task import Total
+
+
+def flat(evaluation: Evaluation) -> torch.Tensor:
+    """What a rank sends."""
+    sent: list[torch.Tensor] = []
+
+    def gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+        sent.append(tensor)
+        return [tensor]
+
+    evaluation.reduce(gather)
+    return sent[0]
+
+
+def reduce(ranks: list[Evaluation]) -> tuple[dict[str, float], dict[str, object], int]:
+    return ranks[0].reduce(lambda _: [flat(rank) for rank in ranks])
+
+
+@given(
+    correct=st.lists(st.booleans(), min_size=1, max_size=60),
+    batch_rows=st.integers(1, 20),
+    num_ranks=st.integers(1, 4),
+)
+def test_a_mean_over_rows_is_exact_however_they_are_dealt(correct: list[bool], batch_rows: int, num_ranks: int) -> None:
+    ranks = [Evaluation() for _ in range(min(num_ranks, len(correct)))]
+    for number, rank in enumerate(ranks):
+        own = torch.tensor(correct[number :: len(ranks)], dtype=torch.float32)
+        for batch in own.split(batch_rows):
+            counts = torch.bincount(batch.long(), minlength=2)
+            rank.add({"accuracy": batch, "counts": Total(counts)}, len(batch))
+    values, totals, rows = reduce(ranks)
+    assert values == {"accuracy": sum(correct) / len(correct)}
+    assert totals == {"counts": [len(correct) - sum(correct), sum(correct)]}
+    assert rows == len(correct)
+
+
+def test_values_are_added_in_double_precision() -> None:
+    evaluation = Evaluation()
+    for _ in range(1000):
+        evaluation.add({"loss": torch.full((100,), 0.1)}, 100)
+    single = float(torch.tensor(0.1))
+    assert evaluation.reduce(lambda tensor: [tensor])[0]["loss"] == pytest.approx(single, rel=1e-12)
+
+
+def test_small_batches_weigh_by_their_rows() -> None:
+    evaluation = Evaluation()
+    evaluation.add({"loss": torch.tensor([1.0, 1.0, 1.0])}, 3)
+    evaluation.add({"loss": torch.tensor([5.0])}, 1)
+    assert evaluation.reduce(lambda tensor: [tensor])[0] == {"loss": 2.0}
+
+
+def test_totals_keep_their_shape_and_whole_numbers_stay_whole() -> None:
+    evaluation = Evaluation()
+    for _ in range(2):
+        evaluation.add({"grid": Total(torch.ones(2, 3)), "area": Total(torch.tensor(0.25)), "big": Total(torch.tensor(2**52))}, 1)
+    assert evaluation.reduce(lambda tensor: [tensor])[1] == {"grid": [[2, 2, 2], [2, 2, 2]], "area": 0.5, "big": 2**53}
+
+
+def test_several_metrics_do_not_mix() -> None:
+    evaluation = Evaluation()
+    evaluation.add({"b": torch.tensor([2.0]), "total": Total(torch.tensor([7.0, 8.0])), "a": torch.tensor([1.0])}, 1)
+    values, totals, _ = evaluation.reduce(lambda tensor: [tensor])
+    assert values == {"a": 1.0, "b": 2.0}
+    assert totals == {"total": [7, 8]}
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), torch.ones(3), torch.ones(2, 1)])
+def test_a_value_that_is_not_one_number_per_row_is_refused(value: torch.Tensor) -> None:
+    with pytest.raises(RunError, match=r"'loss' with shape .* for 2 rows; expected \(2,\)"):
+        Evaluation().add({"loss": value}, 2)
+
+
+def test_a_total_that_is_not_a_number_stays_visible() -> None:
+    evaluation = Evaluation()
+    evaluation.add({"loss": torch.tensor([float("nan")]), "sum": Total(torch.tensor(float("nan")))}, 1)
+    values, totals, _ = evaluation.reduce(lambda tensor: [tensor])
+    assert values["loss"] != values["loss"]
+    assert totals["sum"] != totals["sum"]
