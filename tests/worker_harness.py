@@ -1,7 +1,7 @@
 """Real rank processes for tests: a pool that stays up, in which each case joins and leaves a process group of its own.
 
-    RankPool            processes 0..n-1, started once; `call` runs a function on the first `world_size` of them
-    TrainingRun         one run's folder; `go` is one attempt, from the newest checkpoint, at any number of ranks
+RankPool            processes 0..n-1, started once; `call` runs a function on the first `world_size` of them
+TrainingRun         one run's folder; `go` is one attempt, from the newest checkpoint, at any number of ranks
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class RankPool:
                 self.close()  # new ones are started for the next case
                 raise TimeoutError(f"rank {rank} did not answer within {TIMEOUT_S} s")
             answers.append(pipe.recv())
-        for value, error, text in answers:
+        for _, error, text in answers:
             if error is not None:
                 error.add_note(text)
                 raise error
@@ -252,9 +252,7 @@ def run_rank(
     collate = {"collate": pipeline.collate} if pipeline.collate else {}
     task = experiment.make_task(pipeline.schema)
     job = loop.Job(spec=spec, plan=planned, order=order, cuts=cuts, task=task, **collate)
-    seat = loop.Seat(
-        rank=rank, world_size=world_size, device=torch.device("cpu"), folder=start.folder, attempt=start.attempt
-    )
+    seat = loop.Seat(rank=rank, world_size=world_size, device=torch.device("cpu"), folder=start.folder, attempt=start.attempt)
     events: list[dict[str, Any]] = []
     steps_done = order.step(position)
 

@@ -76,7 +76,7 @@ def find_model(reference: str) -> Trained:
 
     Raises:
         InputError: when there is no such model, or the run has no checkpoint yet.
-        CheckpointError: when the checkpoint is damaged.
+        CheckpointError: when its files are damaged, or of another version of raymill.
         TrackingError: when the registry cannot be reached.
     """
     folder = run_folder(reference)
@@ -98,8 +98,14 @@ def _best_checkpoint(folder: RunFolder) -> Path:
 
 
 def _trained(name: str, run_id: str, weights: Path, records: Path) -> Trained:
-    spec = JobSpec.model_validate_json((records / "spec.json").read_text())
-    planned = Plan(**json.loads((records / "plan.json").read_text()))
+    try:
+        spec = JobSpec.model_validate_json((records / "spec.json").read_text())
+        planned = Plan(**json.loads((records / "plan.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{records}: the job or the plan of {name} cannot be read: {error}. It is damaged, or of another version of "
+            "raymill. Train it again."
+        ) from error
     return Trained(name, run_id, weights / "weights.safetensors", spec, planned)
 
 

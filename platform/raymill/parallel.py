@@ -24,6 +24,8 @@ from raymill.errors import InputError, Problem
 from raymill.task import Batch, Objective
 
 LOOPBACK = "127.0.0.1"
+ALIGNMENT_BYTES = 64
+"""What torch's CPU allocator aligns to."""
 
 
 def join_group(
@@ -225,9 +227,14 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor in it on the device; dicts, lists and tuples are walked."""
+    """The batch with every tensor in it on the device; dicts, lists and tuples are walked.
+
+    Tensors come out aligned as torch allocates them: a matrix product rounds differently where its input starts elsewhere,
+    and where a batch starts in its window must not change the weights.
+    """
     if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
+        moved = batch.to(device, non_blocking=True)
+        return moved if moved.data_ptr() % ALIGNMENT_BYTES == 0 else moved.clone()
     if isinstance(batch, dict):
         return {name: move(value, device) for name, value in batch.items()}
     if isinstance(batch, list | tuple):

@@ -20,6 +20,9 @@ from raymill.spec import JobSpec
 WINDOW_BYTES = 16 * 2**20
 """Aim for the source bytes of a window: large enough to read in one go, small enough to resume cheaply."""
 
+LEAST_WORKER_CPUS = 0.01
+"""The smallest share of a CPU that can be reserved."""
+
 LEAST_WINDOWS_PER_EPOCH = 8
 """So that reading, transforming and training overlap also on small data."""
 
@@ -229,6 +232,16 @@ def _resource_problems(spec: JobSpec, facts: ClusterFacts, where: Where) -> list
                     f"Set scale.cpus_per_worker to at most {np.floor(most * 100) / 100:g}, or to null to derive it.",
                 )
             )
+    elif LEAST_WORKER_CPUS * workers + _least_data_cpus(facts) > facts.num_cpus:
+        most_workers = int((facts.num_cpus - _least_data_cpus(facts)) / LEAST_WORKER_CPUS)
+        problems.append(
+            Problem(
+                where("scale.workers"),
+                f"{workers} workers on {facts.num_cpus:g} CPUs, {_least_data_cpus(facts):g} of them kept for reading data",
+                f"at least {LEAST_WORKER_CPUS:g} CPU for each worker",
+                f"Use at most {most_workers} workers.",
+            )
+        )
     gpus = workers * spec.scale.gpus_per_worker
     if gpus > facts.num_gpus:
         problems.append(
@@ -261,7 +274,7 @@ def _cpus(spec: JobSpec, facts: ClusterFacts, why: dict[str, str]) -> tuple[floa
         why["worker_cpus"] = f"{facts.num_cpus:g} CPUs are enough for 1 each and 1 for reading data"
     else:
         share = (facts.num_cpus - _least_data_cpus(facts)) / workers
-        worker_cpus = max(0.01, float(np.floor(share * 100) / 100))
+        worker_cpus = max(LEAST_WORKER_CPUS, float(np.floor(share * 100) / 100))
         why["worker_cpus"] = (
             f"{facts.num_cpus:g} CPUs, {_least_data_cpus(facts):g} kept for reading data, the rest shared by {workers} workers"
         )

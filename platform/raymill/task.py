@@ -94,7 +94,8 @@ class Source(Protocol):
 # ---------------------------------------------------------------- pipeline
 
 Transform = Callable[[Rows, str, np.random.Generator], Rows]
-"""(rows of one window, split, generator) -> as many rows. The generator is seeded by seed, epoch and window alone."""
+"""(rows of one window, split, generator) -> as many rows. The generator is seeded by seed, epoch and window alone, and for
+validation rows by seed and window, so that every evaluation sees the same."""
 
 
 def unchanged(rows: Rows, split: str, generator: np.random.Generator) -> Rows:

@@ -180,8 +180,8 @@ class Result:
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def play(place: Live, arguments: list[str], fault: str = "", provoke: Provoke | None = None) -> Result:
-    """Run one command to its end, with what is to go wrong on the way."""
+def play(place: Live, arguments: list[str], fault: str = "", provoke: Provoke | None = None, *, orphans: bool = False) -> Result:
+    """Run one command to its end, with what is to go wrong on the way; and what it leaves, if it may leave `orphans`."""
     shared_before = set(os.listdir("/dev/shm"))
     begun_s = time.monotonic()
     command = place.command = place.start(arguments, fault)
@@ -193,6 +193,8 @@ def play(place: Live, arguments: list[str], fault: str = "", provoke: Provoke | 
     if exit_code is None:
         command.kill()
         command.wait()
+    while orphans and place.processes() and time.monotonic() - begun_s < LIMIT_S:
+        time.sleep(POLL_S)
     return collect(place, exit_code, provoked, shared_before, time.monotonic() - begun_s)
 
 
@@ -212,7 +214,7 @@ def collect(place: Live, exit_code: int | None, provoked: bool, shared_before: s
         provoked=provoked,
         broken=broken_checkpoints(folder) if folder else [],
         left=left,
-        tracked=wrong_metrics(place, events) if exit_code == 0 else [],
+        tracked=wrong_metrics(place, events) if exit_code in (0, -9) and done else [],
         seconds=seconds,
         said=place.said(),
         summary=done,

@@ -207,6 +207,14 @@ def test_weights_of_another_model_than_the_task_builds_now_are_refused() -> None
         evaluate("measured-1")
 
 
+def test_the_records_of_another_version_of_raymill_are_refused() -> None:
+    run = Run()
+    run.save(6, seed=1, best=True)
+    run.folder.plan.write_text(json.dumps({**run.plan.as_record(), "num_moons": 2}))
+    with pytest.raises(CheckpointError, match="num_moons"):
+        evaluate("measured-1")
+
+
 def test_a_run_that_saved_nothing_yet_is_refused_with_the_way_on() -> None:
     Run()
     with pytest.raises(InputError, match="--resume measured-1"):

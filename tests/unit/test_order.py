@@ -272,8 +272,7 @@ GOLDEN_WINDOWS = [
 def test_the_order_of_a_small_split_is_pinned() -> None:
     order = SplitOrder(TRAIN, np.array([3, 1, 4, 1, 5], np.int64), 2, 42, shuffle=True)
     found = [
-        [window_rows(order, epoch, window(order, epoch, index).fragments)[0].tolist() for index in range(2)]
-        for epoch in range(2)
+        [window_rows(order, epoch, window(order, epoch, index).fragments)[0].tolist() for index in range(2)] for epoch in range(2)
     ]
     assert found == GOLDEN_WINDOWS
     assert shuffled(6, key(1, 2, 3)).tolist() == GOLDEN_PERMUTATION
@@ -391,5 +390,3 @@ def test_a_feed_says_when_the_stream_ends_early_or_late() -> None:
         feed.finish(TRAIN, 0)
     with pytest.raises(DataError, match="the stream ended before"):
         feed.take(TRAIN, 0, 3)
-
-

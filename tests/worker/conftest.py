@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from worker_harness import Experiment, RankPool, TrainingRun
 
 NewRun = Callable[[Experiment], TrainingRun]

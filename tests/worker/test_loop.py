@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from probes import mixed
-from worker_harness import Attempt, Experiment, TrainingRun
 
+from probes import mixed
 from raymill import checkpoint
 from raymill.errors import InputError, NumberError, RunError
+from worker_harness import Attempt, Experiment, TrainingRun
 
 NewRun = Callable[[Experiment], TrainingRun]
 
@@ -73,9 +73,7 @@ def test_what_is_evaluated_is_the_model_that_is_saved_running_statistics_include
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_gradient_that_is_not_a_number_stops_the_run_before_the_weights_change(new_run: NewRun, world_size: int) -> None:
-    run = new_run(
-        Experiment(mixed.Mixed, mixed.pipeline_with_nan, {**mixed.VALUES, "checkpoint": {"every_steps": 1}})
-    )
+    run = new_run(Experiment(mixed.Mixed, mixed.pipeline_with_nan, {**mixed.VALUES, "checkpoint": {"every_steps": 1}}))
     with pytest.raises(NumberError, match=r"step \d+ \(epoch 0, batch \d+\)") as caught:
         run.go(world_size)
     broken = next(number for number, rows in enumerate(run.batches.values(), 1) if 60 in rows)

