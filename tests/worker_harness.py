@@ -238,6 +238,7 @@ def run_rank(
 
     from raymill import checkpoint, loop, parallel, plan, stream
     from raymill.manifest import take_manifest
+    from raymill.rows import as_batch
 
     spec, pipeline = experiment.spec(world_size), experiment.make_pipeline()
     manifest = take_manifest(pipeline)
@@ -249,9 +250,9 @@ def run_rank(
     name = checkpoint.find_latest(start.folder / "checkpoints", print)
     snapshot = checkpoint.load(start.folder / "checkpoints" / name) if name else None
     position = snapshot.record["position"] if snapshot else 0
-    collate = {"collate": pipeline.collate} if pipeline.collate else {}
+    collate = pipeline.collate or as_batch
     task = experiment.make_task(pipeline.schema)
-    job = loop.Job(spec=spec, plan=planned, order=order, cuts=cuts, task=task, **collate)
+    job = loop.Job(spec=spec, plan=planned, order=order, cuts=cuts, task=task, collate=collate)
     seat = loop.Seat(rank=rank, world_size=world_size, device=torch.device("cpu"), folder=start.folder, attempt=start.attempt)
     events: list[dict[str, Any]] = []
     steps_done = order.step(position)

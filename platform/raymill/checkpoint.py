@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from raymill import faults
 from raymill.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -108,16 +109,21 @@ def save(folder: Path, name: str, snapshot: Snapshot, *, best: bool) -> None:
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     save_file(snapshot.weights, stage / "weights.safetensors")
+    faults.point("checkpoint_file_written", stage / "weights.safetensors")
     save_file(snapshot.optimizer, stage / "optimizer.safetensors")
+    faults.point("checkpoint_file_written", stage / "optimizer.safetensors")
     record = {**snapshot.record, "is_best": best, "weights_sha256": weights_sha256(snapshot.weights)}
     (stage / "state.json").write_text(json.dumps(record, indent=1))
+    faults.point("checkpoint_file_written", stage / "state.json")
     files = sorted(path for path in stage.iterdir())
+    faults.point("before_manifest")
     manifest = {path.name: {"num_bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     (stage / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for path in stage.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     _sync_folder(stage)
+    faults.point("before_rename")
     final = folder / name
     if final.exists():
         shutil.rmtree(final)
@@ -249,16 +255,22 @@ class Keeper:
 
     def _commit(self, snapshot: Snapshot, best: bool) -> None:
         name = f"step-{snapshot.record['step']:08d}.{self._attempt}"
+        faults.point("before_commit")
         save(self._folder, name, snapshot, best=best)
+        faults.point("after_rename")
         before = read_pointer(self._folder)
         if before and before.attempt > self._attempt:
             raise CheckpointError(
                 f"attempt {self._attempt} wrote checkpoint {name} after attempt {before.attempt} had taken over; it is not used"
             )
         pointer = Pointer(name, name if best else (before.best if before else None), self._attempt)
+        faults.point("before_pointer")
         write_file(self._folder / POINTER, json.dumps(pointer.__dict__))
+        faults.point("after_pointer", self._folder / name / "weights.safetensors")
         for old in to_remove(names(self._folder), pointer, self._keep):
+            faults.point("before_remove_old")
             shutil.rmtree(self._folder / old)
+        faults.point("after_commit")
         self._committed({"kind": "checkpoint", "step": snapshot.record["step"], "path": f"checkpoints/{name}", "best": best})
 
 

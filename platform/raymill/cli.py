@@ -13,7 +13,13 @@ from rich.table import Table
 
 from raymill.errors import InputError, Problem, RaymillError
 
-app = typer.Typer(help="Distributed PyTorch training on Ray.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app = typer.Typer(
+    help="Distributed PyTorch training on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 runs_app = typer.Typer(help="Browse runs.", no_args_is_help=True)
 models_app = typer.Typer(help="Browse registered models.", no_args_is_help=True)
 data_app = typer.Typer(help="Get, check and look at data sets.", no_args_is_help=True)

@@ -12,13 +12,14 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from raymill.errors import Problem
 from raymill.plan import ClusterFacts, Plan
 
 SESSION_PREFIX = "raymill-"
@@ -38,6 +39,26 @@ RAY_SETTINGS = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 """Set before Ray is imported, where the user did not set them."""
+
+
+REOPENING_VARIABLES = (
+    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
+    "RAY_DATA_ARROW_EXTENSION_SERIALIZATION_CLOUDPICKLE",
+    "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR",
+    "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
+    "RAY_DATA_EXECUTION_CALLBACKS",
+    "RAY_TRAIN_CALLBACKS",
+)
+"""Variables that make Ray run code found in data files, or import code by name."""
+
+
+def unsafe_variables(variables: Mapping[str, str]) -> list[Problem]:
+    """The environment variables that would let data or names run code; raymill does not run with them."""
+    return [
+        Problem(f"environment variable {name}", "set", "not set: it lets data or names run code", f"Run `unset {name}`.")
+        for name in REOPENING_VARIABLES
+        if name in variables
+    ]
 
 
 def local_facts() -> ClusterFacts:

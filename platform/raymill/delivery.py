@@ -25,9 +25,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymill import pictures
+from raymill import faults, pictures
 from raymill.errors import RaymillError
 from raymill.home import RunFolder
+from raymill.redaction import redact
 from raymill.tracking import (
     Event,
     connect,
@@ -35,7 +36,6 @@ from raymill.tracking import (
     experiment_id,
     process_lives,
     read_events,
-    redact,
     store_failures,
 )
 
@@ -161,6 +161,7 @@ class Delivery:
         if not runs:
             tags, started_ms = {RUN_ID_TAG: self.folder.run_id}, int(event["time_s"] * 1000)
             runs = [self.client.create_run(experiment, started_ms, tags, run_name=self.folder.run_id)]
+        faults.point("mlflow_run_made")
         self.done.mlflow_run_id, self.done.started_s = runs[0].info.run_id, event["time_s"]
         self._save()
 
@@ -199,7 +200,9 @@ class Delivery:
         for first in range(0, len(new), METRICS_PER_CALL):
             call = new[first : first + METRICS_PER_CALL]
             metrics = [Metric(point.key, point.value, int(point.time_s * 1000), point.step) for point in call]
+            faults.point("before_mlflow_call")
             self.client.log_batch(self.done.mlflow_run_id, metrics=metrics)
+            faults.point("after_mlflow_call")
             self.done.steps |= {point.key: point.step for point in call}
 
     def _describe(self) -> None:

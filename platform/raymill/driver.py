@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raymill import cluster, errors
+from raymill import cluster, errors, faults
 from raymill.checkpoint import read_pointer, read_record, write_file
 from raymill.errors import RaymillError, RunError
 from raymill.home import RunFolder
@@ -35,7 +35,8 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(Path(arguments[0]))
     signal.signal(signal.SIGTERM, lambda number, frame: folder.stop.touch())
     try:
-        with lease(folder):
+        with lease(folder.lease):
+            faults.point("driver_start")
             return _drive(folder)
     except RaymillError as error:
         write_file(folder.outcome, json.dumps(errors.as_record(error)))
@@ -47,20 +48,20 @@ def main(arguments: list[str]) -> int:
 
 
 @contextmanager
-def lease(folder: RunFolder) -> Iterator[None]:
-    """Hold the run, so that no two processes ever drive it at once.
+def lease(path: Path) -> Iterator[None]:
+    """Hold a lock file of a run's folder, so that no two processes ever do at once what it stands for.
 
     Raises:
         RunError: when another process holds it.
     """
-    held = os.open(folder.lease, os.O_RDWR | os.O_CREAT, 0o600)
+    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         owner = os.pread(held, 32, 0).decode()
         os.close(held)
         raise RunError(
-            f"run {folder.run_id} is being trained by process {owner}; wait for it, or stop it with SIGTERM"
+            f"run {path.parent.name} is being trained by process {owner}; wait for it, or stop it with SIGTERM"
         ) from error
     try:
         os.ftruncate(held, 0)
@@ -78,9 +79,12 @@ def _drive(folder: RunFolder) -> int:
         # Imported here: `embedded_ray` sets what Ray reads when it is imported.
         from raymill import trainer
 
+        faults.point("ray_started")
         outcome = trainer.fit(folder, planned, spec)
+    faults.point("before_summary")
     summary = summarise(folder, planned, spec, outcome)
     write_file(folder.summary, json.dumps(summary, indent=1))
+    faults.point("after_summary")
     if outcome["status"] == "interrupted":
         append_event(folder, {"kind": "stop", "reason": "interrupted", "message": ""})
         return INTERRUPTED

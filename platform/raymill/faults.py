@@ -52,6 +52,7 @@ POINTS = {
 """Every point, and what has happened where it is passed."""
 
 KINDS = ("kill", "stop", "raise", "delay", "slow", "disk_full", "corrupt")
+PLACE = ("rank", "step", "attempt")
 
 _here: dict[str, int] = {}
 
@@ -87,10 +88,10 @@ def parse(text: str) -> list[Fault]:
     for number, part in enumerate(text.split(",")):
         point, kind, *options = part.split(":")
         values = dict(option.split("=", 1) for option in options)
-        unknown = values.keys() - {"rank", "step", "attempt", "hit", "seconds"}
+        unknown = values.keys() - {*PLACE, "hit", "seconds"}
         if point not in POINTS or kind not in KINDS or unknown:
             raise ValueError(f"RAYMILL_FAULT: {part!r} is not POINT:KIND[:rank=][:step=][:attempt=][:hit=][:seconds=]")
-        place = {name: int(values[name]) for name in ("rank", "step", "attempt") if name in values}
+        place: dict[str, int] = {name: int(values[name]) for name in PLACE if name in values}
         faults.append(Fault(number, point, kind, place, int(values.get("hit", 1)), float(values.get("seconds", 1))))
     return faults
 

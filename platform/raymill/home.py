@@ -100,6 +100,11 @@ class RunFolder:
         return self.path / "lease"
 
     @property
+    def owner(self) -> Path:
+        """Locked by the command that keeps the run going; holds its pid."""
+        return self.path / "owner"
+
+    @property
     def stop(self) -> Path:
         """There while the workers are asked to save and stop."""
         return self.path / "stop"

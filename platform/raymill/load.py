@@ -26,6 +26,7 @@ from raymill import strict_yaml
 from raymill.check import check_names, find_code, project_packages
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.home import project_root
+from raymill.redaction import find_secrets
 from raymill.signature import shortened
 from raymill.spec import JobSpec
 
@@ -145,7 +146,7 @@ def examine_job(job: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
     problems = [problem for problem in problems if not _within(problem.where, overridden)]
     unreadable = {name for name in document.unreadable if not _within(name, overridden)}
     spec, spec_problems = _validate(values)
-    judged = [*spec_problems, *check_names(values, packages)]
+    judged = [*spec_problems, *check_names(values, packages), *_secret_problems(values)]
     problems += [problem for problem in judged if problem.where not in unreadable]
     placed = (*_placed(problems, path, lines, overridden), *override_problems)
     faults = frozenset(problem.where for problem in problems)
@@ -260,6 +261,11 @@ def _set(values: dict[str, Any], parts: Sequence[str], value: Any) -> Problem | 
         else:
             place = place[key]
     return None
+
+
+def _secret_problems(values: dict[str, Any]) -> list[Problem]:
+    fix = "A job is recorded in the run and the model: let the pipeline or the task read it from the environment instead."
+    return [Problem(where, "a literal secret", "no secrets in a job", fix) for where in find_secrets(values)]
 
 
 def _validate(values: dict[str, Any]) -> tuple[JobSpec | None, list[Problem]]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from raymill import faults
 from raymill.checkpoint import Keeper, better
 from raymill.errors import NumberError, RunError
 from raymill.metrics import Evaluation
@@ -148,6 +149,8 @@ def train(
     state = build(job, seat)
     if snapshot is not None:
         restore(state, snapshot)
+    faults.here(rank=seat.rank, attempt=seat.attempt, step=job.order.step(state.position))
+    faults.point("restored")
     loop = _Loop(job, seat, state, packets, report, should_stop)
     try:
         return loop.run()
@@ -230,6 +233,7 @@ class _Loop:
 
     def step(self, turn: Turn, number: int) -> None:
         """Train on one global batch, or pass over it if it is one that spoiled the numbers before."""
+        faults.here(step=self.job.order.step(turn.position))
         cut = self.job.cuts[TRAIN]
         rows = cut.batch_size(number)
         ids: list[np.ndarray] = []
@@ -255,6 +259,7 @@ class _Loop:
         self.exchange = Exchange(self.event(step, turn, measured), used, wants_stop)
         if self.clock.first_step_s is None:
             self.first_step()
+        faults.point("step_done")
         if step % self.job.plan.checkpoint_every_steps == 0 and self.is_rest(turn):
             self.save()
 
@@ -270,7 +275,8 @@ class _Loop:
         rows = self.feed.take(TRAIN, turn.epoch, count)
         ids.append(np.asarray(rows[ROW_ID]))
         if self.order_file:
-            self.order_file.write(json.dumps({"position": turn.position, "rows": ids[-1].tolist()}) + "\n")
+            record = {"attempt": self.seat.attempt, "position": turn.position, "rows": ids[-1].tolist()}
+            self.order_file.write(json.dumps(record) + "\n")
             self.order_file.flush()
         return move(self.job.collate(rows), self.seat.device)
 
@@ -288,6 +294,7 @@ class _Loop:
             loss_sum = gradients(
                 wrapped, pieces, rows, lambda shard: seed_everything(spec.loop.seed, STEP, turn.position, shard, place)
             )
+        faults.point("after_backward")
         norm = gradient_norm(wrapped.parameters)
         if not bool(torch.isfinite(norm)):
             self.refuse(turn, name, float(norm), ids)
@@ -297,6 +304,7 @@ class _Loop:
         clip_norm = optimizer_spec(spec, name, [w.objective.name for w in self.state.wrapped]).clip_norm
         rate = optimizer.param_groups[0]["lr"]
         apply(wrapped, optimizer, norm, clip_norm)
+        faults.point("after_optimizer")
         return {
             f"train/{_label(name, 'loss')}": loss_sum / rows,
             f"train/{_label(name, 'gradient_norm')}": float(norm),
@@ -362,6 +370,7 @@ class _Loop:
         if number == 0:
             # Each rank has its own running statistics since the last forward pass; the model is rank 0's.
             share_buffers(self.state.model)
+        faults.point("evaluation_batch")
         measure(self.job, self.seat, self.state.model, self.feed, turn.epoch, number, self.evaluation)
         self.clock.evaluation_s += time.perf_counter() - start
 
@@ -386,6 +395,7 @@ class _Loop:
     def end_epoch(self, turn: Turn) -> None:
         """Close the epoch's pass and save."""
         self.feed.finish(TRAIN, turn.epoch)
+        faults.point("epoch_end")
         self.save(epoch_ended=True)
 
     # ------------------------------------------------------------ saving

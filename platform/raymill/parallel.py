@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raymill import faults
 from raymill.errors import InputError, Problem
 from raymill.task import Batch, Objective
 
@@ -159,7 +160,9 @@ class Wrapped:
     def loss(self, batch: Batch | None) -> torch.Tensor:
         """The loss of a batch, computed in the job's precision."""
         with autocast(self._precision, self.device):
+            faults.point("before_forward")
             loss = self._module(batch)
+            faults.point("after_forward")
         return loss.float()  # type: ignore[no-any-return]
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:

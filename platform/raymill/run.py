@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ import psutil
 
 from raymill import load, manifest, plan
 from raymill.checkpoint import write_file
-from raymill.cluster import local_facts
+from raymill.cluster import local_facts, unsafe_variables
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.home import RunFolder, run_folder, runs_folder
 from raymill.manifest import Manifest
@@ -57,7 +58,7 @@ def prepare(job: load.LoadedJob) -> Prepared:
     Raises:
         InputError: with everything that is wrong, the job's own problems included.
     """
-    problems, facts = list(job.problems), local_facts()
+    problems, facts = [*unsafe_variables(os.environ), *job.problems], local_facts()
     pipeline = taken = None
     if job.is_sound("pipeline", "data"):
         try:
@@ -109,6 +110,8 @@ def resume(run_id: str, num_workers: int | None, watch: Watch) -> dict[str, Any]
     Raises:
         InputError: when there is no such run, it is finished, or its data changed.
     """
+    if problems := unsafe_variables(os.environ):
+        raise InputError(problems)
     folder = find_run(run_id)
     recorded = json.loads(folder.spec.read_text())
     if num_workers is not None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raymill import faults
 from raymill.errors import DataError
 from raymill.order import TRAIN, Cut, Item, JobOrder, Stream, key, window, window_rows
 from raymill.rows import ROW_ID, join, num_rows, pack, take, unpack
@@ -70,6 +71,7 @@ class Reader:
         Raises:
             DataError: when a fragment cannot be read, or the transform changes the number of rows.
         """
+        faults.point("before_read")
         split_order, cut = self.order.split(item.split), self.cuts[item.split]
         opened = window(split_order, item.epoch, item.window)
         ids, places = window_rows(split_order, item.epoch, opened.fragments)
@@ -77,6 +79,7 @@ class Reader:
         if len(ids):
             parts = [self._read_fragment(item.split, int(fragment)) for fragment in opened.fragments]
             rows = self._transformed(take(join(parts), places), item)
+        faults.point("after_transform")
         rows[ROW_ID] = ids
         sequence = np.arange(opened.start, opened.stop, dtype=np.int64)
         ranks = np.where(sequence < item.skip, -1, cut.ranks(sequence))

@@ -14,7 +14,6 @@ import fcntl
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.home import RunFolder, home, project_root, run_folder, runs_folder
+from raymill.redaction import redact_arguments
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -204,48 +204,6 @@ def process_lives(pid: int) -> bool:
 
 # ---------------------------------------------------------------- what it ran with
 
-_SECRET_WORDS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials", "apikey"}
-_SECRET_ENDINGS = {"key", "keys", "token"}
-_URI_WITH_PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@", re.IGNORECASE)
-_HIDDEN = "***"
-
-
-def redact(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in which every value that looks like a secret, by its key or as a URI with a password, is "***"."""
-    return {key: _HIDDEN if _is_secret(key, value) else _redacted(value) for key, value in values.items()}
-
-
-def _redacted(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return redact(value)
-    if isinstance(value, list | tuple):
-        return [_redacted(item) for item in value]
-    if isinstance(value, str) and _URI_WITH_PASSWORD.search(value):
-        return _HIDDEN
-    return value
-
-
-def _is_secret(key: str, value: Any) -> bool:
-    words = re.findall(r"[a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", key).lower())
-    if not words or value is None or isinstance(value, bool):
-        return False
-    # Numbers such as num_key or pad_token are settings; a number under "password" is not.
-    return bool(_SECRET_WORDS & set(words)) or (words[-1] in _SECRET_ENDINGS and not isinstance(value, int | float))
-
-
-def _redacted_arguments(arguments: Sequence[str]) -> list[str]:
-    shown: list[str] = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        option_before = shown[-1] if shown and shown[-1].startswith("-") and "=" not in shown[-1] else ""
-        if equals and _is_secret(name, value):
-            shown.append(f"{name}={_HIDDEN}")
-        elif _is_secret(option_before, argument):
-            shown.append(_HIDDEN)
-        else:
-            shown.append(_redacted(argument))
-    return shown
-
 
 def environment() -> dict[str, Any]:
     """What the run ran with, as JSON-ready values. Imports none of the libraries; holds no environment variables."""
@@ -256,7 +214,7 @@ def environment() -> dict[str, Any]:
         "versions": {name: _version(name) for name in ("torch", "ray", "mlflow", "numpy", "pyarrow")},
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if (changes := _git("status", "--porcelain")) is None else bool(changes),
-        "command": _redacted_arguments(sys.argv),
+        "command": redact_arguments(sys.argv),
     }
 
 

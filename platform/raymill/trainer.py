@@ -27,7 +27,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from raymill import load, manifest, plan, stall, stream
+from raymill import faults, load, manifest, plan, stall, stream
 from raymill.checkpoint import clean, find_latest
 from raymill.errors import RaymillError, RunError, WorkerError
 from raymill.home import RunFolder
@@ -145,6 +145,8 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
 
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    faults.here(rank=rank)
+    faults.point("worker_start")
     folder = RunFolder(Path(config["folder"]))
     stall.announce(folder, rank)
     # By reference: what Ray Train broadcasts is meant to be small.
@@ -159,6 +161,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
 def _open(folder: RunFolder, world_size: int, meeting: tuple[str, int]) -> dict[str, Any]:
     """On rank 0: take over the run, find where it is, and open the stream there."""
     attempt = _next_attempt(folder)
+    faults.point("run_taken")
     clean(folder.checkpoints)
     notes: list[str] = []
     name = find_latest(folder.checkpoints, notes.append)

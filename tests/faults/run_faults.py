@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from rich.console import Console
@@ -68,7 +68,7 @@ class Outcome:
     seconds: float
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference(job: tuple[str, ...], workers: int) -> Result:
     """The run that nothing happens to. Raises AssertionError when it fails all the same."""
     with live() as place:

@@ -39,8 +39,8 @@ def make_rows(count: int, seed: int) -> Rows:
 def jitter(rows: Rows, split: str, generator: np.random.Generator) -> Rows:
     """Add noise to training images."""
     if split == "train":
-        noise = generator.normal(0, 0.1, np.shape(rows["image"]))
-        rows["image"] = (rows["image"] + noise).astype(np.float32)  # type: ignore[operator]
+        image = np.asarray(rows["image"])
+        return {**rows, "image": (image + generator.normal(0, 0.1, image.shape)).astype(np.float32)}
     return rows
 
 
@@ -58,7 +58,7 @@ def pipeline_with_nan() -> Pipeline:
 
 def make_rows_with_nan() -> Rows:
     rows = make_rows(TRAIN_ROWS, 1)
-    rows["image"][60] = np.nan
+    np.asarray(rows["image"])[60] = np.nan
     return rows
 
 
@@ -92,6 +92,9 @@ class Mixed(Task):
             "accuracy": (predicted == label).float(),
             "confusion": Total(pairs.reshape(NUM_CLASSES, NUM_CLASSES)),
         }
+
+    def inputs(self, batch: Any) -> tuple[torch.Tensor, ...]:
+        return (batch["image"],)
 
 
 def plain(schema: Schema) -> Mixed:

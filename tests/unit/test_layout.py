@@ -41,9 +41,7 @@ LIGHT = ("errors", "home", "load", "order", "plan", "signature", "sources", "spe
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=120, check=False
-    )
+    return subprocess.run([sys.executable, *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=120, check=False)
 
 
 def name_of(path: Path) -> str:

@@ -429,9 +429,7 @@ def test_a_file_with_many_mistakes_reports_each_at_its_line(project: Path) -> No
 
 
 def test_overrides_change_add_and_clear_values(project: Path) -> None:
-    job = load_job(
-        "digits", ["loop.epochs=1", "scale.workers=4", "register=null", "optimizer.betas.0=0.5", "loop.epochs=2"]
-    )
+    job = load_job("digits", ["loop.epochs=1", "scale.workers=4", "register=null", "optimizer.betas.0=0.5", "loop.epochs=2"])
     assert (job.spec.loop.epochs, job.spec.scale.workers, job.spec.register_) == (2, 4, None)
     assert job.spec.model_dump()["optimizer"]["betas"] == [0.5, 0.99]
     assert job.where("loop.epochs") == "--set loop.epochs"
@@ -498,9 +496,7 @@ def test_import_checks_a_spec_that_did_not_come_through_load(project: Path) -> N
     assert not (project / "touched").exists()
 
 
-def test_import_names_a_missing_library_and_a_module_from_another_project(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_import_names_a_missing_library_and_a_module_from_another_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = load_job("digits").spec
     import_pipeline(spec)
     other = project / "other"
@@ -520,3 +516,11 @@ def test_import_names_a_missing_library_and_a_module_from_another_project(
         del sys.modules[name]
     with pytest.raises(InputError, match="no_such_library"):
         import_pipeline(spec.model_copy(update={"pipeline": "pipelines.broken:make"}))
+
+
+def test_a_literal_secret_in_a_job_is_refused_and_not_repeated(project: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load_job("digits", ["data.api_key=canary-1", "model.store=s3://me:canary-2@host/x"])
+    found = [problem for problem in caught.value.problems if problem.found == "a literal secret"]
+    assert sorted(problem.where.split()[-1] for problem in found) == ["data.api_key", "model.store"]
+    assert "canary" not in " ".join(problem.found + problem.fix for problem in found)

@@ -37,7 +37,7 @@ def test_a_mean_over_rows_is_exact_however_they_are_dealt(correct: list[bool], b
     ranks = [Evaluation() for _ in range(min(num_ranks, len(correct)))]
     for number, rank in enumerate(ranks):
         own = torch.tensor(correct[number :: len(ranks)], dtype=torch.float32)
-        for batch in own.split(batch_rows):
+        for batch in torch.split(own, batch_rows):
             counts = torch.bincount(batch.long(), minlength=2)
             rank.add({"accuracy": batch, "counts": Total(counts)}, len(batch))
     values, totals, rows = reduce(ranks)

@@ -125,8 +125,8 @@ def deal(case: Case, position: int, world_size: int) -> dict[Step, Shards]:
                 if count:
                     rows = feed.take(turn.split, turn.epoch, count)
                     np.testing.assert_array_equal(rows["value"], rows[ROW_ID])
-                    shards[shard] = rows[ROW_ID].tolist()
-        assert all(not packet.rows[ROW_ID].size for packet in packets)
+                    shards[shard] = np.asarray(rows[ROW_ID]).tolist()
+        assert all(not len(packet.rows[ROW_ID]) for packet in packets)
     return dealt
 
 
@@ -331,7 +331,8 @@ def read_all(fragment_rows: int, transform_seed: int, world_size: int) -> dict[i
     found: dict[int, float] = {}
     for rank in range(world_size):
         for packet in read_locally(reader, 0, rank):
-            found |= dict(zip(packet.rows[ROW_ID].tolist(), np.asarray(packet.rows["value"]).tolist(), strict=True))
+            ids, values = np.asarray(packet.rows[ROW_ID]), np.asarray(packet.rows["value"])
+            found |= dict(zip(ids.tolist(), values.tolist(), strict=True))
     return found
 
 

@@ -212,7 +212,7 @@ def test_workers_that_leave_no_cpu_for_reading_are_refused() -> None:
 
 
 def test_more_workers_than_cpus_can_be_cut_into_are_refused() -> None:
-    sections = {"loop": {"global_batch_rows": 200}, "scale": {"workers": 200}}
+    sections: dict[str, Any] = {"loop": {"global_batch_rows": 200}, "scale": {"workers": 200}}
     [(where, found, _, fix)] = refusals(facts(2), **sections)
     assert (where, fix) == ("job.yaml scale.workers", "Use at most 100 workers.")
     assert found == "200 workers on 2 CPUs, 1 of them kept for reading data"

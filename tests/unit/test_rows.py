@@ -113,7 +113,7 @@ def test_what_cannot_travel_is_named(values: Any, message: str) -> None:
 
 
 def test_a_batch_has_a_tensor_where_an_array_was_and_may_be_written_to() -> None:
-    rows = {"image": np.ones((2, 3), np.float32), "boxes": [np.ones((1, 4)), np.ones((2, 4))], "name": ["a", "b"]}
+    rows: Rows = {"image": np.ones((2, 3), np.float32), "boxes": [np.ones((1, 4)), np.ones((2, 4))], "name": ["a", "b"]}
     header, buffers = pack(rows)
     batch = as_batch(unpack(header, buffers))
     batch["image"] += 1

@@ -18,13 +18,13 @@ import pytest
 from raymill import delivery, pictures
 from raymill.errors import InputError
 from raymill.home import RunFolder, run_folder
+from raymill.redaction import redact
 from raymill.tracking import (
     EventWriter,
     append_event,
     environment,
     list_runs,
     read_events,
-    redact,
     show_run,
     tracking_uri,
 )
@@ -253,9 +253,7 @@ def test_the_environment_is_taken_without_git_too(monkeypatch: pytest.MonkeyPatc
     assert (record["git_commit"], record["git_dirty"]) == (None, None)
 
 
-def test_the_store_is_a_file_unless_the_environment_names_one(
-    state_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_store_is_a_file_unless_the_environment_names_one(state_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tracking_uri() == f"sqlite:///{state_folder}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert tracking_uri() == "http://127.0.0.1:5000"

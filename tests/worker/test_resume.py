@@ -130,7 +130,8 @@ def advance(state: TrainState, first: int, last: int) -> list[float]:
     optimizer = state.optimizers["loss"]
     for step in range(first, last):
         optimizer.zero_grad()
-        state.wrapped[0].loss(torch.randn(5, 3, generator=torch.Generator().manual_seed(step))).backward()
+        batch = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+        torch.autograd.backward(state.wrapped[0].loss(batch))
         optimizer.step()
         rates.append(float(optimizer.param_groups[0]["lr"]))
         for schedule in state.schedules.values():
