@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint unit worker integration benchmark clean
+.PHONY: help setup train test lint unit worker integration faults benchmark clean
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -34,7 +34,11 @@ worker: setup ## torch on the CPU, one process and two
 	$(BIN)/pytest tests/worker
 
 integration: setup ## whole runs on a local Ray: minutes
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest tests/integration tests/faults
+
+faults: setup ## every fault that can be provoked here, with what came of it: the best part of an hour
+	$(BIN)/raymill data get mnist
+	PYTHONPATH=tests $(BIN)/python -m faults.run_faults --json .raymill/faults.json
 
 benchmark: setup ## raymill beside the guide's way and torchrun: takes an hour, wants a quiet machine
 	$(BIN)/raymill data get mnist

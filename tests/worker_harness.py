@@ -153,6 +153,7 @@ class Start:
     stop_after: int | None
     crash_after: int | None
     settle: bool
+    passed_over: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -195,7 +196,13 @@ class TrainingRun:
     batches: Batches = field(default_factory=dict)
 
     def go(
-        self, world_size: int, stop_after: int | None = None, *, crash_after: int | None = None, settle: bool = True
+        self,
+        world_size: int,
+        stop_after: int | None = None,
+        *,
+        crash_after: int | None = None,
+        settle: bool = True,
+        passed_over: frozenset[int] = frozenset(),
     ) -> Attempt:
         """Train from the newest checkpoint.
 
@@ -204,10 +211,11 @@ class TrainingRun:
             stop_after: ask to stop once this many steps of the job are done; None: to the end.
             crash_after: rank 0 raises `Crash` at that moment.
             settle: False leaves out `Wrapped.settle`.
+            passed_over: positions behind batches that are not trained on.
         """
         self.attempts += 1
         self.folder.mkdir(parents=True, exist_ok=True)
-        start = Start(self.folder, self.attempts, stop_after, crash_after, settle)
+        start = Start(self.folder, self.attempts, stop_after, crash_after, settle, passed_over)
         try:
             results = self.pool.call(world_size, run_rank, self.experiment, start)
         finally:
@@ -252,7 +260,7 @@ def run_rank(
     position = snapshot.record["position"] if snapshot else 0
     collate = pipeline.collate or as_batch
     task = experiment.make_task(pipeline.schema)
-    job = loop.Job(spec=spec, plan=planned, order=order, cuts=cuts, task=task, collate=collate)
+    job = loop.Job(spec=spec, plan=planned, order=order, cuts=cuts, task=task, collate=collate, passed_over=start.passed_over)
     seat = loop.Seat(rank=rank, world_size=world_size, device=torch.device("cpu"), folder=start.folder, attempt=start.attempt)
     events: list[dict[str, Any]] = []
     steps_done = order.step(position)

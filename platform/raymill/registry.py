@@ -22,7 +22,8 @@ from raymill.order import TRAIN, VALIDATION
 from raymill.rows import ROW_ID, as_batch, join, num_rows, take
 from raymill.spec import NAME, JobSpec
 from raymill.task import Pipeline, Task
-from raymill.tracking import connect, data_digest, read_events, redact, store_failures
+from raymill.redaction import redact
+from raymill.tracking import connect, data_digest, read_events, store_failures
 
 if TYPE_CHECKING:
     import torch

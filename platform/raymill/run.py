@@ -16,6 +16,7 @@ import psutil
 from raymill import load, manifest, plan
 from raymill.checkpoint import write_file
 from raymill.cluster import local_facts, unsafe_variables
+from raymill.driver import lease
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.home import RunFolder, run_folder, runs_folder
 from raymill.manifest import Manifest
@@ -93,7 +94,6 @@ def train(prepared: Prepared, watch: Watch) -> dict[str, Any]:
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     folder = run_folder(f"{prepared.spec.name}-{stamp}-{secrets.token_hex(3)}")
     folder.path.mkdir(parents=True, mode=0o700)
-    _write(folder.spec, load.resolved(prepared.spec))
     _write(folder.manifest, manifest.as_record(prepared.manifest))
     _write(folder.environment, environment())
     return _run(folder, prepared, watch)
@@ -127,7 +127,6 @@ def resume(run_id: str, num_workers: int | None, watch: Watch) -> dict[str, Any]
     if changed:
         raise InputError(changed)
     planned = plan.make_plan(spec, taken, local_facts(), lambda field: f"run {run_id} {field}")
-    _write(folder.spec, load.resolved(spec))
     return _run(folder, Prepared(spec, pipeline, taken, planned), watch)
 
 
@@ -145,11 +144,15 @@ def find_run(run_id: str) -> RunFolder:
 
 
 def _run(folder: RunFolder, prepared: Prepared, watch: Watch) -> dict[str, Any]:
-    _write(folder.plan, prepared.plan.as_record())
-    _write(folder.command, {"started_s": psutil.Process().create_time()})
-    folder.stop.unlink(missing_ok=True)
-    summary = supervise(folder, prepared.spec, watch(folder))
-    _write(folder.summary, summary)
+    with lease(folder.owner):
+        # A driver may have outlived the command that started it.
+        with lease(folder.lease):
+            _write(folder.spec, load.resolved(prepared.spec))
+            _write(folder.plan, prepared.plan.as_record())
+            _write(folder.command, {"started_s": psutil.Process().create_time()})
+            folder.stop.unlink(missing_ok=True)
+        summary = supervise(folder, prepared.spec, watch(folder))
+        _write(folder.summary, summary)
     return summary
 
 

@@ -166,7 +166,8 @@ class Task(Protocol):
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """The mean loss over the batch's rows, a scalar. Not needed where `objectives` is given."""
-        raise NotImplementedError(f"{type(self).__name__} must define loss(model, batch), or objectives()")
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} must define loss(model, batch), or objectives()")
 
     def objectives(self) -> Sequence[Objective]:
         """What is minimised, in this order in each step. One objective named "loss" unless overridden."""
@@ -182,4 +183,5 @@ class Task(Protocol):
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         """The arguments of `model.forward` for this batch: what a registered model takes."""
-        raise NotImplementedError(f"{type(self).__name__} must define inputs(batch), or the job must not register its model")
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} must define inputs(batch), or the job must not register its model")

@@ -31,6 +31,7 @@ from raymill.tracking import read_events
 
 PROJECT = Path(__file__).parents[2]
 POLL_S = 0.05
+LOOK_S = 1.0
 LIMIT_S = 600.0
 GRACE_S = 5.0
 
@@ -62,6 +63,8 @@ class Live:
         if data.is_dir():
             (self.home / "data" / "mnist").symlink_to(data)
         self.command: subprocess.Popen[bytes] | None = None
+        self.num_commands = 0
+        self.seen: set[psutil.Process] = set()
 
     def environment(self, fault: str = "") -> dict[str, str]:
         """Of every process of this run."""
@@ -71,18 +74,19 @@ class Live:
 
     def start(self, arguments: list[str], fault: str = "") -> subprocess.Popen[bytes]:
         """Start a command of raymill; what it prints goes to files of its own."""
-        number = len(list(self.tmp.glob("*.out")))
+        number = self.num_commands
+        self.num_commands += 1
         with open(self.tmp / f"{number}.out", "wb") as out, open(self.tmp / f"{number}.err", "wb") as err:
             command = [sys.executable, "-m", "raymill", *arguments]
             return subprocess.Popen(command, env=self.environment(fault), stdout=out, stderr=err, cwd=PROJECT)
 
-    def said(self) -> str:
-        """What the last command printed on stderr."""
-        return max(self.tmp.glob("*.err"), key=lambda path: int(path.stem)).read_text()
+    def said(self, number: int) -> str:
+        """What a command printed on stderr."""
+        return (self.tmp / f"{number}.err").read_text()
 
-    def printed(self) -> dict[str, Any]:
-        """The JSON object that the last command printed, or an empty one."""
-        text = max(self.tmp.glob("*.out"), key=lambda path: int(path.stem)).read_text()
+    def printed(self, number: int) -> dict[str, Any]:
+        """The JSON object that a command printed, or an empty one."""
+        text = (self.tmp / f"{number}.out").read_text()
         try:
             values: dict[str, Any] = json.loads(text)
         except ValueError:
@@ -100,14 +104,19 @@ class Live:
         events = read_events(self.folder.events)[0] if self.folder else []
         return max((event["step"] for event in events if event["kind"] == "step"), default=0)
 
+    def look(self) -> None:
+        """Remember the command's children: some of Ray's hide their environment, and would not be found later."""
+        with suppress(psutil.Error):
+            if self.command:
+                self.seen.update(psutil.Process(self.command.pid).children(recursive=True))
+
     def processes(self, kind: str = "") -> list[psutil.Process]:
         """The processes of this run of a kind, oldest first."""
-        found = []
+        found = [process for process in self.seen if process.is_running()] if not kind else []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 mine = process.environ().get("RAYMILL_HOME") == str(self.home)
-                # Ray changes what processes are called, which may hide their environment; their parent tells then.
-                if mine and KINDS.get(kind, "") in " ".join(process.cmdline()):
+                if mine and process not in found and KINDS.get(kind, "") in " ".join(process.cmdline()):
                     found.append(process)
         return sorted(found, key=lambda process: process.create_time())
 
@@ -183,11 +192,14 @@ class Result:
 def play(place: Live, arguments: list[str], fault: str = "", provoke: Provoke | None = None, *, orphans: bool = False) -> Result:
     """Run one command to its end, with what is to go wrong on the way; and what it leaves, if it may leave `orphans`."""
     shared_before = set(os.listdir("/dev/shm"))
-    begun_s = time.monotonic()
+    begun_s, number = time.monotonic(), place.num_commands
     command = place.command = place.start(arguments, fault)
-    provoked = provoke is None
+    provoked, looked_s = provoke is None, 0.0
     while command.poll() is None and time.monotonic() - begun_s < LIMIT_S:
         provoked = provoked or provoke is None or provoke(place)
+        if time.monotonic() > looked_s + LOOK_S:
+            looked_s = time.monotonic()
+            place.look()
         time.sleep(POLL_S)
     exit_code = command.poll()
     if exit_code is None:
@@ -195,13 +207,13 @@ def play(place: Live, arguments: list[str], fault: str = "", provoke: Provoke | 
         command.wait()
     while orphans and place.processes() and time.monotonic() - begun_s < LIMIT_S:
         time.sleep(POLL_S)
-    return collect(place, exit_code, provoked, shared_before, time.monotonic() - begun_s)
+    return collect(place, number, exit_code, provoked, shared_before, time.monotonic() - begun_s)
 
 
-def collect(place: Live, exit_code: int | None, provoked: bool, shared_before: set[str], seconds: float) -> Result:
+def collect(place: Live, number: int, exit_code: int | None, provoked: bool, shared_before: set[str], seconds: float) -> Result:
     """Everything that can be seen once a command has ended."""
     left = left_over(place) + [f"/dev/shm/{name}" for name in sorted(set(os.listdir("/dev/shm")) - shared_before)]
-    printed, folder = place.printed(), place.folder
+    printed, folder = place.printed(number), place.folder
     events = read_events(folder.events)[0] if folder else []
     done = json.loads(folder.summary.read_text()) if folder and folder.summary.exists() else {}
     return Result(
@@ -216,7 +228,7 @@ def collect(place: Live, exit_code: int | None, provoked: bool, shared_before: s
         left=left,
         tracked=wrong_metrics(place, events) if exit_code in (0, -9) and done else [],
         seconds=seconds,
-        said=place.said(),
+        said=place.said(number),
         summary=done,
     )
 

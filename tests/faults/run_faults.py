@@ -151,6 +151,7 @@ def happened(results: list[Result]) -> str:
     """What the commands said of what went wrong, shortened."""
     lines = [line for result in results for line in result.said.splitlines()]
     told = [line for line in lines if re.match(r"lost process|stall|storage|\w*(Error|Interrupted)\b|checkpoint .* passed", line)]
+    told = [line for line in told if not line.startswith("InputError")]
     details = [result.message.splitlines()[1].strip() for result in results if "\n" in result.message]
     short = [re.sub(r"/\S*/", "", line)[:90] for line in [*told, *details]]
     return " | ".join(short[:3]) + (f" (+{len(short) - 3})" if len(short) > 3 else "")
@@ -232,7 +233,7 @@ def show(outcomes: list[Outcome]) -> None:
         marks = ["-" if value is None else "same" if value else "OTHER" for value in verdicts[:2]]
         marks += ["yes" if value else "NO" for value in verdicts[2:]]
         exits = " ".join(map(str, done.exit_codes))
-        row = [done.number, done.name, done.how, done.workers, done.attempts, exits, done.happened, *marks, round(done.seconds)]
+        row = [done.number, done.name, done.how, done.workers, done.attempts, exits, done.happened, *marks]
         table.add_row(*map(str, row), style="red" if done.problems else None)
     console = Console(width=200, markup=False, highlight=False)
     console.print(table)
