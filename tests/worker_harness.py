@@ -245,23 +245,27 @@ def run_rank(
     import torch
 
     from raymill import checkpoint, loop, parallel, plan, stream
+    from raymill.desk import NearDesk
+    from raymill.home import RunFolder
     from raymill.manifest import take_manifest
     from raymill.rows import as_batch
+    from raymill.tracking import EventWriter
 
     spec, pipeline = experiment.spec(world_size), experiment.make_pipeline()
-    manifest = take_manifest(pipeline)
+    manifest = take_manifest(pipeline, lenient=spec.bad_rows.lenient)
     planned = plan.make_plan(spec, manifest, plan.ClusterFacts(num_cpus=8, num_gpus=0, memory_bytes=2**32))
     order = plan.job_order(spec, planned, manifest)
     cuts = {split: plan.cut(planned, split) for split in ("train", "validation")}
     fragments = {split: part.fragments for split, part in manifest.splits.items()}
-    reader = stream.Reader(f"{start.folder.name}.{start.attempt}", order, cuts, fragments, pipeline)
+    reader = stream.Reader(f"{start.folder.name}.{start.attempt}", order, cuts, fragments, pipeline, spec.bad_rows.lenient)
     name = checkpoint.find_latest(start.folder / "checkpoints", print)
     snapshot = checkpoint.load(start.folder / "checkpoints" / name) if name else None
     position = snapshot.record["position"] if snapshot else 0
     collate = pipeline.collate or as_batch
     task = experiment.make_task(pipeline.schema)
     job = loop.Job(spec=spec, plan=planned, order=order, cuts=cuts, task=task, collate=collate, passed_over=start.passed_over)
-    seat = loop.Seat(rank=rank, world_size=world_size, device=torch.device("cpu"), folder=start.folder, attempt=start.attempt)
+    desk = NearDesk(RunFolder(start.folder), rank)
+    seat = loop.Seat(rank=rank, world_size=world_size, device=torch.device("cpu"), desk=desk, attempt=start.attempt)
     events: list[dict[str, Any]] = []
     steps_done = order.step(position)
 
@@ -275,13 +279,22 @@ def run_rank(
     settle = parallel.Wrapped.settle
     if not start.settle:
         parallel.Wrapped.settle = lambda self, batch: None  # type: ignore[method-assign]
+    writer = EventWriter(start.folder / "events.jsonl") if rank == 0 else None
+
+    def report(event: dict[str, Any]) -> None:
+        events.append(event)
+        if writer:
+            writer.write(event)
+
     join(rank, world_size, port)
     together = False
     try:
         packets = stream.read_locally(reader, position, rank)
-        outcome = loop.train(job, seat, snapshot, packets, events.append, should_stop)
+        outcome = loop.train(job, seat, snapshot, packets, report, should_stop)
         together = True
         return outcome, events
     finally:
+        if writer:
+            writer.close()
         parallel.leave_group(together=together)
         parallel.Wrapped.settle = settle  # type: ignore[method-assign]

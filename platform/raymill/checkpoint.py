@@ -19,7 +19,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,8 +32,11 @@ from raymill.errors import CheckpointError
 if TYPE_CHECKING:
     from raymill.state import Snapshot
 
+Event = dict[str, Any]
+
 POINTER = "latest.json"
 STAGE = ".stage-"
+WEIGHTS, OPTIMIZER, RECORD = "weights.safetensors", "optimizer.safetensors", "state.json"
 
 
 @dataclass(frozen=True)
@@ -99,22 +102,60 @@ def _sync_folder(folder: Path) -> None:
 # ---------------------------------------------------------------- one checkpoint
 
 
-def save(folder: Path, name: str, snapshot: Snapshot, *, best: bool) -> None:
-    """Write a checkpoint under its final name, whole or not at all; it remembers whether it was the best when written."""
-    from safetensors.torch import save_file
+@dataclass(frozen=True)
+class Packed:
+    """A snapshot as the content of its files, on the way from one machine to another.
 
+    Attributes:
+        step: the step that it was taken behind.
+        files: file name -> content.
+    """
+
+    step: int
+    files: Mapping[str, bytes]
+
+
+def pack(snapshot: Snapshot, *, best: bool) -> Packed:
+    """The files of a snapshot, byte for byte as `save` writes them."""
+    from safetensors.torch import save as as_bytes
+
+    record = _described(snapshot, best)
+    files = {WEIGHTS: as_bytes(snapshot.weights), OPTIMIZER: as_bytes(snapshot.optimizer), RECORD: record.encode()}
+    return Packed(snapshot.record["step"], files)
+
+
+def read(path: Path) -> Packed:
+    """The files of one checkpoint, verified. Needs no torch.
+
+    Raises:
+        CheckpointError: when it is not whole.
+    """
+    verify(path)
+    return Packed(read_record(path)["step"], {name: (path / name).read_bytes() for name in (WEIGHTS, OPTIMIZER, RECORD)})
+
+
+def unpack(packed: Packed) -> Snapshot:
+    """The snapshot of these files."""
+    from safetensors.torch import load as from_bytes
+
+    from raymill.state import Snapshot
+
+    files = packed.files
+    return Snapshot(from_bytes(files[WEIGHTS]), from_bytes(files[OPTIMIZER]), json.loads(files[RECORD]))
+
+
+def _described(snapshot: Snapshot, best: bool) -> str:
     from raymill.state import weights_sha256
 
+    return json.dumps({**snapshot.record, "is_best": best, "weights_sha256": weights_sha256(snapshot.weights)}, indent=1)
+
+
+def save(folder: Path, name: str, content: Snapshot | Packed, *, best: bool) -> None:
+    """Write a checkpoint under its final name, whole or not at all; it remembers whether it was the best when written."""
     stage = folder / f"{STAGE}{name}"
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
-    save_file(snapshot.weights, stage / "weights.safetensors")
-    faults.point("checkpoint_file_written", stage / "weights.safetensors")
-    save_file(snapshot.optimizer, stage / "optimizer.safetensors")
-    faults.point("checkpoint_file_written", stage / "optimizer.safetensors")
-    record = {**snapshot.record, "is_best": best, "weights_sha256": weights_sha256(snapshot.weights)}
-    (stage / "state.json").write_text(json.dumps(record, indent=1))
-    faults.point("checkpoint_file_written", stage / "state.json")
+    _write(stage, content, best)
     files = sorted(path for path in stage.iterdir())
     faults.point("before_manifest")
     manifest = {path.name: {"num_bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
@@ -129,6 +170,20 @@ def save(folder: Path, name: str, snapshot: Snapshot, *, best: bool) -> None:
         shutil.rmtree(final)
     os.rename(stage, final)
     _sync_folder(folder)
+
+
+def _write(stage: Path, content: Snapshot | Packed, best: bool) -> None:
+    from safetensors.torch import save_file
+
+    for name in (WEIGHTS, OPTIMIZER, RECORD):
+        path = stage / name
+        if isinstance(content, Packed):
+            path.write_bytes(content.files[name])
+        elif name == RECORD:
+            path.write_text(_described(content, best))
+        else:
+            save_file(content.weights if name == WEIGHTS else content.optimizer, path)
+        faults.point("checkpoint_file_written", path)
 
 
 def _sha256(path: Path) -> str:
@@ -166,7 +221,7 @@ def load(path: Path) -> Snapshot:
     from raymill.state import Snapshot
 
     verify(path)
-    return Snapshot(load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors"), read_record(path))
+    return Snapshot(load_file(path / WEIGHTS), load_file(path / OPTIMIZER), read_record(path))
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -227,21 +282,25 @@ def to_remove(all_names: list[str], pointer: Pointer, keep: int) -> list[str]:
 
 
 class Keeper:
-    """Writes the checkpoints of one attempt in the background, one at a time, and keeps the pointer."""
+    """Writes the checkpoints of one attempt in the background, one at a time."""
 
-    def __init__(self, folder: Path, attempt: int, keep: int, committed: Callable[[dict[str, Any]], None]) -> None:
-        """Write below `folder`; `committed` is told of each checkpoint once it is safe."""
-        self._folder, self._attempt, self._keep, self._committed = folder, attempt, keep, committed
+    def __init__(self, write: Callable[[Snapshot, bool], Event], committed: Callable[[Event], None]) -> None:
+        """`write` commits a snapshot (and whether it is the best); `committed` is told of each that is safe."""
+        self._write, self._committed = write, committed
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
     def save(self, snapshot: Snapshot, *, best: bool) -> None:
         """Write a snapshot while training goes on. Waits for the save before, and raises what that one raised."""
         self.wait()
-        self._writing = self._thread.submit(self._commit, snapshot, best)
+        self._writing = self._thread.submit(self._save, snapshot, best)
 
     def wait(self) -> None:
-        """Return when the last save is safe on disk; raises what it raised."""
+        """Return when the last save is safe on disk.
+
+        Raises:
+            CheckpointError: when it could not be written.
+        """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -253,25 +312,59 @@ class Keeper:
         finally:
             self._thread.shutdown()
 
-    def _commit(self, snapshot: Snapshot, best: bool) -> None:
-        name = f"step-{snapshot.record['step']:08d}.{self._attempt}"
-        faults.point("before_commit")
-        save(self._folder, name, snapshot, best=best)
-        faults.point("after_rename")
-        before = read_pointer(self._folder)
-        if before and before.attempt > self._attempt:
-            raise CheckpointError(
-                f"attempt {self._attempt} wrote checkpoint {name} after attempt {before.attempt} had taken over; it is not used"
-            )
-        pointer = Pointer(name, name if best else (before.best if before else None), self._attempt)
-        faults.point("before_pointer")
-        write_file(self._folder / POINTER, json.dumps(pointer.__dict__))
-        faults.point("after_pointer", self._folder / name / "weights.safetensors")
-        for old in to_remove(names(self._folder), pointer, self._keep):
-            faults.point("before_remove_old")
-            shutil.rmtree(self._folder / old)
-        faults.point("after_commit")
-        self._committed({"kind": "checkpoint", "step": snapshot.record["step"], "path": f"checkpoints/{name}", "best": best})
+    def _save(self, snapshot: Snapshot, best: bool) -> None:
+        self._committed(self._write(snapshot, best))
+
+
+def commit(folder: Path, attempt: int, keep: int, content: Snapshot | Packed, *, best: bool) -> Event:
+    """Write a checkpoint, move the pointer to it, and remove old ones.
+
+    Args:
+        folder: the folder of checkpoints.
+        attempt: which attempt writes.
+        keep: how many of the newest stay.
+        content: the snapshot.
+        best: whether it is the best so far.
+
+    Returns:
+        The event that tells of it.
+
+    Raises:
+        CheckpointError: when it could not be written, or a later attempt has taken over.
+    """
+    from safetensors import SafetensorError
+
+    step = content.step if isinstance(content, Packed) else int(content.record["step"])
+    name = f"step-{step:08d}.{attempt}"
+    try:
+        _commit(folder, name, attempt, keep, content, best)
+    except (OSError, SafetensorError) as error:
+        # What is there of it takes room that the next try needs.
+        shutil.rmtree(folder / f"{STAGE}{name}", ignore_errors=True)
+        raise CheckpointError(
+            f"{folder}: the checkpoint of step {step} could not be written: {error}. The one before "
+            "it is intact. Make room there, or make it writable, and resume the run."
+        ) from error
+    return {"kind": "checkpoint", "step": step, "path": f"checkpoints/{name}", "best": best}
+
+
+def _commit(folder: Path, name: str, attempt: int, keep: int, content: Snapshot | Packed, best: bool) -> None:
+    faults.point("before_commit")
+    save(folder, name, content, best=best)
+    faults.point("after_rename")
+    before = read_pointer(folder)
+    if before and before.attempt > attempt:
+        raise CheckpointError(
+            f"attempt {attempt} wrote checkpoint {name} after attempt {before.attempt} had taken over; it is not used"
+        )
+    pointer = Pointer(name, name if best else (before.best if before else None), attempt)
+    faults.point("before_pointer")
+    write_file(folder / POINTER, json.dumps(pointer.__dict__))
+    faults.point("after_pointer", folder / name / WEIGHTS)
+    for old in to_remove(names(folder), pointer, keep):
+        faults.point("before_remove_old")
+        shutil.rmtree(folder / old)
+    faults.point("after_commit")
 
 
 def clean(folder: Path) -> None:

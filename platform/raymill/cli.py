@@ -142,6 +142,8 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
     for name, value in summary["metrics"].items():
         table.add_row(name, f"{value:.4f}")
     table.add_row("rows", ", ".join(f"{name} {count}" for name, count in summary["rows"].items()))
+    if summary["degraded"]:
+        table.add_row("bad rows", f"{summary['bad_rows']['distinct']} left out ({summary['bad_rows']['policy']})")
     table.add_row("waiting for data", f"{summary['data_wait_share']:.1%} of the time")
     model = summary.get("model")
     if model:

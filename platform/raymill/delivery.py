@@ -246,6 +246,8 @@ class Delivery:
         with tempfile.TemporaryDirectory() as drawn:
             pictures.draw(read_events(self.folder.events)[0], Path(drawn))
             self.client.log_artifacts(self.done.mlflow_run_id, drawn, "pictures")
+        if self.folder.quarantine.exists():
+            self.client.log_artifact(self.done.mlflow_run_id, str(self.folder.quarantine))
         # Before registering: a model that cannot be registered does not make its run unfinished.
         self._set_status("FINISHED", event["time_s"])
         if spec.get("register"):

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raymill import cluster, errors, faults
+from raymill import bad_rows, cluster, errors, faults, quick
 from raymill.checkpoint import read_pointer, read_record, write_file
 from raymill.errors import RaymillError, RunError
 from raymill.home import RunFolder
@@ -74,10 +74,11 @@ def lease(path: Path) -> Iterator[None]:
 def _drive(folder: RunFolder) -> int:
     spec = JobSpec.model_validate(json.loads(folder.spec.read_text()))
     planned = Plan(**json.loads(folder.plan.read_text()))
-    facts = cluster.local_facts()
-    with cluster.embedded_ray(planned, facts):
-        # Imported here: `embedded_ray` sets what Ray reads when it is imported.
+    with cluster.ray_for(planned):
+        # Imported here: `ray_for` sets what Ray reads when it is imported.
         from raymill import trainer
+
+        quick.settle()
 
         faults.point("ray_started")
         outcome = trainer.fit(folder, planned, spec)
@@ -101,6 +102,7 @@ def summarise(folder: RunFolder, planned: Plan, spec: JobSpec, outcome: Mapping[
     remaining = total - outcome["position"]
     events, _ = read_events(folder.events)
     starts = [event for event in events if event["kind"] == "start"]
+    bad = bad_rows.as_summary(folder, spec.bad_rows.policy)
     first_steps_s = [event["time_s"] for event in events if event["kind"] == "first_step"]
     commanded_s = json.loads(folder.command.read_text())["started_s"]
     first_step_s = next((time_s - commanded_s for time_s in first_steps_s if time_s > commanded_s), None)
@@ -121,10 +123,12 @@ def summarise(folder: RunFolder, planned: Plan, spec: JobSpec, outcome: Mapping[
             "remaining": remaining,
             "total": total,
         },
+        "degraded": bad["distinct"] > 0,
+        "bad_rows": bad,
         "rows_per_s": round(outcome["rows_per_s"], 1),
         "data_wait_share": round(outcome["data_wait_share"], 4),
         "seconds_to_first_step": round(first_step_s, 2) if first_step_s is not None else None,
-        "num_workers": planned.num_workers,
+        "num_workers": starts[-1]["num_workers"],
         "ended_s": time.time(),
         "folder": str(folder.path),
         "ray_log": str(folder.ray_log),

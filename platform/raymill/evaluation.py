@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from raymill import checkpoint, load, loop, plan, registry
+from raymill.desk import NearDesk
 from raymill.errors import CheckpointError, InputError, Problem
 from raymill.home import RunFolder, run_folder
 from raymill.manifest import take_manifest
@@ -113,7 +114,7 @@ def measure_all(trained: Trained) -> tuple[dict[str, float], dict[str, Any], int
     """Read, transform and measure every validation row once; see `Evaluation.reduce` for what is returned."""
     spec = trained.spec
     pipeline = load.import_pipeline(spec)
-    taken = take_manifest(pipeline)
+    taken = take_manifest(pipeline, lenient=spec.bad_rows.lenient)
     if VALIDATION not in taken.splits:
         fix = "Give the pipeline a validation source."
         raise InputError([Problem(spec.pipeline, f"splits {sorted(taken.splits)}", f"a split {VALIDATION!r}", fix)])
@@ -136,13 +137,13 @@ def measure_all(trained: Trained) -> tuple[dict[str, float], dict[str, Any], int
         collate=pipeline.collate or as_batch,
     )
     fragments = {split: part.fragments for split, part in taken.splits.items()}
-    reader = Reader(trained.name, order, job.cuts, fragments, pipeline)
+    reader = Reader(trained.name, order, job.cuts, fragments, pipeline, spec.bad_rows.lenient)
     windows = (Item(VALIDATION, 0, window, 0) for window in range(planned.validation_windows))
     feed = Feed(reader.read(item)[0] for item in windows)
 
     on_gpu = spec.scale.gpus_per_worker and torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    seat = loop.Seat(rank=0, world_size=1, device=device, folder=trained.weights.parent, attempt=0)
+    seat = loop.Seat(rank=0, world_size=1, device=device, desk=NearDesk(RunFolder(trained.weights.parent)), attempt=0)
     torch.set_num_threads(planned.threads)
     model = job.task.build()
     try:
@@ -155,5 +156,5 @@ def measure_all(trained: Trained) -> tuple[dict[str, float], dict[str, Any], int
     evaluation = Evaluation()
     for number in range(num_batches(cut.num_rows, cut.batch_rows)):
         loop.measure(job, seat, model, feed, 0, number, evaluation)
-    feed.finish(VALIDATION, 0)
+    feed.finish(VALIDATION, 0, planned.validation_windows)
     return evaluation.reduce(gather)

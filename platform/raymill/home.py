@@ -110,9 +110,24 @@ class RunFolder:
         return self.path / "stop"
 
     @property
+    def resizing(self) -> Path:
+        """There while the workers are asked to save and end, because their number changes."""
+        return self.path / "resizing"
+
+    @property
+    def attempt(self) -> Path:
+        """The number of the attempt that trains, or trained last."""
+        return self.path / "attempt"
+
+    @property
     def version(self) -> Path:
         """The registered model version, as JSON."""
         return self.path / "version.json"
+
+    @property
+    def quarantine(self) -> Path:
+        """The bad rows of the run, one JSON object a line, with bad_rows.policy: quarantine."""
+        return self.path / "quarantine.jsonl"
 
     @property
     def checkpoints(self) -> Path:

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from raymill import faults
-from raymill.checkpoint import Keeper, better
+from raymill import faults, quick
+from raymill.bad_rows import BadRow
+from raymill.checkpoint import better
+from raymill.desk import Desk
 from raymill.errors import NumberError, RunError
 from raymill.metrics import Evaluation
 from raymill.order import TRAIN, VALIDATION, Cut, JobOrder, Turn, agenda
-from raymill.parallel import Wrapped, autocast, gather, gather_numbers, gradient_norm, move, share_buffers
+from raymill.parallel import Wrapped, autocast, gather, gather_numbers, gather_texts, gradient_norm, move, share_buffers
 from raymill.plan import Plan
-from raymill.rows import ROW_ID, as_batch
+from raymill.rows import ROW_ID, as_batch, num_rows
 from raymill.spec import JobSpec
 from raymill.state import (
     EVALUATION,
@@ -59,14 +59,14 @@ class Seat:
         rank: 0..world_size-1.
         world_size: ranks.
         device: where the model lives.
-        folder: the run's folder, for checkpoints and the record of the order.
+        desk: the run's folder, for checkpoints, bad rows and the record of the order.
         attempt: how often the run was started.
     """
 
     rank: int
     world_size: int
     device: torch.device
-    folder: Path
+    desk: Desk
     attempt: int
 
 
@@ -166,10 +166,11 @@ def measure(job: Job, seat: Seat, model: nn.Module, feed: Feed, epoch: int, numb
     model.eval()
     with torch.no_grad(), autocast(job.spec.loop.precision, seat.device):
         for shard, count in job.cuts[VALIDATION].shards(number, seat.rank):
-            if count:
+            rows = feed.take(VALIDATION, epoch, count)
+            if present := num_rows(rows):
                 seed_everything(job.spec.loop.seed, EVALUATION, number, shard)
-                batch = move(job.collate(feed.take(VALIDATION, epoch, count)), seat.device)
-                evaluation.add(job.task.evaluate(model, batch), count)
+                batch = move(job.collate(rows), seat.device)
+                evaluation.add(job.task.evaluate(model, batch), present)
 
 
 class _Loop:
@@ -185,18 +186,15 @@ class _Loop:
         should_stop: Callable[[], bool],
     ) -> None:
         self.job, self.seat, self.state = job, seat, state
-        self.feed = Feed(packets)
+        self.feed = Feed(packets, _listing(job, seat, report))
         self.report, self.should_stop = report, should_stop
         self.clock = Clock(rows_before=state.position)
         self.evaluation = Evaluation()
-        self.keeper = Keeper(seat.folder / "checkpoints", seat.attempt, job.spec.checkpoint.keep, report)
+        self.keeper = seat.desk.keeper(seat.attempt, job.spec.checkpoint.keep, report)
         self.last_saved = state.position
         self.settled = False
         self.stopping = False
         self.exchange: Exchange | None = None
-        self.order_file = None
-        if job.spec.loop.record_order:
-            self.order_file = open(seat.folder / f"order-{seat.rank}.jsonl", "a")  # noqa: SIM115  closed in close()
 
     def run(self) -> dict[str, Any]:
         """Take turn after turn."""
@@ -223,25 +221,21 @@ class _Loop:
         return turn.split == TRAIN and (turn.batch is None) == epoch_ended
 
     def close(self) -> None:
-        """Release files and threads."""
-        with ExitStack() as stack:
-            stack.callback(self.keeper.close)
-            if self.order_file:
-                stack.callback(self.order_file.close)
+        """Release the thread that saves."""
+        self.keeper.close()
 
     # ------------------------------------------------------------ a step
 
     def step(self, turn: Turn, number: int) -> None:
         """Train on one global batch, or pass over it if it is one that spoiled the numbers before."""
         faults.here(step=self.job.order.step(turn.position))
-        cut = self.job.cuts[TRAIN]
-        rows = cut.batch_size(number)
         ids: list[np.ndarray] = []
-        pieces = [
-            Piece(shard, count, self.batch(turn, count, ids)) for shard, count in cut.shards(number, self.seat.rank) if count
-        ]
-        self.settle(pieces)
-        skipped = turn.position in self.job.passed_over
+        pieces = self.pieces(turn, number, ids)
+        places = self.job.cuts[TRAIN].batch_size(number)
+        rows = self.good_rows(pieces, places)
+        if rows:
+            self.settle(pieces)
+        skipped = turn.position in self.job.passed_over or not rows
         measured: dict[str, float] = {}
         for place, wrapped in enumerate(self.state.wrapped):
             if not skipped:
@@ -251,7 +245,7 @@ class _Loop:
             if wrapped.objective.name in self.state.schedules:
                 self.state.schedules[wrapped.objective.name].step()
         self.state.position = turn.position
-        self.state.rows_skipped += rows if skipped else 0
+        self.state.rows_skipped += places - (0 if skipped else rows)
         step = self.job.order.step(turn.position)
         self.settle_exchange()
         used = 0 if skipped else sum(piece.count for piece in pieces)
@@ -266,19 +260,33 @@ class _Loop:
     def settle(self, pieces: list[Piece]) -> None:
         """Before an attempt's first step: let DDP fix what it otherwise fixes during that step."""
         if not self.settled:
+            batch = pieces[0].batch if pieces else None
+            if batch is None and self.seat.rank == 0:
+                # Rank 0 decides the order of DDP's buckets, and a pass over no rows would decide otherwise.
+                rows = self.feed.peek(TRAIN, self.job.plan.global_batch_rows // self.job.cuts[TRAIN].num_shards)
+                batch = move(self.job.collate(rows), self.seat.device) if rows else None
             for wrapped in self.state.wrapped:
-                wrapped.settle(pieces[0].batch if pieces else None)
+                wrapped.settle(batch)
             self.settled = True
 
-    def batch(self, turn: Turn, count: int, ids: list[np.ndarray]) -> Batch:
-        """The next training rows of this rank as a batch on its device; their row ids are added to `ids`."""
-        rows = self.feed.take(TRAIN, turn.epoch, count)
-        ids.append(np.asarray(rows[ROW_ID]))
-        if self.order_file:
-            record = {"attempt": self.seat.attempt, "position": turn.position, "rows": ids[-1].tolist()}
-            self.order_file.write(json.dumps(record) + "\n")
-            self.order_file.flush()
-        return move(self.job.collate(rows), self.seat.device)
+    def pieces(self, turn: Turn, number: int, ids: list[np.ndarray]) -> list[Piece]:
+        """The next training rows of this rank by shard, on its device; their row ids are added to `ids`."""
+        found = []
+        for shard, count in self.job.cuts[TRAIN].shards(number, self.seat.rank):
+            rows = self.feed.take(TRAIN, turn.epoch, count)
+            ids.append(np.asarray(rows[ROW_ID]))
+            if self.job.spec.loop.record_order and count:
+                record = {"attempt": self.seat.attempt, "position": turn.position, "rows": ids[-1].tolist()}
+                self.seat.desk.note_order(record)
+            if len(ids[-1]):
+                found.append(Piece(shard, len(ids[-1]), move(self.job.collate(rows), self.seat.device)))
+        return found
+
+    def good_rows(self, pieces: list[Piece], places: int) -> int:
+        """The rows in these places of a global batch, of all ranks: all of them, unless bad ones may be left out."""
+        if not self.job.spec.bad_rows.lenient:
+            return places
+        return sum(int(count) for count in gather(torch.tensor(sum(piece.count for piece in pieces))))
 
     def minimise(
         self, place: int, wrapped: Wrapped, pieces: list[Piece], rows: int, turn: Turn, ids: list[np.ndarray]
@@ -347,6 +355,7 @@ class _Loop:
 
     def first_step(self) -> None:
         """Start the clock for speeds behind the first step, and say that it is done."""
+        quick.settle()
         self.clock.first_step_s = time.perf_counter()
         self.clock.rows_before = self.state.position
         self.clock.wait_before_s = self.feed.wait_s
@@ -376,7 +385,11 @@ class _Loop:
 
     def end_evaluation(self, turn: Turn) -> None:
         """Add up all ranks and report."""
-        self.feed.finish(VALIDATION, turn.epoch)
+        self.feed.finish(VALIDATION, turn.epoch, self.job.plan.validation_windows)
+        if self.job.spec.bad_rows.lenient:
+            # A rank may have had bad rows only.
+            measured = map(json.loads, gather_texts(json.dumps(self.evaluation.quantities())))
+            self.evaluation.expect(next(filter(None, measured), {"means": [], "totals": {}}))
         values, totals, rows = self.evaluation.reduce(gather)
         self.evaluation = Evaluation()
         self.state.metrics = {f"{VALIDATION}/{name}": value for name, value in values.items()}
@@ -394,7 +407,7 @@ class _Loop:
 
     def end_epoch(self, turn: Turn) -> None:
         """Close the epoch's pass and save."""
-        self.feed.finish(TRAIN, turn.epoch)
+        self.feed.finish(TRAIN, turn.epoch, self.job.plan.train_windows)
         faults.point("epoch_end")
         self.save(epoch_ended=True)
 
@@ -446,6 +459,14 @@ class _Loop:
             "rows_per_s": trained / elapsed if elapsed > 0 and trained else 0.0,
             "data_wait_share": (self.feed.wait_s - self.clock.wait_before_s) / elapsed if elapsed > 0 else 0.0,
         }
+
+
+def _listing(job: Job, seat: Seat, report: Report) -> Callable[[Sequence[BadRow]], None]:
+    """Who takes note of bad rows: rank 0, where the run goes on without them."""
+    spec = job.spec.bad_rows
+    if seat.rank > 0 or not spec.lenient:
+        return lambda rows: None
+    return seat.desk.ledger(spec.policy, job.plan.bad_rows_budget, report)
 
 
 def _label(objective: str, quantity: str) -> str:

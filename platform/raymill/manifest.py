@@ -19,6 +19,7 @@ import numpy as np
 
 from raymill.arrow import schema_problems
 from raymill.errors import DataError, InputError, Problem, did_you_mean
+from raymill.rows import finite
 from raymill.task import Column, Field, Fragment, Pipeline, Rows, Source
 
 TRAIN = "train"
@@ -65,8 +66,11 @@ def _digest(value: Any) -> str:
 # ---------------------------------------------------------------- take
 
 
-def take_manifest(pipeline: Pipeline) -> Manifest:
+def take_manifest(pipeline: Pipeline, *, lenient: bool = False) -> Manifest:
     """List the fragments of every split, and hold the first one's rows against the pipeline's schema.
+
+    Args:
+        lenient: pass over fragments that cannot be read, for jobs that go on without bad rows.
 
     Raises:
         InputError: with the problems of all splits: what their sources found, no "train", no rows, another schema.
@@ -82,22 +86,24 @@ def take_manifest(pipeline: Pipeline) -> Manifest:
         except InputError as error:
             problems += error.problems
         else:
-            problems += _first_rows_problems(name, source, splits[name], pipeline)
+            problems += _first_rows_problems(name, source, splits[name], pipeline, lenient)
     if problems:
         raise InputError(problems)
     return Manifest(splits)
 
 
-def _first_rows_problems(name: str, source: Source, split: SplitManifest, pipeline: Pipeline) -> list[Problem]:
+def _first_rows_problems(name: str, source: Source, split: SplitManifest, pipeline: Pipeline, lenient: bool) -> list[Problem]:
     if not split.num_rows:
         fix = "Give the split rows, or leave it out of the pipeline."
         return [Problem(f"split {name!r}", "0 rows", "at least one row", fix)]
-    first = split.fragments[0]
-    where = f"split {name!r}, {first.path}, part {first.part}"
-    try:
-        return schema_problems(source.read(first), pipeline.schema, where)
-    except DataError as error:
-        return [Problem(where, str(error), "readable rows", "Correct or restore the data.")]
+    unreadable: list[Problem] = []
+    for fragment in split.fragments if lenient else split.fragments[:1]:
+        where = f"split {name!r}, {fragment.path}, part {fragment.part}"
+        try:
+            return schema_problems(source.read(fragment), pipeline.schema, where)
+        except DataError as error:
+            unreadable.append(Problem(where, str(error), "readable rows", "Correct or restore the data."))
+    return unreadable
 
 
 def check_rows(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
@@ -108,7 +114,8 @@ def check_rows(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
 
     Raises:
         InputError: with each fragment that cannot be read or has other rows than its index says, and each column of a
-            fragment that does not fit the schema, has a label outside its classes, or holds NaN or infinity.
+            fragment that does not fit the schema, has a label outside its classes, or holds NaN or infinity; and each
+            fragment with rows that the pipeline's check refuses.
     """
     problems: list[Problem] = []
     for name, split in manifest.splits.items():
@@ -120,6 +127,10 @@ def check_rows(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
                 problems.append(Problem(where, str(error), "readable rows", "Correct or restore the data."))
                 continue
             problems += schema_problems(rows, pipeline.schema, where) or _value_problems(rows, fragment, pipeline, where)
+            reasons = pipeline.check(rows) if pipeline.check else {}
+            if reasons:
+                found = f"{len(reasons)} bad rows, the first of them row {min(reasons)}: {reasons[min(reasons)]}"
+                problems.append(Problem(where, found, "rows that the pipeline's check lets pass", "Drop or correct these rows."))
     if problems:
         raise InputError(problems)
     return {
@@ -136,18 +147,11 @@ def _value_problems(rows: Rows, fragment: Fragment, pipeline: Pipeline, where: s
             fix = "Restore the data, or write them again."
             problems.append(Problem(place, f"{len(rows[name])} rows", f"{fragment.num_rows}, as its index says", fix))
         if field.dtype.startswith("float"):
-            wrong = np.flatnonzero(~_finite(rows[name]))
+            wrong = np.flatnonzero(~finite(rows[name]))
             if len(wrong):
                 found = f"NaN or infinity in {len(wrong)} of {len(rows[name])} rows, the first of them row {wrong[0]}"
                 problems.append(Problem(place, found, "finite numbers", "Drop or correct these rows."))
     return problems
-
-
-def _finite(column: Column) -> np.ndarray:
-    """Whether all numbers of a row's value are finite, bool [num_rows]."""
-    if isinstance(column, np.ndarray):
-        return np.asarray(np.isfinite(column).reshape(len(column), -1).all(axis=1))
-    return np.array([np.isfinite(value).all() for value in column], bool)
 
 
 # ---------------------------------------------------------------- record

@@ -48,6 +48,19 @@ class Evaluation:
             self.sums[name] = self.sums.get(name, 0.0) + float(value.detach().to(torch.float64).sum())
             self.counts[name] = self.counts.get(name, 0) + num_rows
 
+    def quantities(self) -> dict[str, Any]:
+        """What was measured so far, as JSON-ready values for `expect`; empty before the first batch."""
+        totals = {name: tuple(total.shape) for name, total in self.totals.items()}
+        return {"means": list(self.sums), "totals": totals} if self.num_rows else {}
+
+    def expect(self, quantities: Mapping[str, Any]) -> None:
+        """Count as measured, over no rows, what another rank has measured: all ranks must reduce the same quantities."""
+        for name in quantities["means"]:
+            self.sums.setdefault(name, 0.0)
+            self.counts.setdefault(name, 0)
+        for name, shape in quantities["totals"].items():
+            self.totals.setdefault(name, torch.zeros(shape, dtype=torch.float64))
+
     def reduce(self, gather: Gather) -> tuple[dict[str, float], dict[str, Any], int]:
         """Add up all ranks.
 

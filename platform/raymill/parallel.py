@@ -97,6 +97,12 @@ def gather_numbers(numbers: npt.NDArray[np.int64]) -> list[int]:
     return [number for part, size in zip(gather(padded), sizes, strict=True) for number in part[:size].tolist()]
 
 
+def gather_texts(text: str) -> list[str]:
+    """A line of text of each rank, in the order of the ranks."""
+    numbers = np.frombuffer(f"{text}\n".encode(), np.uint8).astype(np.int64)
+    return bytes(gather_numbers(numbers)).decode().splitlines()
+
+
 def share_buffers(model: nn.Module) -> None:
     """Give all ranks the buffers of rank 0, such as running statistics, as DDP does before each forward pass."""
     if dist.is_initialized():

@@ -60,7 +60,7 @@ class Plan:
         least_workers: the fewest that the run goes on with.
         worker_cpus: CPUs reserved for each worker.
         data_cpus: CPUs left for Ray Data.
-        read_task_cpus: CPUs each reading task asks for.
+        read_task_cpus: CPUs each reading task asks for; 0: it takes what is left, with no more tasks than `data_cpus`.
         threads: CPU threads per worker for tensor operations.
         global_batch_rows: rows of a step.
         shards_per_worker: backward passes of each worker per step, where the number of shards follows the workers.
@@ -74,6 +74,7 @@ class Plan:
         validation_windows: windows of an evaluation.
         checkpoint_every_steps: steps between checkpoints, beside the one at each epoch's end.
         object_store_bytes: shared memory for an embedded Ray.
+        bad_rows_budget: different rows that may be bad before the run fails.
         reasons: field -> why it has its value.
     """
 
@@ -95,6 +96,7 @@ class Plan:
     validation_windows: int
     checkpoint_every_steps: int
     object_store_bytes: int
+    bad_rows_budget: int
     reasons: Mapping[str, str]
 
     def as_record(self) -> dict[str, Any]:
@@ -134,7 +136,8 @@ def make_plan(spec: JobSpec, manifest: Manifest, facts: ClusterFacts, where: Whe
         least_workers=spec.scale.least,
         worker_cpus=worker_cpus,
         data_cpus=data_cpus,
-        read_task_cpus=min(1.0, data_cpus),
+        # Ray Train fills every CPU with workers of an elastic job; tasks that reserve one would wait for ever.
+        read_task_cpus=0.0 if spec.scale.elastic else min(1.0, data_cpus),
         threads=threads,
         global_batch_rows=spec.loop.global_batch_rows,
         shards_per_worker=spec.loop.accumulate,
@@ -148,6 +151,7 @@ def make_plan(spec: JobSpec, manifest: Manifest, facts: ClusterFacts, where: Whe
         validation_windows=num_batches(validation.num_rows, window_rows) if validation else 0,
         checkpoint_every_steps=every,
         object_store_bytes=object_store_bytes,
+        bad_rows_budget=_bad_rows_budget(spec, train.num_rows, why),
         reasons=why,
     )
 
@@ -219,8 +223,20 @@ def _row_problems(spec: JobSpec, manifest: Manifest, where: Where) -> list[Probl
 
 def _resource_problems(spec: JobSpec, facts: ClusterFacts, where: Where) -> list[Problem]:
     problems = []
-    workers = spec.scale.most
-    if spec.scale.cpus_per_worker is not None:
+    # An elastic job begins with what is there now.
+    workers = spec.scale.least
+    if spec.scale.elastic:
+        asked = workers * (spec.scale.cpus_per_worker or LEAST_WORKER_CPUS)
+        if asked > facts.num_cpus:
+            problems.append(
+                Problem(
+                    where("scale.cpus_per_worker" if spec.scale.cpus_per_worker else "scale.min_workers"),
+                    f"at least {workers} workers x {asked / workers:g} CPUs = {asked:g} of {facts.num_cpus:g} CPUs",
+                    "room for the least number of workers",
+                    "Lower scale.min_workers or scale.cpus_per_worker.",
+                )
+            )
+    elif spec.scale.cpus_per_worker is not None:
         asked = workers * spec.scale.cpus_per_worker
         if asked + _least_data_cpus(facts) > facts.num_cpus:
             most = (facts.num_cpus - _least_data_cpus(facts)) / workers
@@ -266,6 +282,8 @@ def _least_data_cpus(facts: ClusterFacts) -> float:
 
 def _cpus(spec: JobSpec, facts: ClusterFacts, why: dict[str, str]) -> tuple[float, float]:
     workers = spec.scale.most
+    if spec.scale.elastic:
+        return _elastic_cpus(spec, facts, why)
     if spec.scale.cpus_per_worker is not None:
         worker_cpus = spec.scale.cpus_per_worker
         why["worker_cpus"] = "given"
@@ -281,6 +299,21 @@ def _cpus(spec: JobSpec, facts: ClusterFacts, why: dict[str, str]) -> tuple[floa
     data_cpus = round(facts.num_cpus - workers * worker_cpus, 2)
     why["data_cpus"] = f"{facts.num_cpus:g} - {workers} x {worker_cpus:g}, so that workers never wait for ever for a row"
     return worker_cpus, data_cpus
+
+
+def _elastic_cpus(spec: JobSpec, facts: ClusterFacts, why: dict[str, str]) -> tuple[float, float]:
+    least, most = spec.scale.least, spec.scale.most
+    if spec.scale.cpus_per_worker is not None:
+        worker_cpus = spec.scale.cpus_per_worker
+        why["worker_cpus"] = "given"
+    elif facts.num_cpus >= least:
+        worker_cpus = 1.0
+        why["worker_cpus"] = "1 each, so that as many workers run as there are CPUs, whatever their number is later"
+    else:
+        worker_cpus = max(LEAST_WORKER_CPUS, float(np.floor(facts.num_cpus / least * 100) / 100))
+        why["worker_cpus"] = f"{facts.num_cpus:g} CPUs shared by at least {least} workers"
+    why["data_cpus"] = "what the workers would leave now, at least 1; reading reserves none of it, so it never waits for a CPU"
+    return worker_cpus, round(max(1.0, facts.num_cpus - most * worker_cpus), 2)
 
 
 def _threads(spec: JobSpec, facts: ClusterFacts, why: dict[str, str]) -> int:
@@ -305,6 +338,17 @@ def _window_rows(spec: JobSpec, num_rows: int, num_bytes: int, why: dict[str, st
         f"the least of {by_bytes} (16 MiB), {by_share} (an eighth of an epoch); but at least 4 batches: {by_batch}"
     )
     return min(max(min(by_bytes, by_share), by_batch), num_rows)
+
+
+def _bad_rows_budget(spec: JobSpec, num_rows: int, why: dict[str, str]) -> int:
+    if not spec.bad_rows.lenient:
+        why["bad_rows_budget"] = "bad_rows.policy is fail"
+        return 0
+    if spec.bad_rows.budget is not None:
+        why["bad_rows_budget"] = "given"
+        return spec.bad_rows.budget
+    why["bad_rows_budget"] = f"1 % of {num_rows} training rows, rounded up"
+    return num_batches(num_rows, 100)
 
 
 def job_order(spec: JobSpec, plan: Plan, manifest: Manifest) -> JobOrder:

@@ -52,6 +52,10 @@ class Progress:
         elif kind == "evaluation":
             self._evaluation = "  ".join(f"{name} {value:.4g}" for name, value in event["metrics"].items())
             self._say(f"epoch {event['epoch']}: {self._evaluation}")
+        elif kind == "bad_rows":
+            first = event["rows"][0]
+            where = f"{first['file']}, part {first['part']}, row {first['place']}: {first['reason']}"
+            self._say(f"{len(event['rows'])} bad rows left out, the first of them {where}")
         elif kind == "restart":
             self._say(f"{event['cause']} at step {event['step']}: {event['message']}; going on from there")
         elif kind == "delivering":

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raymill.bad_rows import sift
 from raymill.errors import InputError, Problem, RunError, TrackingError, did_you_mean
 from raymill.home import RunFolder
 from raymill.order import TRAIN, VALIDATION
+from raymill.redaction import redact
 from raymill.rows import ROW_ID, as_batch, join, num_rows, take
 from raymill.spec import NAME, JobSpec
 from raymill.task import Pipeline, Task
-from raymill.redaction import redact
 from raymill.tracking import connect, data_digest, read_events, store_failures
 
 if TYPE_CHECKING:
@@ -150,10 +151,11 @@ def rebuild(spec: JobSpec, checkpoint: Path) -> tuple[torch.nn.Module, tuple[tor
 def example_inputs(task: Task, pipeline: Pipeline) -> tuple[torch.Tensor, ...]:
     """What the model takes for the first 2 to 8 rows of the validation split, or else of the training split."""
     split = VALIDATION if VALIDATION in pipeline.sources else TRAIN
-    source = pipeline.sources[split]
     parts = []
-    for fragment in source.fragments():
-        parts.append(take(source.read(fragment), slice(0, MOST_EXAMPLE_ROWS)))
+    for fragment in pipeline.sources[split].fragments():
+        rows, _ = sift(pipeline, split, fragment, lenient=True)
+        if num_rows(rows):
+            parts.append(take(rows, slice(0, MOST_EXAMPLE_ROWS)))
         if sum(map(num_rows, parts)) > 1:
             break
     rows = take(join(parts), slice(0, MOST_EXAMPLE_ROWS))

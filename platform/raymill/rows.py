@@ -62,6 +62,13 @@ def _join(columns: Sequence[Column]) -> Column:
     return [value for column in columns for value in column]
 
 
+def finite(column: Column) -> np.ndarray:
+    """Whether all numbers of a row's value are finite, bool [num_rows]."""
+    if isinstance(column, np.ndarray):
+        return np.asarray(np.isfinite(column).reshape(len(column), -1).all(axis=1))
+    return np.array([np.isfinite(value).all() for value in column], bool)
+
+
 def pack(rows: Rows) -> tuple[str, list[bytes | memoryview]]:
     """Turn rows into a JSON header and flat buffers.
 

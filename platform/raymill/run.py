@@ -15,7 +15,7 @@ import psutil
 
 from raymill import load, manifest, plan
 from raymill.checkpoint import write_file
-from raymill.cluster import local_facts, unsafe_variables
+from raymill.cluster import find_facts, unsafe_variables
 from raymill.driver import lease
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.home import RunFolder, run_folder, runs_folder
@@ -24,7 +24,7 @@ from raymill.plan import Plan
 from raymill.spec import JobSpec
 from raymill.supervisor import supervise
 from raymill.task import Pipeline
-from raymill.tracking import environment
+from raymill.tracking import environment, show_run
 
 Event = dict[str, Any]
 Show = Callable[[Event], None]
@@ -51,7 +51,7 @@ class Prepared:
 
 
 def prepare(job: load.LoadedJob) -> Prepared:
-    """Check a job against its data and this machine. Starts nothing.
+    """Check a job against its data and this machine, or the cluster that RAY_ADDRESS names. Starts nothing.
 
     Args:
         job: from `load.examine_job`: what is right of it is checked further, also when some of it is wrong.
@@ -59,12 +59,12 @@ def prepare(job: load.LoadedJob) -> Prepared:
     Raises:
         InputError: with everything that is wrong, the job's own problems included.
     """
-    problems, facts = [*unsafe_variables(os.environ), *job.problems], local_facts()
+    problems, facts = [*unsafe_variables(os.environ), *job.problems], find_facts()
     pipeline = taken = None
     if job.is_sound("pipeline", "data"):
         try:
             pipeline = load.import_pipeline(job.spec)
-            taken = manifest.take_manifest(pipeline)
+            taken = manifest.take_manifest(pipeline, lenient=job.spec.bad_rows.lenient)
         except InputError as error:
             problems += error.problems
     if job.is_sound(*plan.JUDGED):
@@ -117,16 +117,16 @@ def resume(run_id: str, num_workers: int | None, watch: Watch) -> dict[str, Any]
     if num_workers is not None:
         recorded["scale"] |= {"workers": num_workers, "min_workers": None, "max_workers": None}
     spec = JobSpec.model_validate(recorded)
-    if folder.summary.exists() and json.loads(folder.summary.read_text()).get("status") == "finished":
+    if show_run(run_id)["status"] == "finished":
         raise InputError(
             [Problem(f"--resume {run_id}", "a run that is finished", "an interrupted or failed run", "Start a new run.")]
         )
     pipeline = load.import_pipeline(spec)
-    taken = manifest.take_manifest(pipeline)
+    taken = manifest.take_manifest(pipeline, lenient=spec.bad_rows.lenient)
     changed = manifest.differences(manifest.from_record(json.loads(folder.manifest.read_text())), taken)
     if changed:
         raise InputError(changed)
-    planned = plan.make_plan(spec, taken, local_facts(), lambda field: f"run {run_id} {field}")
+    planned = plan.make_plan(spec, taken, find_facts(), lambda field: f"run {run_id} {field}")
     return _run(folder, Prepared(spec, pipeline, taken, planned), watch)
 
 

@@ -99,6 +99,7 @@ class ScaleSpec(StrictModel):
     workers: Positive | None = Field(default=None, description="worker processes; null: 1, or min_workers to max_workers")
     min_workers: Positive | None = Field(default=None, description="least workers of an elastic job")
     max_workers: Positive | None = Field(default=None, description="most workers of an elastic job")
+    resize_check_s: float = Field(default=60, gt=0, description="seconds between looks whether another number would fit")
     strategy: Literal["ddp"] = Field(default="ddp", description="how the model is spread over workers")
     gpus_per_worker: float = Field(default=0, ge=0, description="GPUs of each worker")
     cpus_per_worker: float | None = Field(default=None, gt=0, description="CPUs reserved for each worker")
@@ -147,6 +148,26 @@ class RetrySpec(StrictModel):
     storage: int = Field(default=2, ge=0, description="checkpoints that could not be written or read")
 
 
+class BadRowsSpec(StrictModel):
+    """What becomes of rows that cannot be read, or that the pipeline's check refuses."""
+
+    policy: Literal["fail", "skip", "quarantine"] = Field(
+        default="fail", description="end the run, leave them out, or leave them out and list them in a file"
+    )
+    budget: int | None = Field(default=None, ge=0, description="different rows that may be bad; null: 1 % of the training rows")
+
+    @model_validator(mode="after")
+    def _budget_is_used(self) -> Self:
+        if self.policy == "fail" and self.budget:
+            raise ValueError("a budget goes with the policy skip or quarantine; with fail, the first bad row ends the run")
+        return self
+
+    @property
+    def lenient(self) -> bool:
+        """Whether a run goes on without them."""
+        return self.policy != "fail"
+
+
 class RegisterSpec(StrictModel):
     """Under which name the best model is registered."""
 
@@ -168,4 +189,5 @@ class JobSpec(StrictModel):
     scale: ScaleSpec = Field(default_factory=ScaleSpec)
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
     retry: RetrySpec = Field(default_factory=RetrySpec)
+    bad_rows: BadRowsSpec = Field(default_factory=BadRowsSpec)
     register_: RegisterSpec | None = Field(default=None, alias="register", description="null: do not register")

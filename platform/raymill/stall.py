@@ -1,7 +1,8 @@
 """When no step is made for too long: who waits for whom, seen from outside and from each rank's stacks.
 
 Each rank leaves its process id in the run's folder and writes the stacks of all its threads to a file when it gets SIGUSR1.
-The signal is handled by the interpreter's fault handler, which works also while a thread hangs in native code.
+The signal is handled by the interpreter's fault handler, which works also while a thread hangs in native code. A rank on
+another machine is asked through a file that its desk looks for, and answers as long as it can run Python at all.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class RankSeen:
     Attributes:
         rank: its number.
         pid: its process.
-        status: "running", "stopped", or "gone".
+        status: "running", "stopped", "gone", "not started", or of a rank on another machine, "not answering".
         frame: the innermost frame of the training loop, "function (file:line)", or "" when no stack could be had.
     """
 
@@ -69,11 +70,40 @@ def look(folder: RunFolder, num_workers: int) -> list[RankSeen]:
         if not file.exists():
             seen.append(RankSeen(rank, 0, "not started", ""))
             continue
-        pid = int(json.loads(file.read_text())["pid"])
-        status = _status(pid)
-        frame = _dump(folder, rank, pid) if status == "running" else ""
-        seen.append(RankSeen(rank, pid, status, frame))
+        announced = json.loads(file.read_text())
+        pid = int(announced["pid"])
+        if "host" in announced:
+            dump = _ask(folder, rank)
+            seen.append(RankSeen(rank, pid, "running" if dump else "not answering", loop_frame(dump)))
+        else:
+            status = _status(pid)
+            seen.append(RankSeen(rank, pid, status, _dump(folder, rank, pid) if status == "running" else ""))
     return seen
+
+
+def _ask(folder: RunFolder, rank: int) -> str:
+    """The stacks of a rank on another machine; "" when none came in time."""
+    _stacks(folder, rank).unlink(missing_ok=True)
+    _wanted(folder, rank).touch()
+    deadline_s = time.monotonic() + DUMP_TIMEOUT_S
+    while time.monotonic() < deadline_s and _wanted(folder, rank).exists():
+        time.sleep(0.05)
+    return "" if _wanted(folder, rank).exists() else _stacks(folder, rank).read_text()
+
+
+def wants_stacks(folder: RunFolder, rank: int) -> bool:
+    """Whether the stacks of this rank, on another machine, are asked for."""
+    return _wanted(folder, rank).exists()
+
+
+def give_stacks(folder: RunFolder, rank: int, text: str) -> None:
+    """Answer `wants_stacks`."""
+    _stacks(folder, rank).write_text(text)
+    _wanted(folder, rank).unlink(missing_ok=True)
+
+
+def _wanted(folder: RunFolder, rank: int) -> Path:
+    return folder.path / f"stacks-{rank}.wanted"
 
 
 def _status(pid: int) -> str:

@@ -49,7 +49,7 @@ class TrainState:
         schedules: objective -> its learning-rate schedule, where there is one.
         position: rows trained on since the start of the job.
         rows_used: the same, counted from what ranks really received, less what was skipped.
-        rows_skipped: rows of batches that were not trained on because they spoiled the numbers.
+        rows_skipped: rows not trained on: bad ones, and those of batches that spoiled the numbers.
         best: the best value of the checkpoint metric so far.
         metrics: the last evaluation.
     """

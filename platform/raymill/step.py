@@ -87,10 +87,10 @@ def ordered_gradients(wrapped: Wrapped, pieces: Sequence[Piece], rows: int, seed
         for buffer in buffers:
             buffer.copy_(summed[place : place + buffer.numel()].view_as(buffer))
             place += buffer.numel()
-    # Counters went up by one on every rank that had a shard; rank 0 always has one.
+    # Counters went up by one on every rank that had a shard; not every rank has one.
     for buffer, _ in counters:
         if dist.is_initialized():
-            dist.broadcast(buffer, 0)
+            dist.all_reduce(buffer, dist.ReduceOp.MAX)
     return loss_sum
 
 

@@ -10,15 +10,17 @@ reorder rows; it can only deal packets, and each packet names the rank and the w
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raymill import faults
+from raymill.bad_rows import BadRow, sift
 from raymill.errors import DataError
 from raymill.order import TRAIN, Cut, Item, JobOrder, Stream, key, window, window_rows
 from raymill.rows import ROW_ID, join, num_rows, pack, take, unpack
@@ -39,12 +41,16 @@ class Packet:
     Attributes:
         item: the window.
         rank: for whom.
-        rows: its rows, in order, with ROW_ID.
+        rows: its good rows, in order, with ROW_ID; without any, perhaps no other column.
+        present: for each of its places in the order, whether the row there is good, bool [num_places].
+        bad: all bad rows of the window, in order; for rank 0 only.
     """
 
     item: Item
     rank: int
     rows: Rows
+    present: np.ndarray
+    bad: Sequence[BadRow] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +63,7 @@ class Reader:
         cuts: split -> how its batches are dealt out.
         fragments: split -> its fragments, as in the manifest.
         pipeline: where rows come from.
+        lenient: leave bad rows out, rather than raise.
     """
 
     run: str
@@ -64,36 +71,58 @@ class Reader:
     cuts: Mapping[str, Cut]
     fragments: Mapping[str, Sequence[Fragment]]
     pipeline: Pipeline
+    lenient: bool = False
 
     def read(self, item: Item) -> list[Packet]:
         """Read one window and cut it into a packet for each rank.
 
         Raises:
-            DataError: when a fragment cannot be read, or the transform changes the number of rows.
+            DataError: when a row is bad (unless lenient), or the transform changes the number of rows.
         """
         faults.point("before_read")
         split_order, cut = self.order.split(item.split), self.cuts[item.split]
         opened = window(split_order, item.epoch, item.window)
         ids, places = window_rows(split_order, item.epoch, opened.fragments)
+        parts, good, reasons = self._sifted(item.split, opened.fragments, len(ids))
+        present = good[places]
+        kept = np.flatnonzero(present)
         rows: Rows = {}
-        if len(ids):
-            parts = [self._read_fragment(item.split, int(fragment)) for fragment in opened.fragments]
-            rows = self._transformed(take(join(parts), places), item)
+        if parts:
+            # The good rows lie end to end: a row moves up by the bad ones before it.
+            rows = self._transformed(take(join(parts), (np.cumsum(good) - 1)[places[kept]]), item)
         faults.point("after_transform")
-        rows[ROW_ID] = ids
+        rows[ROW_ID] = ids[kept]
         sequence = np.arange(opened.start, opened.stop, dtype=np.int64)
         ranks = np.where(sequence < item.skip, -1, cut.ranks(sequence))
-        return [Packet(item, rank, take(rows, np.flatnonzero(ranks == rank))) for rank in range(cut.world_size)]
+        bad = [BadRow(item.split, int(ids[at]), *reasons[int(places[at])]) for at in np.flatnonzero(~present)]
+        return [
+            Packet(item, rank, take(rows, np.flatnonzero(ranks[kept] == rank)), present[ranks == rank], () if rank else bad)
+            for rank in range(cut.world_size)
+        ]
 
-    def _read_fragment(self, split: str, number: int) -> Rows:
-        fragment = self.fragments[split][number]
-        rows = self.pipeline.sources[split].read(fragment)
-        if num_rows(rows) != fragment.num_rows:
-            raise DataError(
-                f"{fragment.path} part {fragment.part}: {num_rows(rows)} rows were read, {fragment.num_rows} were there when "
-                "the run started. Restore the file, or start a new run on the changed data."
-            )
-        return rows
+    def _sifted(
+        self, split: str, fragments: Sequence[int] | np.ndarray, count: int
+    ) -> tuple[list[Rows], np.ndarray, dict[int, tuple[str, int, int, str]]]:
+        """Read fragments with `count` rows in all.
+
+        Returns:
+            (good rows of each fragment that has any, whether each row of the fragments laid end to end is good, place
+            there of each bad row -> its file, part, place in the part and reason).
+        """
+        parts: list[Rows] = []
+        good = np.ones(count, bool)
+        found: dict[int, tuple[str, int, int, str]] = {}
+        start = 0
+        for number in fragments:
+            fragment = self.fragments[split][int(number)]
+            rows, reasons = sift(self.pipeline, split, fragment, lenient=self.lenient)
+            if num_rows(rows):
+                parts.append(rows)
+            for place, reason in reasons.items():
+                good[start + place] = False
+                found[start + place] = (fragment.path, fragment.part, place, reason)
+            start += fragment.num_rows
+        return parts, good, found
 
     def _transformed(self, rows: Rows, item: Item) -> Rows:
         # The seed depends on the window alone, never on who reads it, so a resume draws the same numbers; and every
@@ -142,6 +171,8 @@ def _read_block(block: pa.Table, reader: Reader, stream: Stream) -> Iterator[pa.
                     "epoch": pa.array([item.epoch], pa.int64()),
                     "window": pa.array([item.window], pa.int64()),
                     "skip": pa.array([item.skip], pa.int64()),
+                    "present": pa.array([packet.present.tobytes()], pa.large_binary()),
+                    "bad": [json.dumps([asdict(row) for row in packet.bad])],
                     "header": [header],
                     "buffers": pa.array([buffers], pa.list_(pa.large_binary())),
                 }
@@ -156,7 +187,7 @@ def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus:
         position: rows trained on already.
         world_size: ranks.
         data_cpus: CPUs that reading may use in all.
-        task_cpus: CPUs that one reading task asks for.
+        task_cpus: CPUs that one reading task asks for; 0: none are reserved, and `data_cpus` is the number of tasks at once.
 
     Returns:
         One iterator per rank, for `receive` in that rank's process.
@@ -180,6 +211,8 @@ def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus:
         batch_format="pyarrow",
         fn_kwargs={"reader": reader, "stream": stream},
         num_cpus=task_cpus,
+        # Tasks that reserve no CPU are held back by their number.
+        concurrency=None if task_cpus else max(1, int(data_cpus)),
     )
     return packets.streaming_split(world_size, equal=False)
 
@@ -199,7 +232,7 @@ def receive(iterator: DataIterator, rank: int) -> Iterator[Packet]:
     expected = 0
     for block in blocks:
         for place in range(block.num_rows):
-            row = {name: block[name][place] for name in ("rank", "index", "split", "epoch", "window", "skip", "header")}
+            row = {name: block[name][place] for name in block.column_names if name not in ("present", "buffers")}
             values = {name: scalar.as_py() for name, scalar in row.items()}
             if (values["rank"], values["index"]) != (rank, expected):
                 raise DataError(
@@ -208,7 +241,9 @@ def receive(iterator: DataIterator, rank: int) -> Iterator[Packet]:
                 )
             expected += 1
             item = Item(values["split"], values["epoch"], values["window"], values["skip"])
-            yield Packet(item, rank, unpack(values["header"], _buffers(block, place)))
+            rows = unpack(values["header"], _buffers(block, place))
+            present = np.frombuffer(block["present"][place].as_buffer(), bool)
+            yield Packet(item, rank, rows, present, [BadRow(**row) for row in json.loads(values["bad"])])
 
 
 def _buffers(block: pa.Table, place: int) -> list[Any]:
@@ -222,50 +257,82 @@ def _buffers(block: pa.Table, place: int) -> list[Any]:
 class Feed:
     """Hands a rank exactly its rows of each shard of each batch, whatever windows they came in."""
 
-    def __init__(self, packets: Iterator[Packet], clock: Callable[[], float] = time.perf_counter) -> None:
-        """Take packets from this iterator when rows are asked for."""
+    def __init__(
+        self,
+        packets: Iterator[Packet],
+        note: Callable[[Sequence[BadRow]], None] = lambda rows: None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Take packets from this iterator when rows are asked for, and pass on the bad rows of each to `note`."""
         self._packets = packets
+        self._note = note
         self._clock = clock
-        self._waiting: dict[str, deque[Rows]] = {}
+        self._waiting: dict[tuple[str, int], deque[tuple[Rows, np.ndarray]]] = {}
+        self._last_windows: dict[tuple[str, int], int] = {}
         self.wait_s = 0.0
         """Seconds spent waiting for packets so far."""
 
     def take(self, split: str, epoch: int, count: int) -> Rows:
-        """The next `count` rows of a split in an epoch; needs count > 0.
+        """The good rows in the next `count` places of a split in an epoch; without any, perhaps only the column ROW_ID.
 
         Raises:
             DataError: when the stream ends too early.
         """
-        queue = self._waiting.setdefault(f"{split}/{epoch}", deque())
-        while sum(num_rows(rows) for rows in queue) < count:
+        queue = self._waiting.setdefault((split, epoch), deque())
+        while sum(len(present) for _, present in queue) < count:
             self._receive(split, epoch)
         parts: list[Rows] = []
         while count:
-            rows = queue.popleft()
-            held = num_rows(rows)
-            if held > count:
-                queue.appendleft(take(rows, slice(count, held)))
-                rows = take(rows, slice(0, count))
-            parts.append(rows)
-            count -= num_rows(rows)
-        return join(parts)
+            rows, present = queue.popleft()
+            if len(present) > count:
+                num_good = int(present[:count].sum())
+                queue.appendleft((take(rows, slice(num_good, None)), present[count:]))
+                rows, present = take(rows, slice(0, num_good)), present[:count]
+            if num_rows(rows):
+                parts.append(rows)
+            count -= len(present)
+        return join(parts) if parts else {ROW_ID: np.zeros(0, np.int64)}
+
+    def peek(self, split: str, count: int) -> Rows:
+        """Up to `count` of the next good rows of a split, in whichever epoch. They stay where they are; none: no columns."""
+        while True:
+            for (waiting, _), queue in self._waiting.items():
+                for rows, _ in queue if waiting == split else ():
+                    if num_rows(rows):
+                        return take(rows, slice(0, count))
+            if not self._receive_next():
+                return {}
 
     def _receive(self, split: str, epoch: int) -> None:
+        if not self._receive_next():
+            raise DataError(f"the stream ended before the {split} rows of epoch {epoch} did; the data changed during the run")
+
+    def _receive_next(self) -> bool:
+        """Take in a packet; False when there are no more."""
         start = self._clock()
         packet = next(self._packets, None)
         self.wait_s += self._clock() - start
         if packet is None:
-            raise DataError(f"the stream ended before the {split} rows of epoch {epoch} did; the data changed during the run")
-        if num_rows(packet.rows):
-            self._waiting.setdefault(f"{packet.item.split}/{packet.item.epoch}", deque()).append(packet.rows)
+            return False
+        if packet.bad:
+            self._note(packet.bad)
+        at = (packet.item.split, packet.item.epoch)
+        self._last_windows[at] = packet.item.window
+        if len(packet.present):
+            self._waiting.setdefault(at, deque()).append((packet.rows, packet.present))
+        return True
 
-    def finish(self, split: str, epoch: int) -> None:
-        """Say that a pass is over, and drop its queue.
+    def finish(self, split: str, epoch: int, num_windows: int) -> None:
+        """Say that a pass of so many windows is over, and drop its queue.
 
         Raises:
             DataError: when rows of it are left.
         """
-        queue = self._waiting.pop(f"{split}/{epoch}", deque())
+        # The last windows may hold no rows for this rank, and yet bad ones to note.
+        while self._last_windows.get((split, epoch), -1) < num_windows - 1:
+            self._receive(split, epoch)
+        del self._last_windows[split, epoch]
+        queue = self._waiting.pop((split, epoch), deque())
         if queue:
-            left = sum(num_rows(rows) for rows in queue)
+            left = sum(len(present) for _, present in queue)
             raise DataError(f"{left} {split} rows of epoch {epoch} were never asked for: a fault in the order of samples")

@@ -19,7 +19,7 @@ from typing import Any
 
 from raymill import cluster, driver, errors, retry, stall
 from raymill.checkpoint import read_pointer, read_record
-from raymill.errors import Interrupted, RaymillError, RunError, StallError
+from raymill.errors import Interrupted, RaymillError, StallError
 from raymill.home import RunFolder
 from raymill.retry import Cause, Failure
 from raymill.spec import JobSpec
@@ -29,7 +29,8 @@ Event = dict[str, Any]
 Show = Callable[[Event], None]
 
 POLL_S = 0.1
-END_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 2.0
+TRACKER_STARTS = 3
 
 
 def supervise(folder: RunFolder, spec: JobSpec, show: Show) -> dict[str, Any]:
@@ -185,10 +186,10 @@ class Tracker:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self) -> subprocess.Popen[bytes]:
         """Start it if it does not run: at low priority, and apart from this terminal's Ctrl-C."""
         if self._process is not None and self._process.poll() is None:
-            return
+            return self._process
         with open(self._folder.tracking_log, "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "raymill.tracking", str(self._folder.path)],
@@ -198,14 +199,17 @@ class Tracker:
                 start_new_session=True,
                 preexec_fn=_be_nice,
             )
+        return self._process
 
     def finish(self, show: Show) -> dict[str, Any]:
         """Wait until everything is delivered; returns what the summary says about it."""
-        self.start()
         show({"kind": "delivering"})
-        if self._process is None:
-            raise RunError("the tracking process was not started")
-        code = self._process.wait()
+        code = None
+        for _ in range(TRACKER_STARTS):
+            code = self.start().wait()
+            # Below zero: killed by a signal. What it has not delivered is in its queue still.
+            if code >= 0:
+                break
         found: dict[str, Any] = {"delivered_to_mlflow": code == 0}
         if self._folder.version.exists():
             found["model"] = json.loads(self._folder.version.read_text())

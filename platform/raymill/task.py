@@ -98,6 +98,10 @@ Transform = Callable[[Rows, str, np.random.Generator], Rows]
 validation rows by seed and window, so that every evaluation sees the same."""
 
 
+Check = Callable[[Rows], Mapping[int, str]]
+"""The rows of one fragment -> place among them -> why that row is bad; empty where all are good."""
+
+
 def unchanged(rows: Rows, split: str, generator: np.random.Generator) -> Rows:
     """The transform that changes nothing."""
     return rows
@@ -112,6 +116,7 @@ class Pipeline:
         schema: what the rows of every source must hold, before the transform.
         transform: runs in Ray Data, on whole windows.
         collate: rows -> batch, on the worker; None makes a tensor of each array column.
+        check: names the bad rows of a fragment, before the transform; what becomes of them is the job's `bad_rows`.
         get: fetches the data set when it is not there yet; returns the folder. None: the user brings the data.
     """
 
@@ -119,6 +124,7 @@ class Pipeline:
     schema: Schema
     transform: Transform = unchanged
     collate: Callable[[Rows], Batch] | None = None
+    check: Check | None = None
     get: Callable[[], Path] | None = None
 
 

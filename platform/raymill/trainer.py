@@ -13,6 +13,7 @@ import os
 import queue
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,18 +25,20 @@ import ray.train
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import ResizingState
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from raymill import faults, load, manifest, plan, stall, stream
-from raymill.checkpoint import clean, find_latest
+from raymill import cluster, faults, load, manifest, plan, stream
+from raymill.desk import Desk, FarDesk, NearDesk, Taken, start_clerk
 from raymill.errors import RaymillError, RunError, WorkerError
 from raymill.home import RunFolder
 from raymill.order import TRAIN, VALIDATION
 from raymill.plan import Plan
 from raymill.retry import Cause
 from raymill.spec import JobSpec
-from raymill.tracking import EventWriter, read_events
+from raymill.tracking import append_event
 
 if TYPE_CHECKING:
     from ray.data import DataIterator
@@ -57,7 +60,36 @@ class EmbeddedTrainer(DataParallelTrainer):
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
 
+class ResizeCallback(ControllerCallback, WorkerGroupCallback):
+    """Lets the workers save before Ray Train ends them to begin again with another number. It runs in Ray's controller."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._resizing = False
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Ask the workers to save and end."""
+        if isinstance(current_state, ResizingState):
+            self._resizing = True
+            self._folder.resizing.touch()
+            num_workers = current_state.scaling_decision.num_workers  # type: ignore[attr-defined]
+            append_event(self._folder, {"kind": "resize", "num_workers": num_workers})
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        """Wait until they have."""
+        deadline_s = time.monotonic() + RESIZE_TIMEOUT_S
+        while self._resizing and self._folder.resizing.exists() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        self._resizing = False
+
+
 GROUP_TIMEOUT_S = 600.0
+RESIZE_TIMEOUT_S = 30.0
+"""Workers that have not saved by then begin again at their last checkpoint."""
+
+ELASTIC_START_TIMEOUT_S = "15"
+"""A place that Ray Train counted on may have gone; it then looks again what there is."""
+
 LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, WorkerHealthCheckFailedError)
 """What Ray raises where a process is gone."""
 
@@ -71,24 +103,7 @@ def fit(folder: RunFolder, planned: Plan, spec: JobSpec) -> dict[str, Any]:
     Raises:
         RaymillError: the root cause, translated from Ray's errors.
     """
-    resources = {"CPU": planned.worker_cpus}
-    if spec.scale.gpus_per_worker:
-        resources["GPU"] = spec.scale.gpus_per_worker
-    trainer = EmbeddedTrainer(
-        work,
-        train_loop_config={"folder": str(folder.path), "driver_pid": os.getpid()},
-        scaling_config=ScalingConfig(
-            num_workers=(planned.least_workers, planned.num_workers) if spec.scale.elastic else planned.num_workers,
-            use_gpu=bool(spec.scale.gpus_per_worker),
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(  # type: ignore[arg-type]  # the trainer's stub names the class of Ray Train V1
-            name="ray-train",
-            storage_path=str(folder.path),
-            # A start that fails three times will fail for ever; Ray's default is to try for ever.
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
-        ),
-    )
+    trainer = _trainer(folder, planned, spec)
     try:
         result = trainer.fit()
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
@@ -99,13 +114,54 @@ def fit(folder: RunFolder, planned: Plan, spec: JobSpec) -> dict[str, Any]:
     return outcome
 
 
+def _trainer(folder: RunFolder, planned: Plan, spec: JobSpec) -> DataParallelTrainer:
+    resources = {"CPU": planned.worker_cpus}
+    if spec.scale.gpus_per_worker:
+        resources["GPU"] = spec.scale.gpus_per_worker
+    on_cluster = cluster.address() is not None
+    # On a cluster, processes of a run do not inherit it from the driver.
+    variables = {cluster.SESSION_VARIABLE: os.environ[cluster.SESSION_VARIABLE]} if on_cluster else {}
+    if spec.scale.elastic:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ELASTIC_START_TIMEOUT_S)
+    trainer = (DataParallelTrainer if on_cluster else EmbeddedTrainer)(
+        work,
+        train_loop_config={
+            "folder": str(folder.path),
+            "spec": spec,
+            "plan": planned,
+            "manifest": manifest.from_record(json.loads(folder.manifest.read_text())),
+            "driver_pid": os.getpid(),
+            "node": ray.get_runtime_context().get_node_id(),
+            "clerk": start_clerk(folder, variables) if on_cluster else None,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=(planned.least_workers, planned.num_workers) if spec.scale.elastic else planned.num_workers,
+            use_gpu=bool(spec.scale.gpus_per_worker),
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=spec.scale.resize_check_s,
+        ),
+        run_config=RunConfig(  # type: ignore[arg-type]  # the trainer's stub names the class of Ray Train V1
+            name="ray-train",
+            storage_path=str(folder.path),
+            # A start that fails three times will fail for ever; Ray's default is to try for ever.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=3, max_preemption_failures=0),
+            callbacks=[ResizeCallback(folder)] if spec.scale.elastic else [],  # type: ignore[list-item]  # it takes these too
+            worker_runtime_env={"env_vars": variables} if variables else None,
+        ),
+    )
+    # Ray reserves places under this name; those of a driver that was killed are then this one's, not lost for minutes.
+    object.__setattr__(trainer.train_run_context, "run_id", folder.run_id)
+    return trainer
+
+
 def root_cause(error: Exception) -> RaymillError:
     """The error that explains a failed training: our own kind from whichever rank raised it, else the first that is not
     a consequence of another rank's death."""
     failures: dict[int, BaseException] = dict(getattr(error, "worker_failures", {}))
     for rank in sorted(failures):
         for cause in _causes(failures[rank]):
-            if isinstance(cause, RaymillError):
+            # What a task raised comes wrapped in a class that Ray makes of the error's and its own; the error is inside.
+            if isinstance(cause, RaymillError) and not isinstance(cause, ray.exceptions.RayError):
                 return cause
     lost = [rank for rank in sorted(failures) if any(isinstance(cause, LOST) for cause in _causes(failures[rank]))]
     if lost:
@@ -147,49 +203,48 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     faults.here(rank=rank)
     faults.point("worker_start")
-    folder = RunFolder(Path(config["folder"]))
-    stall.announce(folder, rank)
+    desk = _desk(config, rank)
+    desk.announce()
     # By reference: what Ray Train broadcasts is meant to be small.
     listener = socket.create_server((_host(), 0)) if rank == 0 else None
-    opened = [ray.put(_open(folder, world_size, listener.getsockname()))] if listener else None
-    start: dict[str, Any] = ray.get(broadcast_from_rank_zero(opened)[0]) | {"driver_pid": config["driver_pid"]}
+    opened = [ray.put(_open(config, desk, world_size, listener.getsockname()))] if listener else None
+    start: dict[str, Any] = ray.get(broadcast_from_rank_zero(opened)[0])
     # Packets are on their way while torch is still being imported.
     packets = ahead(stream.receive(start["iterators"][rank], rank), depth=2)
-    return _train(folder, rank, world_size, start, packets, listener)
+    try:
+        return _train(config, desk, rank, world_size, start, packets, listener)
+    finally:
+        desk.close()
 
 
-def _open(folder: RunFolder, world_size: int, meeting: tuple[str, int]) -> dict[str, Any]:
+def _desk(config: dict[str, Any], rank: int) -> Desk:
+    if ray.get_runtime_context().get_node_id() == config["node"]:
+        return NearDesk(RunFolder(Path(config["folder"])), rank)
+    return FarDesk(config["clerk"], rank)
+
+
+def _open(config: dict[str, Any], desk: Desk, world_size: int, meeting: tuple[str, int]) -> dict[str, Any]:
     """On rank 0: take over the run, find where it is, and open the stream there."""
-    attempt = _next_attempt(folder)
+    taken = desk.take_over()
     faults.point("run_taken")
-    clean(folder.checkpoints)
-    notes: list[str] = []
-    name = find_latest(folder.checkpoints, notes.append)
-    record = json.loads((folder.checkpoints / name / "state.json").read_text()) if name else None
-    position = record["position"] if record else 0
-    spec, planned, pipeline, taken = _read(folder)
+    spec, planned, data = config["spec"], config["plan"], config["manifest"]
     reader = stream.Reader(
-        f"{folder.run_id}.{attempt}",
-        plan.job_order(spec, planned, taken),
+        f"{Path(config['folder']).name}.{taken.attempt}",
+        plan.job_order(spec, planned, data),
         _cuts(planned, world_size),
-        {split: part.fragments for split, part in taken.splits.items()},
-        pipeline,
+        {split: part.fragments for split, part in data.splits.items()},
+        load.import_pipeline(spec),
+        spec.bad_rows.lenient,
     )
     iterators: list[DataIterator] = stream.split_with_ray(
-        reader, position, world_size, data_cpus=planned.data_cpus, task_cpus=planned.read_task_cpus
+        reader, taken.position, world_size, data_cpus=planned.data_cpus, task_cpus=planned.read_task_cpus
     )
-    return {
-        "attempt": attempt,
-        "checkpoint": name,
-        "iterators": iterators,
-        "meeting": meeting,
-        "notes": notes,
-        "passed_over": [refused["position"] for refused in refusals(folder)],
-    }
+    return {"taken": taken, "iterators": iterators, "meeting": meeting}
 
 
 def _train(
-    folder: RunFolder,
+    config: dict[str, Any],
+    desk: Desk,
     rank: int,
     world_size: int,
     start: dict[str, Any],
@@ -198,52 +253,46 @@ def _train(
 ) -> dict[str, Any]:
     import torch
 
-    from raymill import checkpoint, loop, parallel
+    from raymill import loop, parallel
 
-    spec, planned, pipeline, taken = _read(folder)
+    spec, planned = config["spec"], config["plan"]
+    taken: Taken = start["taken"]
+    pipeline = load.import_pipeline(spec)
     device = torch.device("cuda", 0) if spec.scale.gpus_per_worker else torch.device("cpu")
     job: Job = loop.Job(
         spec=spec,
         plan=planned,
-        order=plan.job_order(spec, planned, taken),
+        order=plan.job_order(spec, planned, config["manifest"]),
         cuts=_cuts(planned, world_size),
         task=load.import_task(spec, pipeline.schema),
-        passed_over=frozenset(start["passed_over"]),
+        passed_over=frozenset(taken.passed_over),
         **({"collate": pipeline.collate} if pipeline.collate else {}),
     )
-    seat: Seat = loop.Seat(rank=rank, world_size=world_size, device=device, folder=folder.path, attempt=start["attempt"])
-    snapshot = checkpoint.load(folder.checkpoints / start["checkpoint"]) if start["checkpoint"] else None
+    seat: Seat = loop.Seat(rank=rank, world_size=world_size, device=device, desk=desk, attempt=taken.attempt)
+    snapshot = desk.load(taken.checkpoint) if taken.checkpoint else None
     parallel.join_group(start["meeting"], listener, rank, world_size, device, GROUP_TIMEOUT_S)
-    writer = EventWriter(folder.events) if rank == 0 else None
-    if writer:
-        writer.write(
-            {
-                "kind": "start",
-                "attempt": start["attempt"],
-                "num_workers": world_size,
-                "step": snapshot.record["step"] if snapshot else 0,
-                "num_total_steps": planned.total_steps,
-                "resumed": snapshot is not None,
-                "notes": start["notes"],
-                "pid": start["driver_pid"],
-            }
-        )
-    report = writer.write if writer else lambda event: None
+    report = desk.report if rank == 0 else lambda event: None
+    report(
+        {
+            "kind": "start",
+            "attempt": taken.attempt,
+            "num_workers": world_size,
+            "step": snapshot.record["step"] if snapshot else 0,
+            "num_total_steps": planned.total_steps,
+            "resumed": snapshot is not None,
+            "notes": taken.notes,
+            "pid": config["driver_pid"],
+        }
+    )
     together = False
     try:
-        outcome = loop.train(job, seat, snapshot, packets, report, folder.stop.exists)
+        outcome = loop.train(job, seat, snapshot, packets, report, desk.wants_stop)
         together = True
+        if rank == 0:
+            desk.rest()
         return outcome
     finally:
-        if writer:
-            writer.close()
         parallel.leave_group(together=together)
-
-
-def refusals(folder: RunFolder) -> list[dict[str, Any]]:
-    """The batches that were refused under the policy of going back and leaving them out."""
-    events, _ = read_events(folder.events)
-    return [event for event in events if event["kind"] == "refused" and event["policy"] == "rollback"]
 
 
 def _host() -> str:
@@ -251,23 +300,8 @@ def _host() -> str:
     return address
 
 
-def _read(folder: RunFolder) -> tuple[JobSpec, Plan, Any, manifest.Manifest]:
-    spec = JobSpec.model_validate(json.loads(folder.spec.read_text()))
-    planned = Plan(**json.loads(folder.plan.read_text()))
-    return spec, planned, load.import_pipeline(spec), manifest.from_record(json.loads(folder.manifest.read_text()))
-
-
 def _cuts(planned: Plan, world_size: int) -> dict[str, Any]:
     return {split: plan.cut(planned, split, world_size) for split in (TRAIN, VALIDATION)}
-
-
-def _next_attempt(folder: RunFolder) -> int:
-    from raymill.checkpoint import write_file
-
-    path = folder.path / "attempt"
-    attempt = int(path.read_text()) + 1 if path.exists() else 1
-    write_file(path, str(attempt))
-    return attempt
 
 
 def ahead(values: Iterator[T], depth: int) -> Iterator[T]:

@@ -71,7 +71,7 @@ def measure(folder: Path, share: float) -> dict[str, float]:
     first_batch_s = time.perf_counter() - start_s
     for _ in range(position // BATCH_ROWS + 1, order.steps_per_epoch):
         feed.take(TRAIN, 0, BATCH_ROWS // WORLD_SIZE)
-    feed.finish(TRAIN, 0)
+    feed.finish(TRAIN, 0, order.train.num_windows)
     total_bytes = sum(fragment.num_bytes for fragment in fragments)
     left_bytes = total_bytes * (NUM_ROWS - position) // NUM_ROWS
     widest = max(

@@ -10,11 +10,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -47,6 +49,9 @@ KINDS = {
 }
 """What the command line of each kind of process holds."""
 
+SHARED = ("plasma", "ray", "torch_", "gloo", "nccl", "psm_", "sem.")
+"""How files in shared memory begin that Ray, torch and Python make; other programs make theirs at any time."""
+
 
 class Live:
     """A run that is going on, and the folders that are its own."""
@@ -64,11 +69,15 @@ class Live:
             (self.home / "data" / "mnist").symlink_to(data)
         self.command: subprocess.Popen[bytes] | None = None
         self.num_commands = 0
+        self.servers: list[subprocess.Popen[bytes]] = []
+        self.server_port = 0
         self.seen: set[psutil.Process] = set()
 
     def environment(self, fault: str = "") -> dict[str, str]:
         """Of every process of this run."""
-        own = {"RAYMILL_HOME": self.home, "RAYMILL_FAULT_FOLDER": self.faults, "TMPDIR": self.scratch}
+        own: dict[str, object] = {"RAYMILL_HOME": self.home, "RAYMILL_FAULT_FOLDER": self.faults, "TMPDIR": self.scratch}
+        if self.server_port:
+            own |= {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{self.server_port}"}
         others = {name: value for name, value in os.environ.items() if not name.startswith(("RAY", "MLFLOW_"))}
         return {**others, **{name: str(value) for name, value in own.items()}, "RAYMILL_FAULT": fault}
 
@@ -112,7 +121,7 @@ class Live:
 
     def processes(self, kind: str = "") -> list[psutil.Process]:
         """The processes of this run of a kind, oldest first."""
-        found = [process for process in self.seen if process.is_running()] if not kind else []
+        found = [process for process in self.seen if is_alive(process)] if not kind else []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 mine = process.environ().get("RAYMILL_HOME") == str(self.home)
@@ -125,6 +134,35 @@ class Live:
         file = self.faults / "fired.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
+    def serve(self) -> None:
+        """Start an MLflow server with the run's database, again after it was killed, and wait until it answers."""
+        if not self.server_port:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self.server_port = probe.getsockname()[1]
+        store, address = f"sqlite:///{self.home / 'mlflow.db'}", f"127.0.0.1:{self.server_port}"
+        options = ["--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(self.server_port), "--workers", "1"]
+        options += ["--artifacts-destination", str(self.home / "artifacts"), "--allowed-hosts", address]
+        with open(self.tmp / "server.log", "ab") as log:
+            command = [sys.executable, "-m", "mlflow", "server", *options]
+            # Without its own jobs, whose queue it would keep in shared memory.
+            settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+            environment = {**os.environ, **settings}
+            self.servers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
+        until_s = time.monotonic() + LIMIT_S
+        while time.monotonic() < until_s:
+            with suppress(OSError), urllib.request.urlopen(f"http://{address}/health", timeout=5):
+                return
+            time.sleep(POLL_S)
+        raise AssertionError(f"the MLflow server did not start: {(self.tmp / 'server.log').read_text()[-500:]}")
+
+    def signal_server(self, number: int) -> None:
+        """Signal the last MLflow server and all its processes."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.servers[-1].pid, number)
+        if number == signal.SIGKILL:
+            self.servers[-1].wait()
+
     def forget_faults(self) -> None:
         """Let the faults of the next command happen, whatever happened before."""
         for file in self.faults.iterdir():
@@ -132,10 +170,23 @@ class Live:
 
     def remove(self) -> None:
         """End what is left and remove the folders."""
+        if self.servers:
+            self.signal_server(signal.SIGKILL)
         for process in self.processes():
             with suppress(psutil.Error):
                 process.kill()
+        for folder in self.home.glob("runs/*/checkpoints"):
+            if folder.is_mount():
+                subprocess.run(["umount", str(folder)], check=True)
         shutil.rmtree(self.tmp, ignore_errors=True)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; a zombie does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager
@@ -212,7 +263,8 @@ def play(place: Live, arguments: list[str], fault: str = "", provoke: Provoke | 
 
 def collect(place: Live, number: int, exit_code: int | None, provoked: bool, shared_before: set[str], seconds: float) -> Result:
     """Everything that can be seen once a command has ended."""
-    left = left_over(place) + [f"/dev/shm/{name}" for name in sorted(set(os.listdir("/dev/shm")) - shared_before)]
+    shared = {name for name in os.listdir("/dev/shm") if name.startswith(SHARED)} - shared_before
+    left = left_over(place) + [f"/dev/shm/{name}" for name in sorted(shared)]
     printed, folder = place.printed(number), place.folder
     events = read_events(folder.events)[0] if folder else []
     done = json.loads(folder.summary.read_text()) if folder and folder.summary.exists() else {}
@@ -257,11 +309,14 @@ def broken_checkpoints(folder: RunFolder) -> list[str]:
             found.append(str(error))
     if pointer is None and names(folder.checkpoints):
         found.append("checkpoints without a pointer")
+    # What a failed run could not write is removed when it is resumed.
+    if folder.summary.exists():
+        found += [f"{path.name} was left" for path in folder.checkpoints.glob(f"{STAGE}*")]
     return found
 
 
 def left_over(place: Live) -> list[str]:
-    """Processes of the run, parts of checkpoints and folders of Ray that outlived it."""
+    """Processes of the run and folders of Ray that outlived it."""
     until_s = time.monotonic() + GRACE_S
     while (alive := place.processes()) and time.monotonic() < until_s:
         time.sleep(POLL_S)
@@ -272,7 +327,6 @@ def left_over(place: Live) -> list[str]:
     # Torch keeps a folder for compiled kernels; it stays on purpose.
     stale = [path.name for path in place.scratch.iterdir() if not path.name.startswith("torchinductor_")]
     found += [f"{name} in the temporary folder" for name in stale]
-    found += [str(path.name) for path in place.home.glob(f"runs/*/checkpoints/{STAGE}*")]
     return found
 
 
@@ -338,6 +392,27 @@ def pause(kind: str, seconds: float, step: int = 12) -> Provoke:
         if time.monotonic() - since_s < seconds:
             return False
         process.resume()
+        return True
+
+    return provoke
+
+
+def server_gone(number: int, seconds: float, step: int = 4) -> Provoke:
+    """Kill or stop the MLflow server, and start it again or let it go on after some seconds."""
+    since_s: list[float] = []
+
+    def provoke(place: Live) -> bool:
+        if not since_s:
+            if place.step() >= step:
+                place.signal_server(number)
+                since_s.append(time.monotonic())
+            return False
+        if time.monotonic() - since_s[0] < seconds:
+            return False
+        if number == signal.SIGKILL:
+            place.serve()
+        else:
+            place.signal_server(signal.SIGCONT)
         return True
 
     return provoke

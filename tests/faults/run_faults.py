@@ -9,7 +9,7 @@
     python -m faults.run_faults --soak 600 --seed 7
                                                 random faults for some seconds; the seed replays them
 
-Exits with 1 when any fails.
+Exits with 1 when any fails. With KEEP=1 in the environment the folders of the runs stay, to be looked at.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import json
 import random
 import re
+import signal
 import sys
 import time
 from collections import Counter
@@ -34,6 +35,7 @@ from faults.harness import Live, Result, live, play
 from raymill.faults import POINTS
 
 NUM_STEPS = 40
+VERDICTS = ("order", "weights", "intact", "clean")
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,11 @@ def judge(command: Play, result: Result) -> list[str]:
         f"did not happen: {sorted(silent)}": bool(silent),
         "a traceback was shown": "Traceback" in text,
     }
-    return [name for name, wrong in problems.items() if wrong] + result.broken + result.left + result.tracked
+    return [name for name, wrong in problems.items() if wrong] + [
+        *result.broken,
+        *(f"left: {name}" for name in result.left),
+        *result.tracked,
+    ]
 
 
 def happened(results: list[Result]) -> str:
@@ -213,20 +219,7 @@ def soak(seconds: float, seed: int) -> Iterator[Case]:
 
 def show(outcomes: list[Outcome]) -> None:
     """Print the table, and what failed in full."""
-    columns = (
-        "#",
-        "fault",
-        "provoked by",
-        "workers",
-        "starts",
-        "exit",
-        "what was said",
-        "order",
-        "weights",
-        "intact",
-        "clean",
-        "s",
-    )
+    columns = ("#", "fault", "provoked by", "workers", "starts", "exit", "what was said", *VERDICTS)
     table = Table(*columns, box=None, header_style="bold")
     for done in outcomes:
         verdicts = [done.same_order, done.same_weights, done.intact, done.clean]
@@ -256,15 +249,10 @@ def chosen(options: argparse.Namespace) -> Iterator[Case]:
         numbers = {int(number) for number in options.only.split(",")} if options.only else None
         for case in CASES:
             if (numbers is None or case.number in numbers) and (options.part == "all" or case.quick):
-                if any(name.startswith("mount") for name in needs(case)) and not can_mount():
-                    NOT_YET[case.number] = "part of it needs the right to mount"
+                if case.mounts and not can_mount():
+                    NOT_YET[case.number] = f"{case.name}: needs the right to mount"
                     continue
                 yield case
-
-
-def needs(case: Case) -> set[str]:
-    """What a case needs beside the platform."""
-    return {"mount"} if case.name in ("disk full while saving", "storage becomes read-only") else set()
 
 
 def main() -> int:
@@ -280,6 +268,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--json", type=Path, help="write the outcomes to this file")
     options = parser.parse_args()
+    # Ended politely, it ends the run of the moment too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     outcomes = []
     for case in chosen(options):
         done = run_case(case)

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def snapshot(step: int) -> Snapshot:
 
 
 def keeper(folder: Path, attempt: int = 1, keep: int = 2, told: list[dict[str, Any]] | None = None) -> Keeper:
-    return Keeper(folder, attempt, keep, (told if told is not None else []).append)
+    write = partial(checkpoint.commit, folder, attempt, keep)
+    return Keeper(lambda content, best: write(content, best=best), (told if told is not None else []).append)
 
 
 def write(folder: Path, *steps: int, attempt: int = 1, best: int | None = None, keep: int = 10) -> None:
@@ -184,7 +186,7 @@ def test_a_failed_save_is_raised_by_the_next_call(tmp_path: Path) -> None:
     blocked.write_text("")
     saver = keeper(blocked)
     saver.save(snapshot(1), best=False)
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(CheckpointError, match="file"):
         saver.save(snapshot(2), best=False)
     saver.close()
 
@@ -283,7 +285,7 @@ def kills(tmp_path: Path) -> Iterator[tuple[int, Path, bool]]:
         with pytest.MonkeyPatch.context() as patch:
             kill_at(number, patch)
             try:
-                keeper(folder, keep=1)._commit(snapshot(3), best=False)
+                checkpoint.commit(folder, 1, 1, snapshot(3), best=False)
                 finished = True
             except Killed:
                 finished = False

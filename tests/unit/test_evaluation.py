@@ -13,6 +13,7 @@ import torch
 
 from raymill import checkpoint, load, loop, plan
 from raymill.checkpoint import POINTER
+from raymill.desk import NearDesk
 from raymill.errors import CheckpointError, InputError
 from raymill.evaluation import evaluate
 from raymill.home import RunFolder, run_folder
@@ -138,7 +139,7 @@ class Run:
         for rank in range(2):
             windows = [Item("validation", epoch, window, 0) for window in range(self.plan.validation_windows)]
             feed = Feed(reader.read(item)[rank] for item in windows)
-            seat = loop.Seat(rank=rank, world_size=2, device=torch.device("cpu"), folder=self.folder.path, attempt=1)
+            seat = loop.Seat(rank=rank, world_size=2, device=torch.device("cpu"), desk=NearDesk(self.folder, rank), attempt=1)
             evaluations.append(Evaluation())
             for number in range(5):
                 loop.measure(job, seat, model, feed, epoch, number, evaluations[-1])

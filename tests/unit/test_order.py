@@ -118,7 +118,7 @@ def deal(case: Case, position: int, world_size: int) -> dict[Step, Shards]:
         feed = Feed(packets)
         for turn in agenda(order, position):
             if turn.batch is None:
-                feed.finish(turn.split, turn.epoch)
+                feed.finish(turn.split, turn.epoch, case.windows)
                 continue
             shards = dealt.setdefault((turn.split, turn.epoch, turn.batch), {})
             for shard, count in cuts[turn.split].shards(turn.batch, rank):
@@ -388,6 +388,6 @@ def test_a_feed_says_when_the_stream_ends_early_or_late() -> None:
     feed = Feed(read_locally(reader, 0, 0))
     feed.take(TRAIN, 0, 3)
     with pytest.raises(DataError, match="2 train rows of epoch 0 were never asked for"):
-        feed.finish(TRAIN, 0)
+        feed.finish(TRAIN, 0, 1)
     with pytest.raises(DataError, match="the stream ended before"):
         feed.take(TRAIN, 0, 3)

@@ -1,0 +1,234 @@
+"""A run on a Ray cluster that was there before: on several machines, without a disk that they share, elastic.
+
+Each node of the cluster is a `ray start` of its own, with a token. That a machine does not have the run's folder is made
+so: its processes see an empty, read-only file system in its place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raymill import load, plan
+from raymill.manifest import take_manifest
+from raymill.order import Stream, window, window_rows
+from raymill.plan import ClusterFacts
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+PROJECT = Path(__file__).parents[2]
+RAY = Path(sys.executable).with_name("ray")
+START_TIMEOUT_S = 120.0
+STEP_TIMEOUT_S = 300.0
+
+
+def until(true: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """Wait for something that happens in other processes."""
+    deadline_s = time.monotonic() + timeout_s
+    while not (found := true()):
+        assert time.monotonic() < deadline_s, f"{what}: not within {timeout_s:g} s"
+        time.sleep(0.2)
+    return found
+
+
+@dataclass
+class Nodes:
+    """A Ray cluster on this machine, and the environment of commands that use it."""
+
+    folder: Path
+    variables: dict[str, str]
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    address: str = ""
+
+    def add(self, num_cpus: int, *options: str, hidden: Path | None = None) -> subprocess.Popen[bytes]:
+        """Start a node; its processes do not see what is in the folder `hidden`."""
+        command = [str(RAY), "start", "--block", f"--num-cpus={num_cpus}", "--disable-usage-stats"]
+        command += ["--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={100 * 2**20}", *options]
+        command += [f"--address={self.address}"] if self.address else []
+        if hidden is not None:
+            mount = 'mount -t tmpfs -o ro none "$1" && shift && exec "$@"'
+            command = ["unshare", "--mount", "sh", "-c", mount, "sh", str(hidden), *command]
+        with open(self.folder / f"node-{len(self.running)}.log", "wb") as log:
+            node = subprocess.Popen(command, env=self.variables, stdout=log, stderr=log, cwd=self.folder)
+        self.running.append(node)
+        return node
+
+    def remove(self, node: subprocess.Popen[bytes]) -> None:
+        """Stop a node and wait until its processes are gone."""
+        node.send_signal(signal.SIGTERM)
+        node.wait(60)
+
+    def facts(self) -> dict[str, Any]:
+        """What raymill finds there."""
+        asked = [sys.executable, "-m", "raymill.cluster"]
+        done = subprocess.run(asked, env=self.variables, capture_output=True, text=True, check=False)
+        return json.loads(done.stdout) if done.returncode == 0 and done.stdout else {}
+
+    def wait_for_cpus(self, num_cpus: int) -> None:
+        until(lambda: self.facts().get("num_cpus") == num_cpus, START_TIMEOUT_S, f"a cluster of {num_cpus} CPUs")
+
+    def start(self, job: str, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "raymill", "train", job, "--json", *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=self.variables, cwd=PROJECT, text=True, stdout=pipe, stderr=pipe)
+
+    def runs(self) -> list[Path]:
+        return list((self.folder / "home" / "runs").glob("*"))
+
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for run in self.runs() for line in read_lines(run / "events.jsonl")]
+
+
+def read_lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def finish(command: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
+    """Wait for a command; its answer."""
+    out, err = command.communicate(timeout=STEP_TIMEOUT_S)
+    assert command.returncode == code, out + err
+    return json.loads(out)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    """A cluster without a node; whatever is left of it in the end is killed."""
+    with tempfile.TemporaryDirectory(prefix="nodes-") as name:
+        folder = Path(name)
+        (folder / "home").mkdir()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "RAYMILL_"))}
+        own = {"RAYMILL_HOME": str(folder / "home"), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        started = Nodes(folder, kept | own | {"RAY_ADDRESS": f"127.0.0.1:{port}", "PYTHONPATH": str(PROJECT / "platform")})
+        try:
+            yield started
+        finally:
+            for node in reversed(started.running):
+                if node.poll() is None:
+                    started.remove(node)
+
+
+def start_head(nodes: Nodes, num_cpus: int) -> None:
+    port = nodes.variables["RAY_ADDRESS"].rpartition(":")[2]
+    # Short, because the sockets in it have a length limit.
+    options = ["--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
+    nodes.add(num_cpus, *options, f"--temp-dir={nodes.folder / 'ray'}")
+    nodes.wait_for_cpus(num_cpus)
+    nodes.address = nodes.variables["RAY_ADDRESS"]
+
+
+def embedded_run(folder: Path) -> dict[str, Any]:
+    """The smoke job on a Ray of its own."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "RAYMILL_"))}
+    command = [sys.executable, "-m", "raymill", "train", "smoke", "--json"]
+    variables = kept | {"RAYMILL_HOME": str(folder), "PYTHONPATH": str(PROJECT / "platform")}
+    return finish(subprocess.Popen(command, env=variables, cwd=PROJECT, text=True, stdout=-1, stderr=-1))
+
+
+def test_a_cluster_without_a_token_is_refused_and_one_with_another_token_says_so(nodes: Nodes) -> None:
+    start_head(nodes, 1)
+    stranger = nodes.variables | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    command = [sys.executable, "-m", "raymill", "plan", "smoke", "--json"]
+    done = subprocess.run(command, env=stranger, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "RAY_ADDRESS" in done.stdout
+
+
+def test_workers_on_machines_without_the_runs_folder_end_with_the_weights_of_one_machine(nodes: Nodes) -> None:
+    start_head(nodes, 0)
+    nodes.add(3, hidden=nodes.folder / "home")
+    nodes.wait_for_cpus(3)
+    command = nodes.start("smoke", "--set", "checkpoint.every_steps=3", "--set", "loop.record_order=true")
+
+    def steps() -> list[int]:
+        return [event["step"] for event in nodes.events() if event["kind"] == "step"]
+
+    until(steps, STEP_TIMEOUT_S, "a first step")
+    summary = finish(command)
+    [run] = nodes.runs()
+    hosts = [json.loads((run / f"rank-{rank}.json").read_text())["host"] for rank in range(2)]
+    assert len(hosts) == 2, "a rank on the driver's machine has no host"
+    assert steps() == list(range(1, 21))
+    assert (run / summary["best_checkpoint"] / "weights.safetensors").is_file()
+    assert [len(read_lines(run / f"order-{rank}.jsonl")) for rank in range(2)] == [20, 20]
+    assert summary["weights_sha256"] == embedded_run(nodes.folder / "embedded")["weights_sha256"]
+
+
+def expected_batches(job: str, overrides: list[str]) -> dict[int, list[int]]:
+    """Position behind each global batch -> its row ids, from the order alone."""
+    spec = load.load_job(PROJECT / "jobs" / job / "job.yaml", overrides).spec
+    manifest = take_manifest(load.import_pipeline(spec))
+    planned = plan.make_plan(spec, manifest, ClusterFacts(num_cpus=2, num_gpus=0, memory_bytes=2**33))
+    order = plan.job_order(spec, planned, manifest)
+    rows: list[int] = []
+    stream = Stream(order, 0)
+    for item in (stream[index] for index in range(len(stream))):
+        if item.split == "train":
+            rows += window_rows(order.train, item.epoch, window(order.train, item.epoch, item.window).fragments)[0].tolist()
+    size = planned.global_batch_rows
+    return {start + size: rows[start : start + size] for start in range(0, len(rows), size)}
+
+
+def trained_batches(run: Path, starts: list[dict[str, Any]]) -> dict[int, list[int]]:
+    """Position behind each global batch -> the row ids that its last trainers had, in the order of their ranks."""
+    found: dict[int, tuple[int, list[int]]] = {}
+    for start in starts:
+        for rank in range(start["num_workers"]):
+            for record in map(json.loads, read_lines(run / f"order-{rank}.jsonl")):
+                if record["attempt"] == start["attempt"]:
+                    attempt, rows = found.get(record["position"], (0, []))
+                    rows = rows if attempt == record["attempt"] else []
+                    found[record["position"]] = record["attempt"], rows + record["rows"]
+    return {position: rows for position, (_, rows) in sorted(found.items())}
+
+
+ELASTIC = ["scale.workers=null", "scale.min_workers=1", "scale.max_workers=3", "scale.resize_check_s=2"]
+LONG = ["data.num_rows=3600", "checkpoint.every_steps=10", "loop.record_order=true"]
+
+
+def test_two_workers_then_one_then_three_train_on_the_same_batches_in_one_run(nodes: Nodes) -> None:
+    # Steps that take a while, so that there is time to change the cluster.
+    nodes.variables |= {"RAYMILL_FAULT": "step_done:slow:seconds=0.5", "RAYMILL_FAULT_FOLDER": str(nodes.folder)}
+    start_head(nodes, 1)
+    second = nodes.add(1)
+    nodes.wait_for_cpus(2)
+    command = nodes.start("smoke", *(part for value in ELASTIC + LONG for part in ("--set", value)))
+
+    def starts() -> list[dict[str, Any]]:
+        return [event for event in nodes.events() if event["kind"] == "start"]
+
+    def trains(num_workers: int) -> bool:
+        """Whether this many workers have begun and made a few steps."""
+        known = nodes.events()
+        begun = [place for place, event in enumerate(known) if event["kind"] == "start"]
+        steps = [event for event in known[begun[-1] :] if event["kind"] == "step"] if begun else []
+        return len(steps) >= 3 and known[begun[-1]]["num_workers"] == num_workers
+
+    until(lambda: trains(2), STEP_TIMEOUT_S, "two workers")
+    nodes.remove(second)
+    until(lambda: trains(1), STEP_TIMEOUT_S, "one worker")
+    nodes.add(1)
+    nodes.add(1)
+    until(lambda: trains(3), STEP_TIMEOUT_S, "three workers")
+    summary = finish(command)
+
+    assert [event["attempt"] for event in starts()] == list(range(1, len(starts()) + 1))
+    assert "resize" in {event["kind"] for event in nodes.events()}
+    [run] = nodes.runs()
+    assert trained_batches(run, starts()) == expected_batches("smoke", ELASTIC + LONG)
+    assert summary["rows"]["used"] == summary["rows"]["total"]
+    assert summary["num_workers"] == 3
