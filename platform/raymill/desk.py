@@ -235,7 +235,7 @@ def start_clerk(folder: RunFolder, variables: Mapping[str, str]) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
-    options = {
+    options: dict[str, Any] = {
         "num_cpus": 0,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False),
         "concurrency_groups": {COMMITS: 1},
