@@ -137,6 +137,8 @@ def train(
 
 def _show_summary(console: Console, summary: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for name in ("run_id", "status", "steps", "best_step", "weights_sha256", "rows_per_s", "seconds_to_first_step"):
         table.add_row(name, str(summary[name]))
     for name, value in summary["metrics"].items():

@@ -194,6 +194,7 @@ def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus:
     """
     import ray.data
     from ray.data import DataContext, ExecutionOptions, ExecutionResources
+    from ray.data._internal.datasource.range_datasource import RangeDatasource
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -204,15 +205,22 @@ def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus:
     # Every packet becomes a block of its own: a block is closed as soon as it holds a byte.
     context.target_max_block_size = 1
     stream = Stream(reader.order, position)
-    items = ray.data.range(len(stream), override_num_blocks=len(stream))
+    # Tasks that reserve no CPU are held back by their number.
+    most_tasks = None if task_cpus else max(1, int(data_cpus))
+    # Not `ray.data.range`, whose tasks reserve a whole CPU: the two operators are one only where they ask for the same.
+    items = ray.data.read_datasource(
+        RangeDatasource(len(stream), column_name="id"),
+        num_cpus=task_cpus,
+        concurrency=most_tasks,
+        override_num_blocks=len(stream),
+    )
     packets = items.map_batches(
         _read_block,  # type: ignore[arg-type]  # Ray's stub forgets keyword arguments
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"reader": reader, "stream": stream},
         num_cpus=task_cpus,
-        # Tasks that reserve no CPU are held back by their number.
-        concurrency=None if task_cpus else max(1, int(data_cpus)),
+        concurrency=most_tasks,
     )
     return packets.streaming_split(world_size, equal=False)
 
