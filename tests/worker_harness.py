@@ -245,10 +245,10 @@ def run_rank(
     import torch
 
     from raymill import checkpoint, loop, parallel, plan, stream
+    from raymill.collate import as_batch
     from raymill.desk import NearDesk
     from raymill.home import RunFolder
     from raymill.manifest import take_manifest
-    from raymill.rows import as_batch
     from raymill.tracking import EventWriter
 
     spec, pipeline = experiment.spec(world_size), experiment.make_pipeline()

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from raymill import checkpoint, load, loop, plan, registry
+from raymill.collate import as_batch
 from raymill.desk import NearDesk
 from raymill.errors import CheckpointError, InputError, Problem
 from raymill.home import RunFolder, run_folder
@@ -23,7 +24,6 @@ from raymill.metrics import Evaluation
 from raymill.order import VALIDATION, Item, num_batches
 from raymill.parallel import gather
 from raymill.plan import Plan
-from raymill.rows import as_batch
 from raymill.spec import NAME, JobSpec
 from raymill.stream import Feed, Reader
 

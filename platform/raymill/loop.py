@@ -19,13 +19,14 @@ from torch import nn
 from raymill import faults, quick
 from raymill.bad_rows import BadRow
 from raymill.checkpoint import better
+from raymill.collate import as_batch
 from raymill.desk import Desk
 from raymill.errors import NumberError, RunError
 from raymill.metrics import Evaluation
 from raymill.order import TRAIN, VALIDATION, Cut, JobOrder, Turn, agenda
 from raymill.parallel import Wrapped, autocast, gather, gather_numbers, gather_texts, gradient_norm, move, share_buffers
 from raymill.plan import Plan
-from raymill.rows import ROW_ID, as_batch, num_rows
+from raymill.rows import ROW_ID, num_rows
 from raymill.spec import JobSpec
 from raymill.state import (
     EVALUATION,

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raymill.bad_rows import sift
+from raymill.collate import as_batch
 from raymill.errors import InputError, Problem, RunError, TrackingError, did_you_mean
 from raymill.home import RunFolder
 from raymill.order import TRAIN, VALIDATION
 from raymill.redaction import redact
-from raymill.rows import ROW_ID, as_batch, join, num_rows, take
+from raymill.rows import ROW_ID, join, num_rows, take
 from raymill.spec import NAME, JobSpec
 from raymill.task import Pipeline, Task
 from raymill.tracking import connect, data_digest, read_events, store_failures

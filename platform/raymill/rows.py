@@ -1,4 +1,4 @@
-"""Rows as they travel: take, join, pack into buffers, unpack without copying, and become a batch of tensors.
+"""Rows as they travel: take, join, pack into buffers, unpack without copying.
 
 A column is an array [num_rows, ...], or a list with one array, `bytes` or `str` per row. Packed, a set of rows is a
 JSON header and a few flat buffers, which is all that is ever sent between processes: no pickle, no extension types.
@@ -123,21 +123,3 @@ def _unpack(entry: dict[str, Any], buffer: Any) -> Column:
     ends = np.cumsum([0, *entry["sizes"]])
     values = [bytes(data[ends[i] : ends[i + 1]]) for i in range(len(entry["sizes"]))]
     return values if entry["kind"] == "bytes" else [value.decode() for value in values]
-
-
-def as_batch(rows: Rows) -> dict[str, Any]:
-    """The default collate: a tensor of each array column, a list of tensors of a list of arrays, other lists as they are."""
-    return {name: _as_tensors(column) for name, column in rows.items()}
-
-
-def _as_tensors(column: Column) -> Any:
-    import torch
-
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        # A copy in memory of torch's own: an unpacked array is a read-only view of shared memory, and how a kernel rounds
-        # depends on the alignment of its input, which must not hang on where in a window a batch begins.
-        return torch.tensor(array if array.flags.c_contiguous else array.copy())
-
-    if isinstance(column, np.ndarray):
-        return tensor(column)
-    return [tensor(value) if isinstance(value, np.ndarray) else value for value in column]

@@ -193,7 +193,7 @@ def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus:
         One iterator per rank, for `receive` in that rank's process.
     """
     import ray.data
-    from ray.data import DataContext, ExecutionOptions, ExecutionResources
+    from ray.data import DataContext, Dataset, ExecutionOptions, ExecutionResources
     from ray.data._internal.datasource.range_datasource import RangeDatasource
 
     context = DataContext.get_current()
@@ -208,7 +208,7 @@ def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus:
     # Tasks that reserve no CPU are held back by their number.
     most_tasks = None if task_cpus else max(1, int(data_cpus))
     # Not `ray.data.range`, whose tasks reserve a whole CPU: the two operators are one only where they ask for the same.
-    items = ray.data.read_datasource(
+    items: Dataset = ray.data.read_datasource(
         RangeDatasource(len(stream), column_name="id"),
         num_cpus=task_cpus,
         concurrency=most_tasks,

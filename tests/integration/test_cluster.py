@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from raymill import load, plan
@@ -51,6 +52,7 @@ class Nodes:
     folder: Path
     variables: dict[str, str]
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    commands: list[subprocess.Popen[str]] = field(default_factory=list)
     address: str = ""
 
     def add(self, num_cpus: int, *options: str, hidden: Path | None = None) -> subprocess.Popen[bytes]:
@@ -83,7 +85,8 @@ class Nodes:
     def start(self, job: str, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "raymill", "train", job, "--json", *arguments]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=self.variables, cwd=PROJECT, text=True, stdout=pipe, stderr=pipe)
+        self.commands.append(subprocess.Popen(command, env=self.variables, cwd=PROJECT, text=True, stdout=pipe, stderr=pipe))
+        return self.commands[-1]
 
     def runs(self) -> list[Path]:
         return list((self.folder / "home" / "runs").glob("*"))
@@ -117,6 +120,11 @@ def nodes() -> Iterator[Nodes]:
         try:
             yield started
         finally:
+            for command in started.commands:
+                if command.poll() is None:
+                    for process in [*psutil.Process(command.pid).children(recursive=True), command]:
+                        process.kill()
+                    command.communicate()
             for node in reversed(started.running):
                 if node.poll() is None:
                     started.remove(node)
@@ -152,14 +160,20 @@ def test_workers_on_machines_without_the_runs_folder_end_with_the_weights_of_one
     start_head(nodes, 0)
     nodes.add(3, hidden=nodes.folder / "home")
     nodes.wait_for_cpus(3)
+    # Steps that take a while, so that there is time to interrupt them.
+    nodes.variables |= {"RAYMILL_FAULT": "step_done:slow:seconds=0.4", "RAYMILL_FAULT_FOLDER": str(nodes.folder)}
     command = nodes.start("smoke", "--set", "checkpoint.every_steps=3", "--set", "loop.record_order=true")
 
     def steps() -> list[int]:
         return [event["step"] for event in nodes.events() if event["kind"] == "step"]
 
     until(steps, STEP_TIMEOUT_S, "a first step")
-    summary = finish(command)
+    command.send_signal(signal.SIGINT)
+    finish(command, code=3)
     [run] = nodes.runs()
+    assert len(steps()) < 20
+    summary = finish(nodes.start("--resume", run.name))
+    assert [event["resumed"] for event in nodes.events() if event["kind"] == "start"] == [False, True]
     hosts = [json.loads((run / f"rank-{rank}.json").read_text())["host"] for rank in range(2)]
     assert len(hosts) == 2, "a rank on the driver's machine has no host"
     assert steps() == list(range(1, 21))

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from raymill.rows import as_batch, join, num_rows, pack, take, unpack
+from raymill.collate import as_batch
+from raymill.rows import join, num_rows, pack, take, unpack
 from raymill.task import Column, Rows
 
 dtypes = st.sampled_from(["bool", "uint8", "int16", "int64", "float16", "float32", ">f4", "float64", "complex64"])
