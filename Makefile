@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint unit worker integration faults benchmark clean
+.PHONY: help setup train test lint unit worker integration cluster faults benchmark clean
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -34,7 +34,10 @@ worker: setup ## torch on the CPU, one process and two
 	$(BIN)/pytest tests/worker
 
 integration: setup ## whole runs on a local Ray: minutes
-	$(BIN)/pytest tests/integration tests/faults
+	$(BIN)/pytest -m "not cluster" tests/integration tests/faults
+
+cluster: setup ## a Ray cluster of several nodes on this machine: lost and added nodes, no shared folder; minutes
+	$(BIN)/pytest -m cluster tests/integration
 
 faults: setup ## every fault that can be provoked here, with what came of it: the best part of an hour
 	$(BIN)/raymill data get mnist

@@ -26,9 +26,10 @@ from typing import Any
 
 import psutil
 
-from raymill.errors import InputError, Problem, RunError
+from raymill.errors import InputError, Problem, RunError, WorkerError
 from raymill.home import home, project_root
 from raymill.plan import ClusterFacts, Plan
+from raymill.retry import Cause
 
 SESSION_PREFIX = "raymill-"
 SESSION_VARIABLE = "RAYMILL_SESSION"
@@ -185,6 +186,9 @@ def ray_for(plan: Plan) -> Iterator[None]:
     session.mkdir(mode=0o700)
     # Every process of this run on this machine inherits it, and so can be found when the driver is gone.
     os.environ[SESSION_VARIABLE] = str(session)
+    if not named:
+        # Before Ray is imported anywhere: it reads them once.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     # The driver needs these modules next; importing them while the cluster starts saves their time.
     imports = threading.Thread(target=_import_ahead, name="imports")
     imports.start()
@@ -205,24 +209,26 @@ def _import_ahead() -> None:
 
 
 def _start(plan: Plan, facts: ClusterFacts, session: Path) -> None:
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
+    import ray.exceptions
 
     settings: dict[str, Any] = {
         "num_cpus": facts.num_cpus,
         "num_gpus": facts.num_gpus,
         "object_store_memory": plan.object_store_bytes,
     }
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=True,
-        logging_level=logging.WARNING,
-        _temp_dir=str(session),
-        _node_ip_address="127.0.0.1",
-        **settings,
-    )
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+            _temp_dir=str(session),
+            _node_ip_address="127.0.0.1",
+            **settings,
+        )
+    except (ray.exceptions.RayError, RuntimeError, ConnectionError, TimeoutError) as error:
+        raise WorkerError(f"Ray did not start on this machine: {error}", cause=Cause.LOST_PROCESS) from error
 
 
 def _connect(named: str) -> None:

@@ -193,7 +193,7 @@ def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus:
         One iterator per rank, for `receive` in that rank's process.
     """
     import ray.data
-    from ray.data import DataContext, Dataset, ExecutionOptions, ExecutionResources
+    from ray.data import DataContext, Dataset, ExecutionOptions, ExecutionResources, TaskPoolStrategy
     from ray.data._internal.datasource.range_datasource import RangeDatasource
 
     context = DataContext.get_current()
@@ -206,12 +206,12 @@ def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus:
     context.target_max_block_size = 1
     stream = Stream(reader.order, position)
     # Tasks that reserve no CPU are held back by their number.
-    most_tasks = None if task_cpus else max(1, int(data_cpus))
+    most_tasks = None if task_cpus else TaskPoolStrategy(size=max(1, int(data_cpus)))
     # Not `ray.data.range`, whose tasks reserve a whole CPU: the two operators are one only where they ask for the same.
     items: Dataset = ray.data.read_datasource(
         RangeDatasource(len(stream), column_name="id"),
         num_cpus=task_cpus,
-        concurrency=most_tasks,
+        compute=most_tasks,
         override_num_blocks=len(stream),
     )
     packets = items.map_batches(
@@ -220,7 +220,7 @@ def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus:
         batch_format="pyarrow",
         fn_kwargs={"reader": reader, "stream": stream},
         num_cpus=task_cpus,
-        concurrency=most_tasks,
+        compute=most_tasks,
     )
     return packets.streaming_split(world_size, equal=False)
 

@@ -461,7 +461,6 @@ CASES = [
             "restored:kill:rank=0:attempt=2,epoch_end:kill:rank=1:attempt=3,evaluation_batch:kill:rank=1:attempt=4:step=40",
             attempts=None,
         ),
-        quick=True,
     ),
     Case(24, "train controller killed", "SIGKILL from outside", survives(SLOWED, kill("controller"))),
     Case(25, "driver killed", "SIGKILL from outside", survives(SLOWED, kill("driver")), quick=True),

@@ -28,7 +28,7 @@ from raymill.manifest import take_manifest
 from raymill.order import Stream, window, window_rows
 from raymill.plan import ClusterFacts
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 PROJECT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
@@ -94,6 +94,12 @@ class Nodes:
     def events(self) -> list[dict[str, Any]]:
         return [json.loads(line) for run in self.runs() for line in read_lines(run / "events.jsonl")]
 
+    def story(self) -> str:
+        """What happened, for a test that failed."""
+        told = [str(event) for event in self.events() if event["kind"] != "step"]
+        logs = [line for run in self.runs() for line in read_lines(run / "ray.log") if "PlacementGroupCleaner" not in line]
+        return "\n".join([*told, *logs[-60:]])
+
 
 def read_lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
@@ -120,6 +126,7 @@ def nodes() -> Iterator[Nodes]:
         try:
             yield started
         finally:
+            print(started.story())
             for command in started.commands:
                 if command.poll() is None:
                     for process in [*psutil.Process(command.pid).children(recursive=True), command]:
@@ -172,7 +179,7 @@ def test_workers_on_machines_without_the_runs_folder_end_with_the_weights_of_one
     finish(command, code=3)
     [run] = nodes.runs()
     assert len(steps()) < 20
-    summary = finish(nodes.start("--resume", run.name))
+    summary = finish(nodes.start(f"--resume={run.name}"))
     assert [event["resumed"] for event in nodes.events() if event["kind"] == "start"] == [False, True]
     hosts = [json.loads((run / f"rank-{rank}.json").read_text())["host"] for rank in range(2)]
     assert len(hosts) == 2, "a rank on the driver's machine has no host"
@@ -211,7 +218,7 @@ def trained_batches(run: Path, starts: list[dict[str, Any]]) -> dict[int, list[i
 
 
 ELASTIC = ["scale.workers=null", "scale.min_workers=1", "scale.max_workers=3", "scale.resize_check_s=2"]
-LONG = ["data.num_rows=3600", "checkpoint.every_steps=10", "loop.record_order=true"]
+LONG = ["data.num_rows=9000", "checkpoint.every_steps=10", "loop.record_order=true"]
 
 
 def test_two_workers_then_one_then_three_train_on_the_same_batches_in_one_run(nodes: Nodes) -> None:
