@@ -26,11 +26,6 @@ from raymill.task import Column, Field, Rows, Schema
 # ---------------------------------------------------------------- rows and the schema
 
 
-def slice_rows(rows: Rows, start: int, stop: int) -> Rows:
-    """Rows start..stop-1."""
-    return {name: column[start:stop] for name, column in rows.items()}
-
-
 def rows_bytes(rows: Rows) -> int:
     """Bytes of all values."""
     return sum(

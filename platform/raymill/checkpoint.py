@@ -173,8 +173,6 @@ def save(folder: Path, name: str, content: Snapshot | Packed, *, best: bool) -> 
 
 
 def _write(stage: Path, content: Snapshot | Packed, best: bool) -> None:
-    from safetensors.torch import save_file
-
     for name in (WEIGHTS, OPTIMIZER, RECORD):
         path = stage / name
         if isinstance(content, Packed):
@@ -182,6 +180,9 @@ def _write(stage: Path, content: Snapshot | Packed, best: bool) -> None:
         elif name == RECORD:
             path.write_text(_described(content, best))
         else:
+            # Imported here: who writes packed files, a clerk with threads of Ray's, can do without torch.
+            from safetensors.torch import save_file
+
             save_file(content.weights if name == WEIGHTS else content.optimizer, path)
         faults.point("checkpoint_file_written", path)
 

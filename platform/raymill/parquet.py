@@ -24,10 +24,10 @@ from raymill.arrow import (
     digest_rows,
     fits,
     schema_problems,
-    slice_rows,
     table_from_rows,
 )
 from raymill.errors import InputError, Problem, did_you_mean
+from raymill.rows import take
 from raymill.task import Field, Fragment, Rows, Schema
 
 DAMAGE = (OSError, pa.ArrowException, ValueError)
@@ -188,7 +188,7 @@ def write_parquet(folder: Path, rows: Rows, schema: Schema, *, num_shards: int, 
     try:
         for shard in range(num_shards):
             start, stop = count * shard // num_shards, count * (shard + 1) // num_shards
-            _write_file(stage / f"part-{shard:05d}.parquet", slice_rows(rows, start, stop), schema, row_group_rows)
+            _write_file(stage / f"part-{shard:05d}.parquet", take(rows, slice(start, stop)), schema, row_group_rows)
         stage.rename(folder)
     except BaseException:
         shutil.rmtree(stage)
@@ -211,7 +211,7 @@ def _write_file(path: Path, rows: Rows, schema: Schema, row_group_rows: int) -> 
             write_page_checksum=True,
         ) as writer:
             for start in range(0, count, row_group_rows):
-                writer.write_table(table_from_rows(slice_rows(rows, start, start + row_group_rows), schema))
+                writer.write_table(table_from_rows(take(rows, slice(start, start + row_group_rows)), schema))
             # Equal footers do not prove equal pages; with this entry they do.
             writer.add_key_value_metadata({"raymill.digest": digest_rows(rows)})
         os.fsync(raw.fileno())

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from raymill.arrow import columns_from_arrow, digest_rows, rows_bytes, schema_problems, slice_rows, table_from_rows
+from raymill.arrow import columns_from_arrow, digest_rows, rows_bytes, schema_problems, table_from_rows
 from raymill.errors import DataError, InputError, Problem
 from raymill.parquet import DAMAGE, inspect_file, read_footer, read_group, write_parquet
+from raymill.rows import take
 from raymill.task import Column, Fragment, Rows, Schema
 
 __all__ = ["ArraySource", "MapStyleSource", "ParquetSource", "columns_from_arrow", "table_from_rows", "write_parquet"]
@@ -126,7 +127,7 @@ class ArraySource:
         count = next(iter(lengths.values()), 0)
         fragments = []
         for part, start in enumerate(range(0, count, self.fragment_rows)):
-            piece = slice_rows(rows, start, start + self.fragment_rows)
+            piece = take(rows, slice(start, start + self.fragment_rows))
             num = min(self.fragment_rows, count - start)
             fragments.append(Fragment(self.name, part, num, rows_bytes(piece), digest_rows(piece)))
         return fragments
@@ -138,7 +139,7 @@ class ArraySource:
             DataError: `make` gave other rows in this process than where the fragments were listed.
         """
         start = fragment.part * self.fragment_rows
-        rows = slice_rows(_made(self.make), start, start + fragment.num_rows)
+        rows = take(_made(self.make), slice(start, start + fragment.num_rows))
         if digest_rows(rows) != fragment.identity:
             raise DataError(
                 f"{self.name}, rows {start} to {start + fragment.num_rows - 1}: other rows than in the run's manifest. "
