@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,16 @@ def until(true: Callable[[], Any], timeout_s: float, what: str) -> Any:
     return found
 
 
+def kill_tree(process: subprocess.Popen[Any]) -> None:
+    """Kill a process and all that it started."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=30)
+
+
 @dataclass
 class Nodes:
     """A Ray cluster on this machine, and the environment of commands that use it."""
@@ -69,9 +80,8 @@ class Nodes:
         return node
 
     def remove(self, node: subprocess.Popen[bytes]) -> None:
-        """Stop a node and wait until its processes are gone."""
-        node.send_signal(signal.SIGTERM)
-        node.wait(60)
+        """Lose a node: all its processes at once."""
+        kill_tree(node)
 
     def facts(self) -> dict[str, Any]:
         """What raymill finds there."""
@@ -98,7 +108,8 @@ class Nodes:
         """What happened, for a test that failed."""
         told = [str(event) for event in self.events() if event["kind"] != "step"]
         logs = [line for run in self.runs() for line in read_lines(run / "ray.log") if "PlacementGroupCleaner" not in line]
-        return "\n".join([*told, *logs[-60:]])
+        ends = [line for path in sorted(self.folder.glob("node-*.log")) for line in read_lines(path)[-3:]]
+        return "\n".join([*told, *logs[-60:], *ends])
 
 
 def read_lines(path: Path) -> list[str]:
@@ -129,8 +140,7 @@ def nodes() -> Iterator[Nodes]:
             print(started.story())
             for command in started.commands:
                 if command.poll() is None:
-                    for process in [*psutil.Process(command.pid).children(recursive=True), command]:
-                        process.kill()
+                    kill_tree(command)
                     command.communicate()
             for node in reversed(started.running):
                 if node.poll() is None:
@@ -242,8 +252,7 @@ def test_two_workers_then_one_then_three_train_on_the_same_batches_in_one_run(no
     until(lambda: trains(2), STEP_TIMEOUT_S, "two workers")
     nodes.remove(second)
     until(lambda: trains(1), STEP_TIMEOUT_S, "one worker")
-    nodes.add(1)
-    nodes.add(1)
+    nodes.add(2)
     until(lambda: trains(3), STEP_TIMEOUT_S, "three workers")
     summary = finish(command)
 
