@@ -70,7 +70,7 @@ def take_over(folder: RunFolder) -> Taken:
     attempt = _attempt(folder) + 1
     checkpoint.write_file(folder.attempt, str(attempt))
     checkpoint.clean(folder.checkpoints)
-    folder.resizing.unlink(missing_ok=True)
+    folder.handover.unlink(missing_ok=True)
     notes: list[str] = []
     name = checkpoint.find_latest(folder.checkpoints, notes.append)
     position = checkpoint.read_record(folder.checkpoints / name)["position"] if name else 0
@@ -100,13 +100,13 @@ def _append_order(folder: RunFolder, rank: int, record: Mapping[str, Any]) -> No
 
 
 def wants_stop(folder: RunFolder) -> bool:
-    """Whether the workers are asked to save and end: for good, or to begin again with another number of them."""
-    return folder.stop.exists() or folder.resizing.exists()
+    """Whether the workers are asked to save and end: for good, or because others go on."""
+    return folder.stop.exists() or folder.handover.exists()
 
 
 def rest(folder: RunFolder) -> None:
-    """Say that all is saved, to who waits for it before the number of workers changes."""
-    folder.resizing.unlink(missing_ok=True)
+    """Say that all is saved, to who waits for it before others go on."""
+    folder.handover.unlink(missing_ok=True)
 
 
 class NearDesk:

@@ -33,7 +33,7 @@ FINISHED, FAILED, INTERRUPTED = 0, 1, 3
 def main(arguments: list[str]) -> int:
     """Drive one attempt; returns 0 finished, 3 interrupted, 1 anything else, with the reason in `outcome.json`."""
     folder = RunFolder(Path(arguments[0]))
-    signal.signal(signal.SIGTERM, lambda number, frame: folder.stop.touch())
+    _stop_on_sigterm(folder)
     try:
         with lease(folder.lease):
             faults.point("driver_start")
@@ -45,6 +45,11 @@ def main(arguments: list[str]) -> int:
         # A fault of our own: its traceback goes to the log, its text to the user.
         write_file(folder.outcome, json.dumps(errors.as_record(RunError(f"{type(error).__name__}: {error}"))))
         raise
+
+
+def _stop_on_sigterm(folder: RunFolder) -> None:
+    """Answer SIGTERM by asking the workers to save and stop."""
+    signal.signal(signal.SIGTERM, lambda number, frame: folder.stop.touch())
 
 
 @contextmanager
@@ -79,7 +84,8 @@ def _drive(folder: RunFolder) -> int:
         from raymill import trainer
 
         quick.settle()
-
+        # Ray has put its own handler there, which ends the process at once.
+        _stop_on_sigterm(folder)
         faults.point("ray_started")
         outcome = trainer.fit(folder, planned, spec)
     faults.point("before_summary")
@@ -125,6 +131,9 @@ def summarise(folder: RunFolder, planned: Plan, spec: JobSpec, outcome: Mapping[
         },
         "degraded": bad["distinct"] > 0,
         "bad_rows": bad,
+        "slow_ranks": [
+            {name: event[name] for name in ("rank", "factor", "step")} for event in events if event["kind"] == "slow_rank"
+        ],
         "rows_per_s": round(outcome["rows_per_s"], 1),
         "data_wait_share": round(outcome["data_wait_share"], 4),
         "seconds_to_first_step": round(first_step_s, 2) if first_step_s is not None else None,

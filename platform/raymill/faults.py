@@ -51,8 +51,11 @@ POINTS = {
 }
 """Every point, and what has happened where it is passed."""
 
-KINDS = ("kill", "stop", "raise", "delay", "slow", "disk_full", "corrupt")
+KINDS = ("kill", "stop", "raise", "delay", "slow", "disk_full", "corrupt", "no_memory", "hog", "clock")
 PLACE = ("rank", "step", "attempt")
+
+HOG_BYTES = 64 * 2**20
+HOG_INTERVAL_S = 0.05
 
 _here: dict[str, int] = {}
 
@@ -67,7 +70,7 @@ class Fault:
         kind: what, one of KINDS.
         place: rank, step, attempt: where these are given, it happens only there.
         hit: at which pass within a process that is in that place, from 1.
-        seconds: for `delay` and `slow`.
+        seconds: for `delay` and `slow`, and how far `clock` sets this process's clock back.
     """
 
     number: int
@@ -148,12 +151,29 @@ def _let_happen(fault: Fault, path: Path | None) -> None:
         time.sleep(fault.seconds)
     elif fault.kind == "disk_full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), where)
+    elif fault.kind == "no_memory":
+        import torch
+
+        raise torch.OutOfMemoryError(f"CUDA out of memory, made to fail at {where}")
+    elif fault.kind == "hog":
+        _take_memory()
+    elif fault.kind == "clock":
+        real = time.time
+        time.time = lambda: real() - fault.seconds
     elif fault.kind == "corrupt":
         if path is None:
             raise ValueError(f"{where} has no file to corrupt")
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 0xFF
         path.write_bytes(content)
+
+
+def _take_memory() -> None:
+    """Take more and more, until something ends this process."""
+    taken = []
+    while True:
+        taken.append(b"\1" * HOG_BYTES)
+        time.sleep(HOG_INTERVAL_S)
 
 
 _armed: Armed | None = None

@@ -110,9 +110,9 @@ class RunFolder:
         return self.path / "stop"
 
     @property
-    def resizing(self) -> Path:
-        """There while the workers are asked to save and end, because their number changes."""
-        return self.path / "resizing"
+    def handover(self) -> Path:
+        """There while the workers are asked to save and end, because others go on: another number, or elsewhere."""
+        return self.path / "handover"
 
     @property
     def attempt(self) -> Path:

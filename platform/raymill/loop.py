@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from raymill.desk import Desk
 from raymill.errors import NumberError, RunError
 from raymill.metrics import Evaluation
 from raymill.order import TRAIN, VALIDATION, Cut, JobOrder, Turn, agenda
+from raymill.pace import Pace
 from raymill.parallel import Wrapped, autocast, gather, gather_numbers, gather_texts, gradient_norm, move, share_buffers
 from raymill.plan import Plan
 from raymill.rows import ROW_ID, num_rows
@@ -196,6 +197,7 @@ class _Loop:
         self.settled = False
         self.stopping = False
         self.exchange: Exchange | None = None
+        self.pace = Pace()
 
     def run(self) -> dict[str, Any]:
         """Take turn after turn."""
@@ -251,7 +253,8 @@ class _Loop:
         self.settle_exchange()
         used = 0 if skipped else sum(piece.count for piece in pieces)
         wants_stop = self.seat.rank == 0 and self.should_stop()
-        self.exchange = Exchange(self.event(step, turn, measured), used, wants_stop)
+        forward_s = sum(wrapped.take_forward_s() for wrapped in self.state.wrapped)
+        self.exchange = Exchange(self.event(step, turn, measured), used, forward_s, wants_stop=wants_stop)
         if self.clock.first_step_s is None:
             self.first_step()
         faults.point("step_done")
@@ -268,6 +271,7 @@ class _Loop:
                 batch = move(self.job.collate(rows), self.seat.device) if rows else None
             for wrapped in self.state.wrapped:
                 wrapped.settle(batch)
+                wrapped.take_forward_s()
             self.settled = True
 
     def pieces(self, turn: Turn, number: int, ids: list[np.ndarray]) -> list[Piece]:
@@ -366,11 +370,13 @@ class _Loop:
         """Finish the exchange of the step before: report it, and hear whether rank 0 wants to stop."""
         if self.exchange is None:
             return
-        event, rows, stop = self.exchange.finish()
-        self.state.rows_used += rows
-        self.report(event)
+        done = self.exchange.finish()
+        self.state.rows_used += done.rows
+        self.report(done.event)
+        if slow := self.pace.add(done.forward_s):
+            self.report({"kind": "slow_rank", "step": done.event["step"], **asdict(slow)})
         self.exchange = None
-        self.stopping |= stop
+        self.stopping |= done.wants_stop
 
     # ------------------------------------------------------------ evaluation and epochs
 

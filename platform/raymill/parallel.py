@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -117,6 +118,7 @@ class LossModule(nn.Module):
         """Wrap the model; its parameters are shared, not copied."""
         super().__init__()
         self.model = model
+        self.began_s = 0.0
         self._loss = objective.loss
 
     def forward(self, batch: Batch | None) -> torch.Tensor:
@@ -125,6 +127,7 @@ class LossModule(nn.Module):
         None stands for no rows, which a rank has where a batch has fewer rows than there are ranks: the loss is zero, and
         so are all gradients, so that the rank still takes its part in the exchange.
         """
+        self.began_s = time.perf_counter()
         if batch is None:
             return torch.stack([(p * 0).sum() for p in self.model.parameters() if p.requires_grad]).sum()
         return self._loss(self.model, batch)
@@ -147,9 +150,11 @@ class Wrapped:
         self.names, self.parameters = trained_parameters(model, objective)
         self._precision = precision
         self._others = [p for p in model.parameters() if all(p is not own for own in self.parameters)]
-        module: nn.Module = LossModule(model, objective)
+        self._loss_module = LossModule(model, objective)
+        self._forward_s = 0.0
         with self.only_own():
-            self._module = DistributedDataParallel(module) if dist.is_initialized() and not strict else module
+            spread = dist.is_initialized() and not strict
+            self._module: nn.Module = DistributedDataParallel(self._loss_module) if spread else self._loss_module
 
     @contextmanager
     def only_own(self) -> Iterator[None]:
@@ -165,11 +170,20 @@ class Wrapped:
 
     def loss(self, batch: Batch | None) -> torch.Tensor:
         """The loss of a batch, computed in the job's precision."""
+        begun_s = time.perf_counter()
         with autocast(self._precision, self.device):
             faults.point("before_forward")
+            called_s = time.perf_counter()
             loss = self._module(batch)
             faults.point("after_forward")
+        # Between the call and the pass itself, DDP waits for rank 0's buffers.
+        self._forward_s += called_s - begun_s + time.perf_counter() - self._loss_module.began_s
         return loss.float()  # type: ignore[no-any-return]
+
+    def take_forward_s(self) -> float:
+        """Seconds in forward passes since it was last asked, without waiting for other ranks."""
+        taken_s, self._forward_s = self._forward_s, 0.0
+        return taken_s
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Around each backward pass of a step: gradients are exchanged in the last one only."""

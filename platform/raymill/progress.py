@@ -56,6 +56,15 @@ class Progress:
             first = event["rows"][0]
             where = f"{first['file']}, part {first['part']}, row {first['place']}: {first['reason']}"
             self._say(f"{len(event['rows'])} bad rows left out, the first of them {where}")
+        elif kind == "drain":
+            when = f" in {event['left_s']:.0f} s" if event["left_s"] is not None else ""
+            then = "to go on elsewhere" if event["goes_on"] else "to stop"
+            self._say(f"nodes {', '.join(event['nodes'])} are to leave the cluster{when}; saving, {then}")
+        elif kind == "slow_rank":
+            self._say(
+                f"warning: rank {event['rank']} computes {event['factor']:.2g} times slower than the others, which wait "
+                f"{event['lost_s']:.2f} s for it in each step; look what else runs on its machine"
+            )
         elif kind == "restart":
             self._say(f"{event['cause']} at step {event['step']}: {event['message']}; going on from there")
         elif kind == "delivering":

@@ -18,6 +18,7 @@ class Cause(StrEnum):
     """Why an attempt ended."""
 
     LOST_PROCESS = "lost process"
+    DRAIN = "drain"
     STALL = "stall"
     STORAGE = "storage"
     MEMORY = "memory"

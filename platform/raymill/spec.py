@@ -142,7 +142,9 @@ class CheckpointSpec(StrictModel):
 class RetrySpec(StrictModel):
     """How often a run goes on by itself after a failure. Progress, a newer checkpoint, makes each budget whole again."""
 
-    lost_processes: int = Field(default=3, ge=0, description="deaths of a worker, controller, coordinator or driver")
+    lost_processes: int = Field(
+        default=3, ge=0, description="deaths of a worker, controller, coordinator or driver; likewise machines taken away"
+    )
     stalls: int = Field(default=1, ge=0, description="stalls without progress")
     rollbacks: int = Field(default=3, ge=0, description="returns to a checkpoint after NaN, with loop.on_nan: rollback")
     storage: int = Field(default=2, ge=0, description="checkpoints that could not be written or read")

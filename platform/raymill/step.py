@@ -143,27 +143,48 @@ class Saved:
         _restore(self.buffers)
 
 
-class Exchange:
-    """What ranks tell each other of a step, sent while the next one runs: rows, losses, and rank 0's wish to stop."""
+@dataclass(frozen=True)
+class Exchanged:
+    """What all ranks know of a step.
 
-    def __init__(self, event: dict[str, Any], rows: int, wants_stop: bool) -> None:
+    Attributes:
+        event: the complete step event.
+        rows: that were trained on.
+        forward_s: seconds that each rank took for its forward passes.
+        wants_stop: whether to stop.
+    """
+
+    event: dict[str, Any]
+    rows: int
+    forward_s: list[float]
+    wants_stop: bool
+
+
+class Exchange:
+    """What ranks tell each other of a step, sent while the next one runs: rows, losses, times, and rank 0's wish to stop."""
+
+    def __init__(self, event: dict[str, Any], rows: int, forward_s: float, *, wants_stop: bool) -> None:
         """Send this rank's part of a step event.
 
         Args:
             event: the event; of its metrics, those named "...loss" are this rank's parts of a sum.
             rows: rows this rank trained on.
+            forward_s: seconds it took for its forward passes.
             wants_stop: whether this rank wants the run to stop.
         """
         self._event = event
         self._losses = [name for name in event["metrics"] if name.endswith("loss")]
-        values = [float(rows), float(wants_stop), *(event["metrics"][name] for name in self._losses)]
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        places = [forward_s if place == rank else 0.0 for place in range(world_size)]
+        values = [float(rows), float(wants_stop), *(event["metrics"][name] for name in self._losses), *places]
         self._sum = torch.tensor(values, dtype=torch.float64)
         self._work = dist.all_reduce(self._sum, async_op=True) if dist.is_initialized() else None
 
-    def finish(self) -> tuple[dict[str, Any], int, bool]:
-        """The complete event, the rows of all ranks, and whether to stop."""
+    def finish(self) -> Exchanged:
+        """What all ranks together have to say."""
         if self._work is not None:
             self._work.wait()
-        rows, stop, *losses = self._sum.tolist()
+        rows, stop, *others = self._sum.tolist()
+        losses, forward_s = others[: len(self._losses)], others[len(self._losses) :]
         self._event["metrics"] |= dict(zip(self._losses, losses, strict=True))
-        return self._event, int(rows), stop > 0
+        return Exchanged(self._event, int(rows), forward_s, stop > 0)

@@ -47,6 +47,7 @@ def supervise(folder: RunFolder, spec: JobSpec, show: Show) -> dict[str, Any]:
     budgets = {
         Cause.NUMBERS: rollbacks,
         Cause.LOST_PROCESS: spec.retry.lost_processes,
+        Cause.DRAIN: spec.retry.lost_processes,
         Cause.STALL: spec.retry.stalls,
         Cause.STORAGE: spec.retry.storage,
     }

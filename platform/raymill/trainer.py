@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +31,7 @@ from ray.train.v2._internal.execution.controller.state import ResizingState
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from raymill import cluster, faults, load, manifest, plan, stream
+from raymill import cluster, drain, faults, load, manifest, plan, stream
 from raymill.desk import Desk, FarDesk, NearDesk, Taken, start_clerk
 from raymill.errors import RaymillError, RunError, WorkerError
 from raymill.home import RunFolder
@@ -71,14 +72,14 @@ class ResizeCallback(ControllerCallback, WorkerGroupCallback):
         """Ask the workers to save and end."""
         if isinstance(current_state, ResizingState):
             self._resizing = True
-            self._folder.resizing.touch()
+            self._folder.handover.touch()
             num_workers = current_state.scaling_decision.num_workers  # type: ignore[attr-defined]
             append_event(self._folder, {"kind": "resize", "num_workers": num_workers})
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         """Wait until they have."""
         deadline_s = time.monotonic() + RESIZE_TIMEOUT_S
-        while self._resizing and self._folder.resizing.exists() and time.monotonic() < deadline_s:
+        while self._resizing and self._folder.handover.exists() and time.monotonic() < deadline_s:
             time.sleep(0.05)
         self._resizing = False
 
@@ -89,6 +90,8 @@ RESIZE_TIMEOUT_S = 30.0
 
 ELASTIC_START_TIMEOUT_S = "15"
 """A place that Ray Train counted on may have gone; it then looks again what there is."""
+
+LESS_MEMORY = "Lower loop.global_batch_rows or loop.window_rows, raise loop.accumulate, or give the machine more memory."
 
 LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, WorkerHealthCheckFailedError)
 """What Ray raises where a process is gone."""
@@ -103,21 +106,30 @@ def fit(folder: RunFolder, planned: Plan, spec: JobSpec) -> dict[str, Any]:
     Raises:
         RaymillError: the root cause, translated from Ray's errors.
     """
-    trainer = _trainer(folder, planned, spec)
+    each = _resources(planned, spec)
+    trainer = _trainer(folder, planned, spec, each)
+    # A machine that a Ray of our own runs on is not drained.
+    watched = drain.watched(folder, planned.least_workers, each) if cluster.address() else nullcontext(drain.Leaving())
     try:
-        result = trainer.fit()
+        with watched as leaving:
+            result = trainer.fit()
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         raise root_cause(error) from error
     outcome = getattr(result, "return_value", None)
     if not isinstance(outcome, dict):
         raise RunError(f"the workers ended without an outcome; see {folder.ray_log}")
+    if outcome["status"] == "interrupted" and leaving.goes_on and not folder.stop.exists():
+        message = f"nodes {', '.join(leaving.nodes)} are to leave the cluster; all is saved, and others have room"
+        raise WorkerError(message, cause=Cause.DRAIN)
     return outcome
 
 
-def _trainer(folder: RunFolder, planned: Plan, spec: JobSpec) -> DataParallelTrainer:
-    resources = {"CPU": planned.worker_cpus}
-    if spec.scale.gpus_per_worker:
-        resources["GPU"] = spec.scale.gpus_per_worker
+def _resources(planned: Plan, spec: JobSpec) -> dict[str, float]:
+    gpus = {"GPU": spec.scale.gpus_per_worker} if spec.scale.gpus_per_worker else {}
+    return {"CPU": planned.worker_cpus, **gpus}
+
+
+def _trainer(folder: RunFolder, planned: Plan, spec: JobSpec, each: dict[str, float]) -> DataParallelTrainer:
     on_cluster = cluster.address() is not None
     # On a cluster, processes of a run do not inherit it from the driver.
     variables = {cluster.SESSION_VARIABLE: os.environ[cluster.SESSION_VARIABLE]} if on_cluster else {}
@@ -137,7 +149,7 @@ def _trainer(folder: RunFolder, planned: Plan, spec: JobSpec) -> DataParallelTra
         scaling_config=ScalingConfig(
             num_workers=(planned.least_workers, planned.num_workers) if spec.scale.elastic else planned.num_workers,
             use_gpu=bool(spec.scale.gpus_per_worker),
-            resources_per_worker=resources,
+            resources_per_worker=each,
             elastic_resize_monitor_interval_s=spec.scale.resize_check_s,
         ),
         run_config=RunConfig(  # type: ignore[arg-type]  # the trainer's stub names the class of Ray Train V1
@@ -163,13 +175,16 @@ def root_cause(error: Exception) -> RaymillError:
             # What a task raised comes wrapped in a class that Ray makes of the error's and its own; the error is inside.
             if isinstance(cause, RaymillError) and not isinstance(cause, ray.exceptions.RayError):
                 return cause
+    for rank in sorted(failures):
+        for cause in filter(_is_out_of_memory, _causes(failures[rank])):
+            text = "".join(traceback.format_exception(failures[rank]))
+            return WorkerError(
+                f"rank {rank} ran out of memory. {LESS_MEMORY} It said: {_first_line(cause)}", rank, text, Cause.MEMORY
+            )
     lost = [rank for rank in sorted(failures) if any(isinstance(cause, LOST) for cause in _causes(failures[rank]))]
     if lost:
         ranks = f"rank {lost[0]}" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))}"
         text = "".join(traceback.format_exception(failures[lost[0]]))
-        if "OutOfMemory" in text:
-            message = f"{ranks} ran out of memory. Lower loop.global_batch_rows or loop.window_rows, or raise loop.accumulate."
-            return WorkerError(message, lost[0], text, Cause.MEMORY)
         return WorkerError(f"{ranks} died, or lost a process that it needs", lost[0], text, Cause.LOST_PROCESS)
     for rank in sorted(failures, key=lambda rank: (_is_consequence(failures[rank]), rank)):
         text = "".join(traceback.format_exception(failures[rank]))
@@ -185,6 +200,18 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         yield seen
         inner = getattr(seen, "cause", None)
         seen = inner if isinstance(inner, BaseException) else (seen.__cause__ or seen.__context__)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was refused to a rank, or Ray ended it for having taken too much; torch has no name for the first."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    refused = ("can't allocate memory", "Memory on the node", "OutOfMemoryError")
+    return isinstance(error, (RuntimeError, *LOST)) and any(words in str(error) for words in refused)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _is_consequence(error: BaseException) -> bool:

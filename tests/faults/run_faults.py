@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 
 from rich.console import Console
@@ -101,8 +101,8 @@ def run_case(case: Case) -> Outcome:
     last = results[-1] if results else None
     same_order = same_weights = None
     if case.same and last and not problems:
-        # The rows of a batch are the same for any number of workers, so also those of 1, 2 and 3.
-        expected = reference(case.job, case.plays[-1].workers or case.workers)
+        # Rows are the same as with the first number of workers; weights, unless strict, as with the last.
+        expected = reference(case.job, (case.same == "weights" and case.plays[-1].workers) or case.workers)
         same_order = last.order == expected.order
         if case.same == "weights":
             same_weights = last.weights == expected.weights
@@ -146,7 +146,12 @@ def judge(command: Play, result: Result) -> list[str]:
         f"did not happen: {sorted(silent)}": bool(silent),
         "a traceback was shown": "Traceback" in text,
     }
+    found = {
+        name: reduce(lambda values, part: values.get(part, {}), name.split("."), result.summary) for name, _ in command.summary
+    }
+    others = [f"the summary's {name} is {found[name]}, not {value}" for name, value in command.summary if found[name] != value]
     return [name for name, wrong in problems.items() if wrong] + [
+        *others,
         *result.broken,
         *(f"left: {name}" for name in result.left),
         *result.tracked,

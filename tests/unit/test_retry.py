@@ -1,0 +1,51 @@
+"""Which failures a run survives: a budget for each cause, whole again after progress."""
+
+from __future__ import annotations
+
+import pytest
+
+from raymill.errors import CheckpointError, DataError, InputError, NumberError, RaymillError, RunError, StallError, WorkerError
+from raymill.retry import Cause, Failure, cause_of, go_on
+
+BUDGETS = {Cause.LOST_PROCESS: 2, Cause.STORAGE: 1}
+
+
+def lost(step: int) -> Failure:
+    return Failure(Cause.LOST_PROCESS, step)
+
+
+def test_a_budget_is_spent_by_failures_without_progress() -> None:
+    assert [go_on([lost(7)] * count, BUDGETS) for count in (1, 2, 3)] == [True, True, False]
+
+
+def test_progress_makes_a_budget_whole() -> None:
+    assert go_on([lost(7), lost(7), lost(8), lost(8)], BUDGETS)
+    assert not go_on([lost(7), lost(7), lost(8), lost(8), lost(8)], BUDGETS)
+
+
+def test_a_failure_of_one_cause_spends_nothing_of_another() -> None:
+    storage = Failure(Cause.STORAGE, 7)
+    assert go_on([lost(7), lost(7), storage], BUDGETS)
+    assert not go_on([storage, lost(7), storage], BUDGETS)
+
+
+@pytest.mark.parametrize("cause", [Cause.CODE, Cause.DATA, Cause.MEMORY])
+def test_what_would_only_fail_again_is_not_tried_again(cause: Cause) -> None:
+    assert not go_on([Failure(cause, 3)], {known: 9 for known in Cause if known not in (Cause.CODE, Cause.DATA, Cause.MEMORY)})
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (None, Cause.LOST_PROCESS),
+        (StallError("x"), Cause.STALL),
+        (CheckpointError("x"), Cause.STORAGE),
+        (NumberError("x"), Cause.NUMBERS),
+        (DataError("x"), Cause.DATA),
+        (InputError([]), Cause.CODE),
+        (RunError("x"), Cause.CODE),
+        (WorkerError("x", 1, "", Cause.MEMORY), Cause.MEMORY),
+    ],
+)
+def test_each_error_has_its_cause(error: RaymillError | None, cause: Cause) -> None:
+    assert cause_of(error) is cause

@@ -1,0 +1,46 @@
+"""Ray's errors -> the one that explains a failed training."""
+
+from __future__ import annotations
+
+import ray.exceptions
+import torch
+from ray.train import WorkerGroupError
+
+from raymill.errors import DataError, WorkerError
+from raymill.retry import Cause
+from raymill.trainer import root_cause
+
+GONE = RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1")
+
+
+def cause_of(failures: dict[int, Exception]) -> WorkerError:
+    found = root_cause(WorkerGroupError("training failed", failures))
+    assert isinstance(found, WorkerError)
+    return found
+
+
+def test_our_own_error_from_any_rank_explains_all_others() -> None:
+    wrapped = ray.exceptions.RayTaskError("f", "traceback", DataError("part-00002"))
+    found = root_cause(WorkerGroupError("training failed", {0: GONE, 2: wrapped.as_instanceof_cause()}))
+    assert isinstance(found, DataError)
+    assert str(found) == "part-00002"
+
+
+def test_a_rank_that_is_gone_explains_those_that_lost_it() -> None:
+    found = cause_of({0: GONE, 1: ray.exceptions.ActorDiedError()})
+    assert (found.rank, found.cause) == (1, Cause.LOST_PROCESS)
+
+
+def test_memory_that_was_refused_or_taken_too_much_is_not_tried_again() -> None:
+    refused = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    killed = ray.exceptions.OutOfMemoryError("Task was killed. Memory on the node was low")
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), refused, killed):
+        found = cause_of({0: GONE, 1: error})
+        assert (found.rank, found.cause) == (1, Cause.MEMORY), error
+        assert "Lower loop.global_batch_rows" in str(found)
+
+
+def test_an_error_of_the_jobs_code_comes_with_its_rank_and_words_and_is_not_tried_again() -> None:
+    found = cause_of({0: GONE, 1: ValueError("shapes do not fit")})
+    assert (found.rank, found.cause) == (1, Cause.CODE)
+    assert "rank 1 failed: ValueError: shapes do not fit" in str(found)
