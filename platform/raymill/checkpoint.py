@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +38,8 @@ Event = dict[str, Any]
 POINTER = "latest.json"
 STAGE = ".stage-"
 WEIGHTS, OPTIMIZER, RECORD = "weights.safetensors", "optimizer.safetensors", "state.json"
+FILES = (WEIGHTS, OPTIMIZER, RECORD)
+NAME = re.compile(r"step-\d+\.\d+")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def read_pointer(folder: Path) -> Pointer | None:
     """The pointer; where it is missing or damaged, what the checkpoints themselves tell; None without any checkpoint."""
     with suppress(FileNotFoundError, ValueError, TypeError):
         pointer = Pointer(**json.loads((folder / POINTER).read_text()))
-        if all((folder / name).is_dir() for name in (pointer.latest, pointer.best) if name is not None):
+        if {pointer.latest, pointer.best} - {None} <= set(names(folder)):
             return pointer
     return _rebuilt_pointer(folder)
 
@@ -173,7 +176,7 @@ def save(folder: Path, name: str, content: Snapshot | Packed, *, best: bool) -> 
 
 
 def _write(stage: Path, content: Snapshot | Packed, best: bool) -> None:
-    for name in (WEIGHTS, OPTIMIZER, RECORD):
+    for name in FILES:
         path = stage / name
         if isinstance(content, Packed):
             path.write_bytes(content.files[name])
@@ -203,6 +206,8 @@ def verify(path: Path) -> None:
         expected = {name: (entry["num_bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: no readable manifest.json; the checkpoint is not whole") from error
+    if expected.keys() != set(FILES):
+        raise CheckpointError(f"{path}: its manifest.json names {sorted(expected)}, not {sorted(FILES)}")
     for name, (num_bytes, sha256) in expected.items():
         file = path / name
         if not file.is_file():
@@ -217,12 +222,19 @@ def load(path: Path) -> Snapshot:
     Raises:
         CheckpointError: when it is not whole.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from raymill.state import Snapshot
 
     verify(path)
-    return Snapshot(load_file(path / WEIGHTS), load_file(path / OPTIMIZER), read_record(path))
+    tensors = {}
+    for name in (WEIGHTS, OPTIMIZER):
+        try:
+            tensors[name] = load_file(path / name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path / name}: is no safetensors file: {error}") from error
+    return Snapshot(tensors[WEIGHTS], tensors[OPTIMIZER], read_record(path))
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -234,7 +246,7 @@ def names(folder: Path) -> list[str]:
     """Folder names of all finished checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    found = [path.name for path in folder.iterdir() if path.is_dir() and path.name.startswith("step-")]
+    found = [path.name for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
     return sorted(found, key=lambda name: tuple(int(part) for part in name.removeprefix("step-").split(".")))
 
 

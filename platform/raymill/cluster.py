@@ -223,7 +223,8 @@ def _start(plan: Plan, facts: ClusterFacts, session: Path) -> None:
             include_dashboard=False,
             log_to_driver=True,
             logging_level=logging.WARNING,
-            _temp_dir=str(session),
+            # Not the folder itself: Ray lets everybody into the one that it is given.
+            _temp_dir=str(session / "ray"),
             _node_ip_address="127.0.0.1",
             **settings,
         )

@@ -63,8 +63,14 @@ def read_footer(path: str) -> Footer:
 # A file is opened once per row group; its footer, which grows with the number of row groups, is parsed once.
 @lru_cache(maxsize=64)
 def _parse_footer(path: str, size_bytes: int, mtime_ns: int) -> Footer:
-    with pq.ParquetFile(path) as file:
-        metadata, schema = file.metadata, file.schema_arrow
+    try:
+        with pq.ParquetFile(path) as file:
+            metadata, schema = file.metadata, file.schema_arrow
+    except DAMAGE:
+        raise
+    except Exception as error:
+        # A column may claim a type of some library's own, whose code then fails on what it finds there.
+        raise ValueError(f"the types of its columns cannot be read: {type(error).__name__}: {error}") from error
     with open(path, "rb") as raw:
         raw.seek(-8 - metadata.serialized_size, os.SEEK_END)
         digest = hashlib.sha256(raw.read())

@@ -18,8 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -258,10 +257,11 @@ def connect() -> MlflowClient:
     import mlflow
 
     uri = tracking_uri()
-    with _made_by_one(uri):
-        mlflow.set_tracking_uri(uri)
-        client = mlflow.MlflowClient(uri)
-        client.search_experiments(max_results=1)
+    if uri.startswith("sqlite:///"):
+        _make_store(Path(uri.removeprefix("sqlite:///")))
+    mlflow.set_tracking_uri(uri)
+    client = mlflow.MlflowClient(uri)
+    client.search_experiments(max_results=1)
     return client
 
 
@@ -273,17 +273,26 @@ def store_failures() -> tuple[type[Exception], ...]:
     return (MlflowException, SQLAlchemyError, OSError)
 
 
-@contextmanager
-def _made_by_one(uri: str) -> Iterator[None]:
-    # Several processes that open a SQLite store which is not there yet each try to make its tables, and fail.
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    path = Path(uri.removeprefix("sqlite:///"))
+def _make_store(path: Path) -> None:
+    """Make a SQLite store where there is none, whole or not at all.
+
+    MLflow makes its tables in many steps. A store that was locked, or whose maker was killed, between two of them could
+    never be opened again; and several makers at once would get in each other's way.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(path.name + ".lock").open("w") as lock:
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        if path.exists():
+            return
+        stage = path.with_name(f"{path.name}.stage")
+        for left in path.parent.glob(f"{stage.name}*"):
+            left.unlink()
+        store = SqlAlchemyStore(f"sqlite:///{stage}", (home() / "artifacts").as_uri())  # type: ignore[no-untyped-call]
+        # Closed, so that all of it is in the one file.
+        store.engine.dispose()
+        stage.rename(path)
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:

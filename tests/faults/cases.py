@@ -111,26 +111,24 @@ class Case:
 # ---------------------------------------------------------------- data
 
 
-def own_digits(place: Live, rows: int = 240) -> Path:
-    """Make the data set of OWN; returns the folder of its training files."""
+def own_digits(folder: Path, rows: int = 240) -> Path:
+    """Make the data set of OWN in a folder; returns that of its training files."""
     generator = np.random.default_rng(0)
     schema = {"image": Field("uint8", (28, 28)), "label": Field("int64", classes=10)}
     for split, count, shards in (("train", rows, 4), ("validation", 60, 1)):
         images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         labels = generator.integers(0, 10, count)
-        write_parquet(
-            place.home / "own" / split, {"image": images, "label": labels}, schema, num_shards=shards, row_group_rows=30
-        )
-    return place.home / "own" / "train"
+        write_parquet(folder / "own" / split, {"image": images, "label": labels}, schema, num_shards=shards, row_group_rows=30)
+    return folder / "own" / "train"
 
 
 def make_digits(place: Live) -> None:
-    own_digits(place)
+    own_digits(place.home)
 
 
 def shard(place: Live) -> Path:
     """The third training file of a fresh data set."""
-    return sorted(own_digits(place).glob("*.parquet"))[2]
+    return sorted(own_digits(place.home).glob("*.parquet"))[2]
 
 
 def cut_shard(place: Live) -> None:
@@ -138,16 +136,20 @@ def cut_shard(place: Live) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-def flip_page(place: Live) -> None:
-    file = shard(place)
+def flip_page(file: Path) -> None:
+    """Invert 40 bytes of the second row group's first page."""
     content = bytearray(file.read_bytes())
     start = pq.ParquetFile(file).metadata.row_group(1).column(0).data_page_offset
     content[start + 2000 : start + 2040] = bytes(byte ^ 0xFF for byte in content[start + 2000 : start + 2040])
     file.write_bytes(content)
 
 
+def flip_shard(place: Live) -> None:
+    flip_page(shard(place))
+
+
 def empty_folder(place: Live) -> None:
-    for file in own_digits(place).glob("*.parquet"):
+    for file in own_digits(place.home).glob("*.parquet"):
         file.unlink()
 
 
@@ -161,7 +163,7 @@ def relabel(table: pa.Table, labels: pa.Array) -> pa.Table:
 
 
 def hostile_names(place: Live) -> None:
-    own_digits(place)
+    own_digits(place.home)
     (place.home / "own").rename(place.home / HOSTILE)
 
 
@@ -312,7 +314,7 @@ CASES = [
         2,
         "bit-flipped Parquet page",
         "40 bytes of a page inverted",
-        (Play(prepare=flip_page, exit_code=1, says=r"part-00002.*row group 1"),),
+        (Play(prepare=flip_shard, exit_code=1, says=r"part-00002.*row group 1"),),
         OWN,
         same="",
     ),
@@ -323,7 +325,7 @@ CASES = [
             f"as above, with bad_rows.policy={policy}",
             (
                 Play(
-                    prepare=flip_page,
+                    prepare=flip_shard,
                     says=r"30 bad rows left out.*part-00002.*part 1",
                     summary=(("bad_rows.distinct", 30), ("rows.used", 210), ("rows.skipped", 30), ("rows.remaining", 0)),
                 ),

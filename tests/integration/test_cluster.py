@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 import pytest
 
+from faults.cases import flip_page, own_digits
 from raymill import load, plan
 from raymill.manifest import take_manifest
 from raymill.order import Stream, window, window_rows
@@ -93,6 +94,15 @@ class Nodes:
     def wait_for_cpus(self, num_cpus: int) -> None:
         until(lambda: self.facts().get("num_cpus") == num_cpus, START_TIMEOUT_S, f"a cluster of {num_cpus} CPUs")
 
+    def drain(self, name: str, seconds: int = 600) -> None:
+        """Give notice that the node with the resource of this name is to leave."""
+        code = "import json, ray; ray.init(log_to_driver=False); print(json.dumps(ray.nodes()))"
+        done = subprocess.run([sys.executable, "-c", code], env=self.variables, capture_output=True, text=True, check=True)
+        [node] = [node["NodeID"] for node in json.loads(done.stdout.splitlines()[-1]) if name in node["Resources"]]
+        command = [str(RAY), "drain-node", f"--node-id={node}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
+        command += ["--reason-message=taken back", f"--deadline-remaining-seconds={seconds}"]
+        subprocess.run(command, env=self.variables, capture_output=True, check=True)
+
     def start(self, job: str, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "raymill", "train", job, "--json", *arguments]
         pipe = subprocess.PIPE
@@ -157,10 +167,10 @@ def start_head(nodes: Nodes, num_cpus: int) -> None:
     nodes.address = nodes.variables["RAY_ADDRESS"]
 
 
-def embedded_run(folder: Path) -> dict[str, Any]:
-    """The smoke job on a Ray of its own."""
+def embedded_run(folder: Path, *job: str) -> dict[str, Any]:
+    """A job on a Ray of its own."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "RAYMILL_"))}
-    command = [sys.executable, "-m", "raymill", "train", "smoke", "--json"]
+    command = [sys.executable, "-m", "raymill", "train", *job, "--json"]
     variables = kept | {"RAYMILL_HOME": str(folder), "PYTHONPATH": str(PROJECT / "platform")}
     return finish(subprocess.Popen(command, env=variables, cwd=PROJECT, text=True, stdout=-1, stderr=-1))
 
@@ -197,7 +207,58 @@ def test_workers_on_machines_without_the_runs_folder_end_with_the_weights_of_one
     assert steps() == list(range(1, 21))
     assert (run / summary["best_checkpoint"] / "weights.safetensors").is_file()
     assert [len(read_lines(run / f"order-{rank}.jsonl")) for rank in range(2)] == [20, 20]
-    assert summary["weights_sha256"] == embedded_run(nodes.folder / "embedded")["weights_sha256"]
+    assert summary["weights_sha256"] == embedded_run(nodes.folder / "embedded", "smoke")["weights_sha256"]
+
+
+def test_ranks_here_and_on_a_machine_without_the_runs_folder_train_together_and_count_bad_rows_once(nodes: Nodes) -> None:
+    data = own_digits(nodes.folder)
+    flip_page(sorted(data.glob("*.parquet"))[2])
+    job = ["mnist", "--workers=2"]
+    values = [f"data.root={data.parent}", "model.width=4", "loop.epochs=1", "loop.global_batch_rows=30", "register=null"]
+    job += [part for value in [*values, "bad_rows.policy=quarantine", "bad_rows.budget=30"] for part in ("--set", value)]
+    start_head(nodes, 1)
+    nodes.add(2, hidden=nodes.folder / "home")
+    nodes.wait_for_cpus(3)
+    summary = finish(nodes.start(*job))
+    [run] = nodes.runs()
+    assert sum("host" in json.loads((run / f"rank-{rank}.json").read_text()) for rank in range(2)) == 1
+    assert (summary["rows"]["used"], summary["rows"]["skipped"], summary["bad_rows"]["distinct"]) == (210, 30, 30)
+    assert len(read_lines(run / "quarantine.jsonl")) == 30
+    assert summary["weights_sha256"] == embedded_run(nodes.folder / "embedded", *job)["weights_sha256"]
+
+
+def test_a_run_leaves_a_machine_that_is_to_go_and_stops_when_there_is_no_other(nodes: Nodes) -> None:
+    nodes.variables |= {"RAYMILL_FAULT": "step_done:slow:seconds=0.5", "RAYMILL_FAULT_FOLDER": str(nodes.folder)}
+    start_head(nodes, 0)
+    nodes.add(3, '--resources={"first": 1}')
+    nodes.wait_for_cpus(3)
+    job = ["smoke", "--workers=2", "--set", "checkpoint.every_steps=1000", "--set", "loop.record_order=true"]
+    command = nodes.start(*job)
+
+    def steps(attempt: int) -> int:
+        events = nodes.events()
+        begun = [place for place, event in enumerate(events) if event["kind"] == "start"]
+        return sum(event["kind"] == "step" for event in events[begun[attempt - 1] :]) if len(begun) >= attempt else 0
+
+    until(lambda: steps(1) >= 2, STEP_TIMEOUT_S, "steps on the first machine")
+    nodes.drain("first")
+    finish(command, code=3)
+    assert [event["goes_on"] for event in nodes.events() if event["kind"] == "drain"] == [False]
+
+    nodes.add(3, '--resources={"second": 1}')
+    nodes.wait_for_cpus(6)
+    [run] = nodes.runs()
+    command = nodes.start(f"--resume={run.name}")
+    until(lambda: steps(2) >= 2, STEP_TIMEOUT_S, "steps on the second machine")
+    nodes.add(3, '--resources={"third": 1}')
+    nodes.wait_for_cpus(9)
+    nodes.drain("second")
+    summary = finish(command)
+    assert [event["goes_on"] for event in nodes.events() if event["kind"] == "drain"] == [False, True]
+    # No step was made twice: the notice came in time to save.
+    assert [event["step"] for event in nodes.events() if event["kind"] == "step"] == list(range(1, 21))
+    assert summary["attempts"] == 3
+    assert summary["weights_sha256"] == embedded_run(nodes.folder / "embedded", *job)["weights_sha256"]
 
 
 def expected_batches(job: str, overrides: list[str]) -> dict[int, list[int]]:

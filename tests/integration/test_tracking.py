@@ -137,6 +137,30 @@ def wait_for_change(path: Path, process: subprocess.Popen[bytes]) -> None:
             process.wait(timeout=0.01)
 
 
+def test_a_store_whose_making_was_killed_is_made_anew(folder: RunFolder) -> None:
+    start = "from raymill.tracking import connect; connect()"
+    store = folder.path.parent.parent / "mlflow.db"
+    with subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as maker:
+        # Between its first table and its last one.
+        while num_tables(store.with_name("mlflow.db.stage")) < 5:
+            assert maker.poll() is None
+        maker.kill()
+    assert not store.exists()
+    assert connect().search_experiments()
+    assert num_tables(store) > 20
+    assert not store.with_name("mlflow.db.stage").exists()
+
+
+def num_tables(store: Path) -> int:
+    if not store.exists():
+        return 0
+    with contextlib.closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True, timeout=10)) as opened:
+        try:
+            return len(opened.execute("select name from sqlite_master where type = 'table'").fetchall())
+        except sqlite3.OperationalError:
+            return 0
+
+
 def test_a_locked_store_delays_delivery_and_nothing_else(folder: RunFolder, locked: sqlite3.Connection) -> None:
     append_event(folder, start())
     write_steps(folder, 1, NUM_STEPS)
