@@ -175,13 +175,27 @@ def embedded_run(folder: Path, *job: str) -> dict[str, Any]:
     return finish(subprocess.Popen(command, env=variables, cwd=PROJECT, text=True, stdout=-1, stderr=-1))
 
 
-def test_a_cluster_without_a_token_is_refused_and_one_with_another_token_says_so(nodes: Nodes) -> None:
-    start_head(nodes, 1)
-    stranger = nodes.variables | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+def planned(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "raymill", "plan", "smoke", "--json"]
-    done = subprocess.run(command, env=stranger, cwd=PROJECT, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=variables, cwd=PROJECT, capture_output=True, text=True, check=False)
+
+
+def test_a_cluster_that_asks_for_another_token_says_so(nodes: Nodes) -> None:
+    start_head(nodes, 1)
+    done = planned(nodes.variables | {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
     assert done.returncode == 2
     assert "RAY_ADDRESS" in done.stdout
+    assert planned(nodes.variables).returncode == 0
+
+
+def test_a_cluster_that_asks_for_no_token_is_refused_unless_the_user_says_so(nodes: Nodes) -> None:
+    token = nodes.variables.pop("RAY_AUTH_TOKEN")
+    nodes.variables["RAY_AUTH_MODE"] = "disabled"
+    start_head(nodes, 1)
+    assert planned(nodes.variables).returncode == 0
+    done = planned(nodes.variables | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})
+    assert done.returncode == 2
+    assert "runs code for whoever can reach it" in done.stdout
 
 
 def test_workers_on_machines_without_the_runs_folder_end_with_the_weights_of_one_machine(nodes: Nodes) -> None:
