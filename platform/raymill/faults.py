@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ POINTS = {
 }
 """Every point, and what has happened where it is passed."""
 
-KINDS = ("kill", "stop", "raise", "delay", "slow", "disk_full", "corrupt", "no_memory", "hog", "clock")
+KINDS = ("kill", "stop", "raise", "delay", "slow", "disk_full", "corrupt", "no_memory", "hog", "fill_store", "clock")
 PLACE = ("rank", "step", "attempt")
 
 HOG_BYTES = 64 * 2**20
@@ -156,7 +157,11 @@ def _let_happen(fault: Fault, path: Path | None) -> None:
 
         raise torch.OutOfMemoryError(f"CUDA out of memory, made to fail at {where}")
     elif fault.kind == "hog":
-        _take_memory()
+        _take(lambda: b"\1" * HOG_BYTES)
+    elif fault.kind == "fill_store":
+        import ray
+
+        _take(lambda: ray.put(b"\1" * HOG_BYTES))
     elif fault.kind == "clock":
         real = time.time
         time.time = lambda: real() - fault.seconds
@@ -168,11 +173,11 @@ def _let_happen(fault: Fault, path: Path | None) -> None:
         path.write_bytes(content)
 
 
-def _take_memory() -> None:
-    """Take more and more, until something ends this process."""
+def _take(more: Callable[[], object]) -> None:
+    """Take more and more, until it is refused or something ends this process."""
     taken = []
     while True:
-        taken.append(b"\1" * HOG_BYTES)
+        taken.append(more())
         time.sleep(HOG_INTERVAL_S)
 
 

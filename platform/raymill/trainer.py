@@ -91,8 +91,6 @@ RESIZE_TIMEOUT_S = 30.0
 ELASTIC_START_TIMEOUT_S = "15"
 """A place that Ray Train counted on may have gone; it then looks again what there is."""
 
-LESS_MEMORY = "Lower loop.global_batch_rows or loop.window_rows, raise loop.accumulate, or give the machine more memory."
-
 LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, WorkerHealthCheckFailedError)
 """What Ray raises where a process is gone."""
 
@@ -176,11 +174,11 @@ def root_cause(error: Exception) -> RaymillError:
             if isinstance(cause, RaymillError) and not isinstance(cause, ray.exceptions.RayError):
                 return cause
     for rank in sorted(failures):
-        for cause in filter(_is_out_of_memory, _causes(failures[rank])):
-            text = "".join(traceback.format_exception(failures[rank]))
-            return WorkerError(
-                f"rank {rank} ran out of memory. {LESS_MEMORY} It said: {_first_line(cause)}", rank, text, Cause.MEMORY
-            )
+        for cause in _causes(failures[rank]):
+            if what := _ran_out_of(cause):
+                text = "".join(traceback.format_exception(failures[rank]))
+                words = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+                return WorkerError(f"rank {rank} ran out of {what} It said: {words}", rank, text, Cause.MEMORY)
     lost = [rank for rank in sorted(failures) if any(isinstance(cause, LOST) for cause in _causes(failures[rank]))]
     if lost:
         ranks = f"rank {lost[0]}" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))}"
@@ -202,16 +200,19 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen = inner if isinstance(inner, BaseException) else (seen.__cause__ or seen.__context__)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was refused to a rank, or Ray ended it for having taken too much; torch has no name for the first."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
+def _ran_out_of(error: BaseException) -> str | None:
+    """What was refused to a rank or taken by it too much, and what to do; None: nothing. Torch has no name for it on CPUs."""
+    if isinstance(error, (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError)):
+        folder = os.environ[cluster.SESSION_VARIABLE] if cluster.address() is None else "Ray on that machine"
+        return (
+            f"space: Ray's object store is full, and so is the disk of {folder}, where the rest would go. Free some there, "
+            "name another disk with TMPDIR, or lower loop.window_rows."
+        )
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     refused = ("can't allocate memory", "Memory on the node", "OutOfMemoryError")
-    return isinstance(error, (RuntimeError, *LOST)) and any(words in str(error) for words in refused)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if known or (isinstance(error, (RuntimeError, *LOST)) and any(words in str(error) for words in refused)):
+        return "memory. Lower loop.global_batch_rows or loop.window_rows, raise loop.accumulate, or give the machine more."
+    return None
 
 
 def _is_consequence(error: BaseException) -> bool:

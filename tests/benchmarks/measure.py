@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,9 @@ from pathlib import Path
 from typing import Any
 
 WARM_UP_STEPS = 5
+LIMIT_S = 600.0
+"""A contestant that hangs ends the contest."""
+
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parents[1]
 
@@ -170,11 +174,11 @@ def run_rounds(commands: Mapping[str, Sequence[str]], repeats: int) -> list[dict
         per round: contestant -> its JSON object.
     """
     rounds: list[dict[str, dict[str, Any]]] = []
-    with _environment() as environment:
+    with environment() as variables:
         for number in range(1, repeats + 1):
             results = {}
             for name, command in commands.items():
-                results[name] = _run(name, command, environment)
+                results[name] = run_once(name, command, variables)
                 figures = {key: results[name][key] for key in ("seconds_to_first_step", "rows_per_s")}
                 print(f"round {number}/{repeats}  {name:16}{figures}", file=sys.stderr, flush=True)
             rounds.append(results)
@@ -182,16 +186,29 @@ def run_rounds(commands: Mapping[str, Sequence[str]], repeats: int) -> list[dict
 
 
 @contextmanager
-def _environment() -> Iterator[dict[str, str]]:
-    with tempfile.TemporaryDirectory(prefix="raymill-benchmark-") as home:
-        quiet = {"RAYMILL_HOME": home, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+def environment() -> Iterator[dict[str, str]]:
+    """The environment of all commands of a contest, with folders that are gone behind it."""
+    # Short, because Ray makes sockets in it. Where Ray keeps its own by default, a dead cluster's address may wait for
+    # whoever comes next.
+    with tempfile.TemporaryDirectory(prefix="rb-") as home:
+        quiet = {"RAYMILL_HOME": home, "RAY_TMPDIR": home, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
         yield {**os.environ, **quiet}
 
 
-def _run(name: str, command: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
-    done = subprocess.run(
-        command, cwd=PROJECT, env={**environment, "T0": str(time.time())}, capture_output=True, text=True, check=False
-    )
+def run_once(name: str, command: Sequence[str], variables: Mapping[str, str]) -> dict[str, Any]:
+    """Run a command; returns its JSON object."""
+    started = {**variables, "T0": str(time.time())}
+    with subprocess.Popen(
+        command, cwd=PROJECT, env=started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise SystemExit(
+                f"{name} did not end within {LIMIT_S:g} s: {' '.join(command)}\n{process.communicate()[1][-4000:]}"
+            ) from error
+    done = subprocess.CompletedProcess(command, process.returncode, out, err)
     if done.returncode != 0:
         raise SystemExit(f"{name} ended with {done.returncode}: {' '.join(command)}\n{done.stderr[-4000:]}")
     # The object is the last thing on stdout, on one line or several; only its own brace starts a line.

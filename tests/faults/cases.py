@@ -51,6 +51,9 @@ SPOILED_ROWS = (("rows.used", 1140), ("rows.skipped", 60), ("rows.remaining", 0)
 SLOWED = "before_forward:slow:rank=0:seconds=0.25"
 """Gives what comes from outside time to hit a step."""
 
+SLOWER = "before_forward:slow:rank=0:seconds=1"
+"""The same where it takes Ray ten seconds to notice."""
+
 
 @dataclass(frozen=True)
 class Play:
@@ -231,6 +234,10 @@ def mount(options: str) -> Prepare:
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"{again}{options}", "tmpfs", str(folder)], check=True)
 
     return prepare
+
+
+def mount_scratch(place: Live) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place.scratch)], check=True)
 
 
 def mount_while_running(options: str, step: int = 0) -> Provoke:
@@ -471,6 +478,22 @@ CASES = [
         mounts=True,
     ),
     Case(
+        17,
+        "no room for what does not fit into Ray's object store",
+        "temporary folder on 64 MiB of memory, rank 1 puts more and more into the store from step 5 on",
+        (
+            Play(
+                fault="before_forward:fill_store:rank=1:step=5",
+                prepare=mount_scratch,
+                exit_code=1,
+                says=r"rank 1 ran out of space.*disk of /tmp.*TMPDIR",
+                attempts=1,
+            ),
+        ),
+        same="",
+        mounts=True,
+    ),
+    Case(
         18,
         "storage becomes read-only",
         "remounted at step 12; then writable, resumed",
@@ -570,7 +593,7 @@ CASES = [
         "SIGKILL of the command line; the run goes on without it",
         (Play(fault=SLOWED, provoke=interrupt(12, signal.SIGKILL), exit_code=-9, attempts=1, orphans=True),),
     ),
-    Case(26, "raylet killed", "SIGKILL from outside", survives(SLOWED, kill("raylet"), attempts=None)),
+    Case(26, "raylet killed", "SIGKILL from outside", survives(SLOWER, kill("raylet", step=6))),
     Case(27, "Ray's head killed", "SIGKILL of gcs_server", survives(SLOWED, kill("gcs"), attempts=None)),
     Case(28, "coordinator of the stream killed", "SIGKILL from outside", survives(SLOWED, kill("coordinator"))),
     Case(
@@ -702,7 +725,6 @@ CASES = [
 NOT_YET = {
     3: "no source of image files",
     4: "no source of image files",
-    17: "no limit on spilling that a run can reach with tens of rows",
 }
 """Faults that the platform cannot meet yet, or that cannot be provoked here."""
 

@@ -176,7 +176,7 @@ class Live:
         for process in self.processes():
             with suppress(psutil.Error):
                 process.kill()
-        for folder in self.home.glob("runs/*/checkpoints"):
+        for folder in [self.scratch, *self.home.glob("runs/*/checkpoints")]:
             if folder.is_mount():
                 subprocess.run(["umount", str(folder)], check=True)
         shutil.rmtree(self.tmp, ignore_errors=True)

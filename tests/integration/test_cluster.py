@@ -143,7 +143,13 @@ def nodes() -> Iterator[Nodes]:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "RAYMILL_"))}
-        own = {"RAYMILL_HOME": str(folder / "home"), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        # Ray's own commands leave there which cluster was last started, for whoever comes next.
+        own = {
+            "RAY_TMPDIR": str(folder),
+            "RAYMILL_HOME": str(folder / "home"),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        }
         started = Nodes(folder, kept | own | {"RAY_ADDRESS": f"127.0.0.1:{port}", "PYTHONPATH": str(PROJECT / "platform")})
         try:
             yield started

@@ -174,3 +174,34 @@ def test_checking_a_job_loads_none_of_the_heavy_libraries() -> None:
     done = run_python("-c", f"import {modules}, sys; print(sorted({{'torch', 'ray', 'mlflow'}} & set(sys.modules)))")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- what the documents say
+
+
+DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")), *sorted(PROJECT.glob("*/README.md"))]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_every_link_of_a_document_leads_to_a_file(path: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)\)", path.read_text())
+    assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+def test_every_test_that_readme_names_is_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (PROJECT / "README.md").read_text()))
+    there = {function.name for path in (PROJECT / "tests").rglob("test_*.py") for function in functions_of(tree_of(path))}
+    assert len(named) > 8
+    assert named - there == set()
+
+
+def test_readme_shows_the_tree_as_it_is() -> None:
+    shown = set(re.findall(r"^    (\w+)/", (PROJECT / "README.md").read_text(), re.MULTILINE))
+    there = {path.name for path in PROJECT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    assert shown == there - {"build", "dist"}
+
+
+def test_the_architecture_says_of_each_file_of_the_engine_what_it_owns() -> None:
+    table = re.findall(r"^\| (`[^|]+) \|", (PROJECT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", " ".join(table)))
+    assert named == {path.stem for path in ENGINE.glob("*.py")} - {"__main__"}
