@@ -43,10 +43,11 @@ faults: setup ## every fault that can be provoked here, with what came of it: th
 	$(BIN)/raymill data get mnist
 	PYTHONPATH=tests $(BIN)/python -m faults.run_faults --json .raymill/faults.json
 
-benchmark: setup ## raymill beside the guide's way and torchrun: takes an hour, wants a quiet machine
+benchmark: setup ## raymill beside the guide's way and torchrun, and what safety costs: an hour, wants a quiet machine
 	$(BIN)/raymill data get mnist
 	$(BIN)/python tests/benchmarks/throughput.py --data .raymill/data/mnist --out .raymill/throughput.json
 	$(BIN)/python tests/benchmarks/startup.py --data .raymill/data/mnist --out .raymill/startup.json
+	$(BIN)/python tests/benchmarks/overhead.py --data .raymill/data/mnist --out .raymill/overhead.json
 
 clean: ## remove .venv and what the tools leave behind; data sets and runs in .raymill stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
