@@ -195,6 +195,13 @@ def test_every_test_that_readme_names_is_there() -> None:
     assert named - there == set()
 
 
+def test_each_sentence_of_the_promise_has_a_link_to_its_proof() -> None:
+    promise = (PROJECT / "README.md").read_text().partition("## The promise")[2].partition("\n## ")[0]
+    rows = [line for line in promise.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 10
+    assert [row for row in rows if "](tests/" not in row] == []
+
+
 def test_readme_shows_the_tree_as_it_is() -> None:
     shown = set(re.findall(r"^    (\w+)/", (PROJECT / "README.md").read_text(), re.MULTILINE))
     there = {path.name for path in PROJECT.iterdir() if path.is_dir() and not path.name.startswith(".")}
