@@ -338,7 +338,7 @@ class _Loop:
         if policy != "skip":
             raise NumberError(
                 f"step {step} (epoch {turn.epoch}, batch {turn.batch}): the gradient of objective {name!r} has norm {norm}. "
-                f"The weights were not changed. Rows of the batch: {row_ids}. Lower optimizer.lr, set optimizer.clip_norm, "
+                f"Its step was not taken. Rows of the batch: {row_ids}. Lower optimizer.lr, set optimizer.clip_norm, "
                 "look for NaN in the rows with `raymill data check`, or set loop.on_nan to skip or rollback."
             )
 

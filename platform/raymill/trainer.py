@@ -48,6 +48,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+GROUP_TIMEOUT_S = 600.0
+RESIZE_TIMEOUT_S = 30.0
+"""Workers that have not saved by then begin again at their last checkpoint."""
+
+ELASTIC_START_TIMEOUT_S = "15"
+"""A place that Ray Train counted on may have gone; it then looks again what there is."""
+
+LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, WorkerHealthCheckFailedError)
+"""What Ray raises where a process is gone."""
+
 
 class EmbeddedTrainer(DataParallelTrainer):
     """Ray Train without the two helper processes that a Ray of our own has no use for.
@@ -82,17 +92,6 @@ class ResizeCallback(ControllerCallback, WorkerGroupCallback):
         while self._resizing and self._folder.handover.exists() and time.monotonic() < deadline_s:
             time.sleep(0.05)
         self._resizing = False
-
-
-GROUP_TIMEOUT_S = 600.0
-RESIZE_TIMEOUT_S = 30.0
-"""Workers that have not saved by then begin again at their last checkpoint."""
-
-ELASTIC_START_TIMEOUT_S = "15"
-"""A place that Ray Train counted on may have gone; it then looks again what there is."""
-
-LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, WorkerHealthCheckFailedError)
-"""What Ray raises where a process is gone."""
 
 
 def fit(folder: RunFolder, planned: Plan, spec: JobSpec) -> dict[str, Any]:
