@@ -39,7 +39,7 @@ integration: setup ## whole runs on a local Ray: minutes
 cluster: setup ## a Ray cluster of several nodes on this machine: lost and added nodes, no shared folder; minutes
 	$(BIN)/pytest -m cluster tests/integration
 
-faults: setup ## every fault that can be provoked here, with what came of it: the best part of an hour
+faults: setup ## every fault that can be provoked here, with what came of it: an hour
 	$(BIN)/raymill data get mnist
 	PYTHONPATH=tests $(BIN)/python -m faults.run_faults --json .raymill/faults.json
 
