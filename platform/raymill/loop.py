@@ -271,7 +271,6 @@ class _Loop:
                 batch = move(self.job.collate(rows), self.seat.device) if rows else None
             for wrapped in self.state.wrapped:
                 wrapped.settle(batch)
-                wrapped.take_forward_s()
             self.settled = True
 
     def pieces(self, turn: Turn, number: int, ids: list[np.ndarray]) -> list[Piece]:
@@ -373,7 +372,8 @@ class _Loop:
         done = self.exchange.finish()
         self.state.rows_used += done.rows
         self.report(done.event)
-        if slow := self.pace.add(done.forward_s):
+        # Only rank 0's reports are used.
+        if self.seat.rank == 0 and (slow := self.pace.add(done.forward_s)):
             self.report({"kind": "slow_rank", "step": done.event["step"], **asdict(slow)})
         self.exchange = None
         self.stopping |= done.wants_stop

@@ -81,6 +81,11 @@ def leave_group(*, together: bool) -> None:
         dist.destroy_process_group()
 
 
+def place_in_group() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def gather(tensor: torch.Tensor) -> list[torch.Tensor]:
     """A CPU tensor of each rank, in the order of the ranks."""
     if not dist.is_initialized():
@@ -209,6 +214,7 @@ class Wrapped:
                 buffer.copy_(before)
         for parameter in self.parameters:
             parameter.grad = None
+        self._forward_s = 0.0
 
 
 def trained_parameters(model: nn.Module, objective: Objective) -> tuple[list[str], list[nn.Parameter]]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from raymill.parallel import Wrapped, share_buffers
+from raymill.parallel import Wrapped, place_in_group, share_buffers
 from raymill.task import Batch
 
 Seed = Callable[[int], None]
@@ -41,7 +41,7 @@ class Piece:
 
 def averaged_gradients(wrapped: Wrapped, pieces: Sequence[Piece], rows: int, seed: Seed) -> float:
     """Leave the gradient of the mean loss over `rows` rows on the parameters; returns this rank's sum of losses."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    _, world_size = place_in_group()
     if not pieces:
         torch.autograd.backward(wrapped.loss(None))
         return 0.0
@@ -106,7 +106,7 @@ def add_in_order(own: Sequence[torch.Tensor], size: int, device: torch.device) -
     The running sum travels from rank to rank and then back to all: W - 1 messages in a chain. The order of the additions,
     and so each rounding, does not depend on where the vectors were.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = place_in_group()
     running = torch.zeros(size, device=device)
     if rank > 0:
         dist.recv(running, src=rank - 1)
@@ -174,7 +174,7 @@ class Exchange:
         """
         self._event = event
         self._losses = [name for name in event["metrics"] if name.endswith("loss")]
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world_size = place_in_group()
         places = [forward_s if place == rank else 0.0 for place in range(world_size)]
         values = [float(rows), float(wants_stop), *(event["metrics"][name] for name in self._losses), *places]
         self._sum = torch.tensor(values, dtype=torch.float64)

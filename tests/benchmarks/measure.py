@@ -208,11 +208,10 @@ def run_once(name: str, command: Sequence[str], variables: Mapping[str, str]) ->
             raise SystemExit(
                 f"{name} did not end within {LIMIT_S:g} s: {' '.join(command)}\n{process.communicate()[1][-4000:]}"
             ) from error
-    done = subprocess.CompletedProcess(command, process.returncode, out, err)
-    if done.returncode != 0:
-        raise SystemExit(f"{name} ended with {done.returncode}: {' '.join(command)}\n{done.stderr[-4000:]}")
+    if process.returncode != 0:
+        raise SystemExit(f"{name} ended with {process.returncode}: {' '.join(command)}\n{err[-4000:]}")
     # The object is the last thing on stdout, on one line or several; only its own brace starts a line.
-    result: dict[str, Any] = json.loads(done.stdout[f"\n{done.stdout}".rindex("\n{") :])
+    result: dict[str, Any] = json.loads(out[f"\n{out}".rindex("\n{") :])
     return result
 
 

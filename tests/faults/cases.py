@@ -310,6 +310,11 @@ def survives(fault: str, provoke: Provoke | None = None, attempts: int | None = 
     return (Play(fault=fault, provoke=provoke, attempts=attempts),)
 
 
+def ends(fault: str, says: str, prepare: Prepare | None = None) -> tuple[Play, ...]:
+    """A run that this fault ends at its first attempt, for trying again would not help."""
+    return (Play(fault=fault, prepare=prepare, exit_code=1, says=says, attempts=1),)
+
+
 def kills(*places: str) -> str:
     """A kill at each of these, one attempt after the other."""
     return ",".join(f"{place}:kill" for place in places)
@@ -436,29 +441,14 @@ CASES = [
         14,
         "worker takes all memory",
         "rank 1 takes more and more from step 5 on; Ray ends processes above a limit",
-        (
-            Play(
-                fault="before_forward:hog:rank=1:step=5",
-                prepare=limit_memory,
-                exit_code=1,
-                says=r"out of memory.*Lower loop",
-                attempts=1,
-            ),
-        ),
+        ends("before_forward:hog:rank=1:step=5", r"out of memory.*Lower loop", limit_memory),
         same="",
     ),
     Case(
         15,
         "accelerator out of memory",
         "torch's error of it raised on rank 1 in step 5; no GPU here",
-        (
-            Play(
-                fault="before_forward:no_memory:rank=1:step=5",
-                exit_code=1,
-                says=r"rank 1 ran out of memory.*Lower loop",
-                attempts=1,
-            ),
-        ),
+        ends("before_forward:no_memory:rank=1:step=5", r"rank 1 ran out of memory.*Lower loop"),
         same="",
     ),
     Case(
@@ -481,15 +471,7 @@ CASES = [
         17,
         "no room for what does not fit into Ray's object store",
         "temporary folder on 64 MiB of memory, rank 1 puts more and more into the store from step 5 on",
-        (
-            Play(
-                fault="before_forward:fill_store:rank=1:step=5",
-                prepare=mount_scratch,
-                exit_code=1,
-                says=r"rank 1 ran out of space.*disk of /tmp.*TMPDIR",
-                attempts=1,
-            ),
-        ),
+        ends("before_forward:fill_store:rank=1:step=5", r"rank 1 ran out of space.*disk of /tmp.*TMPDIR", mount_scratch),
         same="",
         mounts=True,
     ),

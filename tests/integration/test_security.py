@@ -41,18 +41,14 @@ def watched() -> Iterator[tuple[Live, list[str], dict[str, int], Path]]:
             assert command.poll() is None, place.said(0)
             assert time.monotonic() < deadline_s, place.said(0)
             time.sleep(0.1)
-        heard = [
-            f"{process.name()} on {connection.laddr.ip}:{connection.laddr.port}"
+        listening = [
+            (process.name(), connection.laddr)
             for process in place.processes()
             for connection in process.net_connections("inet")
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.ip not in LOOPBACK
+            if connection.status == psutil.CONN_LISTEN
         ]
-        num_listening = sum(
-            connection.status == psutil.CONN_LISTEN
-            for process in place.processes()
-            for connection in process.net_connections("inet")
-        )
-        assert num_listening > 3, "Ray listens somewhere"
+        assert len(listening) > 3, "Ray listens somewhere"
+        heard = [f"{name} on {at.ip}:{at.port}" for name, at in listening if at.ip not in LOOPBACK]
         session = next(place.scratch.glob("raymill-*"))
         modes = {path.name.partition("-")[0]: stat.S_IMODE(path.stat().st_mode) for path in (session, place.folder.path)}  # type: ignore[union-attr]
         logs = Path(shutil.copytree(next(session.glob("ray/session_2*")) / "logs", place.tmp / "logs"))
