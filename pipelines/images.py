@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.packages import wheel_file
-from raymill.home import data_folder, home
-from raymill.parquet import write_parquet
-from raymill.sources import ParquetSource
+from raymill.data.sources import ParquetSource, write_parquet
+from raymill.paths import data_folder, home
 from raymill.task import Field, Pipeline, Rows, Schema
 
 # ---------------------------------------------------------------- MNIST, 5,000 digits

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from raymill.sources import ArraySource
+from raymill.data.sources import ArraySource
 from raymill.task import Field, Pipeline, Rows
 
 FRAGMENT_ROWS = 50

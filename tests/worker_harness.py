@@ -17,8 +17,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from raymill.spec import JobSpec
+from raymill.checkpoint import directory
+from raymill.config.spec import JobSpec
 from raymill.task import Pipeline, Schema, Task
+from raymill.training.outcome import Outcome
 
 TIMEOUT_S = 120.0
 
@@ -105,7 +107,7 @@ def join(rank: int, world_size: int, port: int) -> None:
     """Join the process group of one case; `raymill.parallel.leave_group` leaves it."""
     import torch
 
-    from raymill.parallel import join_group
+    from raymill.parallel.process_group import join_group
 
     listener = _listeners.pop() if rank == 0 and world_size > 1 else None
     join_group(("127.0.0.1", port), listener, rank, world_size, torch.device("cpu"), TIMEOUT_S)
@@ -152,8 +154,8 @@ class Start:
     attempt: int
     stop_after: int | None
     crash_after: int | None
-    settle: bool
-    passed_over: frozenset[int] = frozenset()
+    warm_up: bool
+    skipped_positions: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -165,18 +167,18 @@ class Attempt:
         events: what rank 0 reported.
     """
 
-    outcomes: list[dict[str, Any]]
+    outcomes: list[Outcome]
     events: list[dict[str, Any]]
 
     @property
     def sha256(self) -> str:
         """The weights' SHA-256, which all ranks must agree on."""
-        found = {outcome["weights_sha256"] for outcome in self.outcomes}
+        found = {outcome.weights_sha256 for outcome in self.outcomes}
         assert len(found) == 1, "ranks ended with different weights"
         return str(found.pop())
 
     @property
-    def first(self) -> dict[str, Any]:
+    def first(self) -> Outcome:
         """The outcome of rank 0."""
         return self.outcomes[0]
 
@@ -201,8 +203,8 @@ class TrainingRun:
         stop_after: int | None = None,
         *,
         crash_after: int | None = None,
-        settle: bool = True,
-        passed_over: frozenset[int] = frozenset(),
+        warm_up: bool = True,
+        skipped_positions: frozenset[int] = frozenset(),
     ) -> Attempt:
         """Train from the newest checkpoint.
 
@@ -210,12 +212,12 @@ class TrainingRun:
             world_size: ranks.
             stop_after: ask to stop once this many steps of the job are done; None: to the end.
             crash_after: rank 0 raises `Crash` at that moment.
-            settle: False leaves out `Wrapped.settle`.
-            passed_over: positions behind batches that are not trained on.
+            warm_up: False leaves out `DistributedObjective.warm_up`.
+            skipped_positions: positions behind batches that are not trained on.
         """
         self.attempts += 1
         self.folder.mkdir(parents=True, exist_ok=True)
-        start = Start(self.folder, self.attempts, stop_after, crash_after, settle, passed_over)
+        start = Start(self.folder, self.attempts, stop_after, crash_after, warm_up, skipped_positions)
         try:
             results = self.pool.call(world_size, run_rank, self.experiment, start)
         finally:
@@ -238,36 +240,31 @@ class TrainingRun:
             assert self.batches.setdefault(position, rows) == rows, "a step that was done again had other rows"
 
 
-def run_rank(
-    rank: int, world_size: int, port: int, experiment: Experiment, start: Start
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One rank of one attempt: what `trainer` does, without Ray."""
+def run_rank(rank: int, world_size: int, port: int, experiment: Experiment, start: Start) -> tuple[Outcome, list[dict[str, Any]]]:
+    """One rank of one attempt: what `orchestration.worker` does, without Ray."""
     import torch
 
-    from raymill import checkpoint, loop, parallel, plan, stream
-    from raymill.collate import as_batch
-    from raymill.desk import NearDesk
-    from raymill.home import RunFolder
-    from raymill.manifest import take_manifest
-    from raymill.tracking import EventWriter
+    from raymill.config import plan
+    from raymill.data.manifest import take_manifest
+    from raymill.data.reader import read_locally
+    from raymill.parallel import ddp, process_group
+    from raymill.runs.events import Event, as_record
+    from raymill.runs.folder import RunFolder
+    from raymill.runs.store import LocalRunStore, ResumePoint
+    from raymill.training import loop
+    from raymill.training.assembly import WorkerContext, assemble
 
     spec, pipeline = experiment.spec(world_size), experiment.make_pipeline()
     manifest = take_manifest(pipeline, lenient=spec.bad_rows.lenient)
     planned = plan.make_plan(spec, manifest, plan.ClusterFacts(num_cpus=8, num_gpus=0, memory_bytes=2**32))
-    order = plan.job_order(spec, planned, manifest)
-    cuts = {split: plan.cut(planned, split) for split in ("train", "validation")}
-    fragments = {split: part.fragments for split, part in manifest.splits.items()}
-    reader = stream.Reader(f"{start.folder.name}.{start.attempt}", order, cuts, fragments, pipeline, spec.bad_rows.lenient)
-    name = checkpoint.find_latest(start.folder / "checkpoints", print)
-    snapshot = checkpoint.load(start.folder / "checkpoints" / name) if name else None
-    position = snapshot.record["position"] if snapshot else 0
-    collate = pipeline.collate or as_batch
-    task = experiment.make_task(pipeline.schema)
-    job = loop.Job(spec=spec, plan=planned, order=order, cuts=cuts, task=task, collate=collate, passed_over=start.passed_over)
-    desk = NearDesk(RunFolder(start.folder), rank)
-    seat = loop.Seat(rank=rank, world_size=world_size, device=torch.device("cpu"), desk=desk, attempt=start.attempt)
+    job = assemble(spec, planned, manifest, pipeline, world_size, lambda: experiment.make_task(pipeline.schema))
+    name = directory.find_latest(start.folder / "checkpoints", print)
+    position = directory.read_state(start.folder / "checkpoints" / name)["position"] if name else 0
+    point = ResumePoint(start.attempt, name, position, start.skipped_positions)
+    store = LocalRunStore(RunFolder(start.folder), rank)
+    context = WorkerContext(rank=rank, world_size=world_size, device=torch.device("cpu"), store=store)
     events: list[dict[str, Any]] = []
-    steps_done = order.step(position)
+    steps_done = job.order.step(position)
 
     def should_stop() -> bool:
         nonlocal steps_done
@@ -276,25 +273,22 @@ def run_rank(
             raise Crash
         return start.stop_after is not None and steps_done >= start.stop_after
 
-    settle = parallel.Wrapped.settle
-    if not start.settle:
-        parallel.Wrapped.settle = lambda self, batch: None  # type: ignore[method-assign]
-    writer = EventWriter(start.folder / "events.jsonl") if rank == 0 else None
+    def report(event: Event) -> None:
+        events.append(as_record(event))
+        if rank == 0:
+            store.report(event)
 
-    def report(event: dict[str, Any]) -> None:
-        events.append(event)
-        if writer:
-            writer.write(event)
-
+    warm_up = ddp.DistributedObjective.warm_up
+    if not start.warm_up:
+        ddp.DistributedObjective.warm_up = lambda self, batch: None  # type: ignore[method-assign]
     join(rank, world_size, port)
     together = False
     try:
-        packets = stream.read_locally(reader, position, rank)
-        outcome = loop.train(job, seat, snapshot, packets, report, should_stop)
+        packets = read_locally(job.reader(f"{start.folder.name}.{start.attempt}"), position, rank)
+        outcome = loop.train(job, context, point, packets, report, should_stop)
         together = True
         return outcome, events
     finally:
-        if writer:
-            writer.close()
-        parallel.leave_group(together=together)
-        parallel.Wrapped.settle = settle  # type: ignore[method-assign]
+        store.close()
+        process_group.leave_group(together=together)
+        ddp.DistributedObjective.warm_up = warm_up  # type: ignore[method-assign]

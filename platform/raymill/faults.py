@@ -1,4 +1,4 @@
-"""Named places in the engine where a test can make something go wrong.
+"""ClassSpec places in the engine where a test can make something go wrong.
 
     RAYMILL_FAULT="after_forward:kill:rank=1:step=17"   what goes wrong, several separated by commas
     RAYMILL_FAULT=count                                 nothing; each pass of a point is written down instead
@@ -37,7 +37,7 @@ POINTS = {
     "epoch_end": "an epoch's evaluation is over, its checkpoint not begun",
     "before_commit": "rank 0's writing thread has a snapshot",
     "checkpoint_file_written": "a file of a checkpoint is written, not flushed; path: the file",
-    "before_manifest": "the files are written, their manifest is not",
+    "before_checksums": "the files are written, their manifest is not",
     "before_rename": "all is on disk, under the name of the stage",
     "after_rename": "all is on disk, under the final name",
     "before_pointer": "the pointer is to be replaced next",

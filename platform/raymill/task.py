@@ -18,13 +18,16 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+TRAIN, VALIDATION = "train", "validation"
+"""The splits that mean something to the engine."""
+
 # ---------------------------------------------------------------- rows
 
 Column = np.ndarray | list[Any]
 """One value per row: an array [num_rows, ...], or a list of arrays of different shapes, of `bytes`, or of `str`."""
 
 Rows = dict[str, Column]
-"""Named columns, all of the same length."""
+"""ClassSpec columns, all of the same length."""
 
 Batch = Any
 """What `collate` returns: by default a dict with a tensor (or a list) per column."""

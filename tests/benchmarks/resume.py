@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from raymill.order import TRAIN, Cut, JobOrder, SplitOrder, Stream, num_batches, window
-from raymill.sources import ParquetSource, write_parquet
-from raymill.stream import Feed, Reader, read_locally
-from raymill.task import Field, Fragment, Pipeline, Rows
+from raymill.data.feed import Feed
+from raymill.data.order import BatchSharding, JobOrder, SplitOrder, Stream, num_batches, window
+from raymill.data.reader import Reader, read_locally
+from raymill.data.sources import ParquetSource, write_parquet
+from raymill.task import TRAIN, Field, Fragment, Pipeline, Rows
 
 NUM_ROWS, ROW_GROUP_ROWS, WINDOW_ROWS, BATCH_ROWS, WORLD_SIZE = 200_000, 500, 4_000, 200, 2
 SCHEMA = {"features": Field("float32", (64,)), "label": Field("int64", classes=10)}
@@ -61,7 +62,7 @@ def measure(folder: Path, share: float) -> dict[str, float]:
     fragments = counting.fragments()
     fragment_rows = np.array([fragment.num_rows for fragment in fragments], np.int64)
     order = JobOrder(SplitOrder(TRAIN, fragment_rows, num_batches(NUM_ROWS, WINDOW_ROWS), 0, True), None, 1, BATCH_ROWS)
-    cut = Cut(NUM_ROWS, BATCH_ROWS, WORLD_SIZE, WORLD_SIZE)
+    cut = BatchSharding(NUM_ROWS, BATCH_ROWS, WORLD_SIZE, WORLD_SIZE)
     reader = Reader("benchmark", order, {TRAIN: cut}, {TRAIN: fragments}, Pipeline(sources={TRAIN: counting}, schema=SCHEMA))
     position = int(share * order.steps_per_epoch) * BATCH_ROWS
     start_s = time.perf_counter()

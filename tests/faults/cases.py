@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from faults.harness import Live, Provoke, interrupt, kill, lock_store, pause, server_gone
-from raymill.checkpoint import POINTER, read_pointer
-from raymill.home import RunFolder
-from raymill.sources import write_parquet
+from raymill.checkpoint.directory import POINTER, read_pointer
+from raymill.data.sources import write_parquet
+from raymill.runs.folder import RunFolder
 from raymill.task import Field
 
 Prepare = Callable[[Live], None]
@@ -455,7 +455,7 @@ CASES = [
         16,
         "disk full while saving, once",
         "ENOSPC before the manifest of the second checkpoint",
-        survives("before_manifest:disk_full:hit=2"),
+        survives("before_checksums:disk_full:hit=2"),
     ),
     Case(
         16,
@@ -497,7 +497,7 @@ CASES = [
         survives(
             kills(
                 "checkpoint_file_written",
-                "before_manifest",
+                "before_checksums",
                 "before_rename",
                 "after_rename",
                 "before_pointer",

@@ -26,10 +26,11 @@ from typing import Any
 
 import psutil
 
-from raymill.checkpoint import STAGE, names, read_pointer, verify
+from raymill.checkpoint.directory import names, read_pointer, verify
 from raymill.errors import CheckpointError
-from raymill.home import RunFolder
-from raymill.tracking import read_events
+from raymill.files import STAGE
+from raymill.runs.events import read_events
+from raymill.runs.folder import RunFolder
 
 PROJECT = Path(__file__).parents[2]
 POLL_S = 0.05

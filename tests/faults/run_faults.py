@@ -208,7 +208,7 @@ def soak(seconds: float, seed: int) -> Iterator[Case]:
     """Random faults, several in each run, until the time is over."""
     generator = random.Random(seed)
     print(f"seed {seed}")
-    inside = ["before_forward", "after_backward", "step_done", "before_manifest", "before_pointer", "after_pointer"]
+    inside = ["before_forward", "after_backward", "step_done", "before_checksums", "before_pointer", "after_pointer"]
     until_s = time.monotonic() + seconds
     while time.monotonic() < until_s:
         workers = generator.randint(1, 3)

@@ -20,9 +20,9 @@ from typing import Any
 import psutil
 import pytest
 
-from raymill.cluster import session_folder
-from raymill.home import RunFolder
-from raymill.tracking import read_events
+from raymill.orchestration.ray_session import session_folder
+from raymill.runs.events import read_events
+from raymill.runs.folder import RunFolder
 
 pytestmark = pytest.mark.integration
 
@@ -76,7 +76,7 @@ class Home:
     def sessions(self) -> list[Path]:
         """Session folders of this home's drivers that are still there."""
         leases = self.path.glob("runs/*/lease")
-        folders = [session_folder(int(lease.read_text())) for lease in leases]
+        folders = [session_folder(int(run_lock.read_text())) for run_lock in leases]
         return [folder for folder in folders if folder.exists()]
 
 

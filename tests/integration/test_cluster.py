@@ -25,10 +25,10 @@ import psutil
 import pytest
 
 from faults.cases import flip_page, own_digits
-from raymill import load, plan
-from raymill.manifest import take_manifest
-from raymill.order import Stream, window, window_rows
-from raymill.plan import ClusterFacts
+from raymill.config import load, plan
+from raymill.config.plan import ClusterFacts
+from raymill.data.manifest import take_manifest
+from raymill.data.order import Stream, window, window_rows
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 

@@ -9,8 +9,9 @@ import pytest
 
 from pipelines.images import MNIST_MEMBER, MNIST_SHA256, get_mnist, mnist, normalise_digits, shift_images
 from pipelines.packages import wheel_file
+from raymill.data.manifest import Manifest, differences, take_manifest
+from raymill.data.quality import statistics
 from raymill.errors import DataError, InputError
-from raymill.manifest import Manifest, differences, statistics, take_manifest
 from raymill.task import Pipeline, Rows
 
 

@@ -13,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from raymill import checkpoint, registry
+from raymill.checkpoint import directory
+from raymill.checkpoint.snapshot import Snapshot
+from raymill.config.spec import JobSpec
 from raymill.errors import CheckpointError, InputError, RunError
-from raymill.home import RunFolder, run_folder
-from raymill.spec import JobSpec
-from raymill.state import Snapshot
-from raymill.tracking import append_event, connect, experiment_id
+from raymill.models import registry
+from raymill.runs.events import append_event
+from raymill.runs.folder import RunFolder, run_folder
+from raymill.tracking.mlflow_client import connect, experiment_id
 
 # MLflow warns of a type hint of its own where it infers signatures.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning")
@@ -104,7 +106,7 @@ def finished_run(run_id: str, seed: int = 0, kind: str = "good") -> RunFolder:
     )
     folder.spec.write_text(spec.model_dump_json(by_alias=True))
     folder.plan.write_text(json.dumps({"num_workers": 2}))
-    folder.manifest.write_text(json.dumps({"digest": "d" * 64}))
+    folder.data_manifest.write_text(json.dumps({"digest": "d" * 64}))
     torch.manual_seed(seed)
     weights = {
         "layers.0.weight": torch.randn(2, 3),
@@ -115,12 +117,12 @@ def finished_run(run_id: str, seed: int = 0, kind: str = "good") -> RunFolder:
         "layers.1.running_var": torch.rand(2) + 0.5,
         "layers.1.num_batches_tracked": torch.tensor(7),
     }
-    checkpoint.save(folder.checkpoints, "step-00000009.1", Snapshot(weights, {}, {"step": 9}), best=True)
+    directory.save(folder.checkpoints, "step-00000009.1", Snapshot(weights, {}, {"step": 9}), best=True)
     end = {"kind": "end", "best_checkpoint": "checkpoints/step-00000009.1", "metrics": {"validation/loss": 0.25}}
     append_event(folder, end)
     client = connect()
     run = client.create_run(experiment_id(client, "line"), tags={"raymill.run_id": run_id}, run_name=run_id)
-    folder.delivered.write_text(json.dumps({"mlflow_run_id": run.info.run_id}))
+    folder.delivery.write_text(json.dumps({"mlflow_run_id": run.info.run_id}))
     return folder
 
 
@@ -163,7 +165,7 @@ def test_a_registered_model_is_found_loads_without_pickle_and_computes_the_same_
     state = json.loads((folder.checkpoints / "step-00000009.1" / "state.json").read_text())
     assert (shown["weights_sha256"], shown["data_digest"]) == (state["weights_sha256"], "d" * 64)
     assert shown["aliases"] == ["candidate"]
-    run = connect().get_run(json.loads(folder.delivered.read_text())["mlflow_run_id"])
+    run = connect().get_run(json.loads(folder.delivery.read_text())["mlflow_run_id"])
     assert run.info.status == "RUNNING"
     assert len(run.outputs.model_outputs) == 1
 
@@ -197,14 +199,14 @@ def test_the_tracking_process_registers_at_the_end_and_the_run_is_finished_eithe
     folder = finished_run("run-1", kind=kind)
     done = subprocess.run([sys.executable, "-m", "raymill.tracking", str(folder.path)], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
-    run = connect().get_run(json.loads(folder.delivered.read_text())["mlflow_run_id"])
+    run = connect().get_run(json.loads(folder.delivery.read_text())["mlflow_run_id"])
     assert run.info.status == "FINISHED"
     if kind == "good":
         version = {"name": "line", "version": 1, "alias": "candidate"}
-        assert json.loads(folder.version.read_text()) == version
+        assert json.loads(folder.model_version.read_text()) == version
     else:
         assert "no export" in done.stderr
-        assert not folder.version.exists()
+        assert not folder.model_version.exists()
 
 
 def test_the_files_of_a_version_in_a_local_store_are_not_copied(state_folder: Path) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
-from raymill.home import RunFolder, run_folder
-from raymill.tracking import EventWriter, append_event, connect, experiment_id, show_run, tracking_uri
+from raymill.runs.catalog import show_run
+from raymill.runs.events import EventWriter, append_event
+from raymill.runs.folder import RunFolder, run_folder
+from raymill.tracking.mlflow_client import connect, experiment_id, tracking_uri
 
 NUM_STEPS = 300
 SPEC = {"name": "job", "pipeline": "jobs.a:b", "loop": {"seed": 3}, "data": {"password": "hunter2"}, "register": None}
@@ -92,7 +94,7 @@ def test_a_whole_run_arrives_once_in_order_with_all_that_belongs_to_it(folder: R
     assert expected.items() <= run.data.params.items()
     assert run.data.tags["raymill.data_digest"] == "d" * 64
     assert run.data.tags["mlflow.source.git.commit"] == "c" * 40
-    assert run.data.tags["raymill.checkpoint.best"] == "checkpoints/step-00000300.1"
+    assert run.data.tags["raymill.checkpoint.directory.best"] == "checkpoints/step-00000300.1"
     assert run.inputs.dataset_inputs[0].dataset.digest == "d" * 36
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert files == {"spec.json", "plan.json", "manifest.json", "environment.json", "pictures"}
@@ -117,7 +119,7 @@ def test_kills_at_random_moments_lose_and_double_nothing(folder: RunFolder) -> N
     for _ in range(5):
         process = deliver(folder)
         # Counted from the first sign of progress, so that kills fall into the work and not into the imports.
-        wait_for_change(folder.delivered, process)
+        wait_for_change(folder.delivery, process)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=chance.uniform(0.0, 0.3))
         process.kill()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from probes.mixed import NUM_CLASSES, SCHEMA, TRAIN_ROWS, VALIDATION_ROWS, Mixed, jitter, make_rows
-from raymill.sources import ArraySource, ParquetSource, write_parquet
+from raymill.data.sources import ArraySource, ParquetSource, write_parquet
 from raymill.task import Field, Pipeline, Rows, Schema
 
 FRAGMENT_ROWS = 7

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from raymill.sources import ArraySource
+from raymill.data.sources import ArraySource
 from raymill.task import Field, Pipeline, Rows, Schema, Task, Total
 
 VALUES: dict[str, Any] = {

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from raymill.sources import ArraySource
+from raymill.data.sources import ArraySource
 from raymill.task import Field, Objective, Pipeline, Rows, Schema, Task
 
 NOISE = 2

@@ -23,7 +23,7 @@ NUM_WORDS = 8
 VALUES: dict[str, Any] = {
     "optimizer": {"kind": "RMSprop", "lr": 0.01},
     "schedule": {"kind": "LinearLR", "start_factor": 1.0, "end_factor": 0.1},
-    "loop": {"epochs": 4, "global_batch_rows": 16, "accumulate": 2, "seed": 3},
+    "loop": {"epochs": 4, "global_batch_rows": 16, "gradient_accumulation_steps": 2, "seed": 3},
 }
 
 

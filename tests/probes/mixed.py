@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from raymill.sources import ArraySource
+from raymill.data.sources import ArraySource
 from raymill.task import Field, Pipeline, Rows, Schema, Task, Total
 
 NUM_CLASSES = 3
@@ -22,9 +22,9 @@ STEPS_PER_EPOCH = 5
 SCHEMA: Schema = {"image": Field("float32", (1, 4, 4)), "label": Field("int64", classes=NUM_CLASSES)}
 
 VALUES: dict[str, Any] = {
-    "optimizer": {"kind": "SGD", "lr": 0.05, "momentum": 0.9, "clip_norm": 1.0},
+    "optimizer": {"kind": "SGD", "lr": 0.05, "momentum": 0.9, "max_grad_norm": 1.0},
     "schedule": {"kind": "CosineAnnealingLR", "warmup_steps": 4},
-    "loop": {"epochs": 3, "global_batch_rows": GLOBAL_BATCH_ROWS, "accumulate": 2, "seed": 5, "window_rows": 17},
+    "loop": {"epochs": 3, "global_batch_rows": GLOBAL_BATCH_ROWS, "gradient_accumulation_steps": 2, "seed": 5, "window_rows": 17},
     "checkpoint": {"metric": "validation/accuracy"},
 }
 

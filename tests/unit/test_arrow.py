@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from raymill.arrow import columns_from_arrow, digest_rows, rows_bytes, table_from_rows
+from raymill.data.arrow import columns_from_arrow, digest_rows, rows_bytes, table_from_rows
 from raymill.errors import InputError
 from raymill.task import Column, Field, Rows, Schema
 

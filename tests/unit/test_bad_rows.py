@@ -16,18 +16,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from raymill import stream
-from raymill.bad_rows import QUARANTINE, SKIP, BadRow, Ledger, as_summary, check_values, sift
+from raymill.config.plan import ClusterFacts, make_plan
+from raymill.config.spec import BadRowsSpec, JobSpec
+from raymill.data import ray_stream
+from raymill.data.bad_rows import BadRow, check_values, read_good_rows
+from raymill.data.feed import Feed
+from raymill.data.manifest import take_manifest
+from raymill.data.order import BatchSharding, JobOrder, SplitOrder, Stream
+from raymill.data.quality import check_rows
+from raymill.data.reader import Packet, Reader, read_locally
+from raymill.data.rows import ROW_ID, num_rows
 from raymill.errors import DataError, InputError
-from raymill.home import RunFolder
-from raymill.manifest import check_rows, take_manifest
-from raymill.order import TRAIN, Cut, JobOrder, SplitOrder, Stream, agenda
-from raymill.plan import ClusterFacts, make_plan
-from raymill.rows import ROW_ID, num_rows
-from raymill.spec import BadRowsSpec, JobSpec
-from raymill.stream import Feed, Packet, Reader, read_locally
-from raymill.task import Field, Fragment, Pipeline, Rows
-from raymill.tracking import EventWriter
+from raymill.runs.bad_row_ledger import QUARANTINE, SKIP, BadRowLedger, as_summary
+from raymill.runs.events import EventWriter
+from raymill.runs.folder import RunFolder
+from raymill.task import TRAIN, Field, Fragment, Pipeline, Rows
+from raymill.training.steps import remaining_steps
 
 # ---------------------------------------------------------------- a source with bad rows
 
@@ -85,7 +89,7 @@ class Case:
     def reader(self, world_size: int, *, sound: bool = False) -> Reader:
         source = Counted(self.sizes, frozenset() if sound else self.unreadable)
         pipeline = pipeline_of(source, frozenset() if sound else self.refused)
-        cut = Cut(sum(self.sizes), self.batch_rows, 3, world_size)
+        cut = BatchSharding(sum(self.sizes), self.batch_rows, 3, world_size)
         return Reader("", self.order, {TRAIN: cut}, {TRAIN: source.fragments()}, pipeline, lenient=not sound)
 
 
@@ -109,11 +113,11 @@ def deal(
     noted: list[BadRow] = []
     feed = Feed(packets, noted.extend)
     dealt = {}
-    for turn in agenda(case.order, position):
+    for turn in remaining_steps(case.order, position):
         if turn.batch is None:
             feed.finish(TRAIN, turn.epoch, case.windows)
             continue
-        for shard, count in reader.cuts[TRAIN].shards(turn.batch, rank):
+        for shard, count in reader.shardings[TRAIN].shards(turn.batch, rank):
             rows = feed.take(TRAIN, turn.epoch, count)
             np.testing.assert_array_equal(rows.get("value", []), rows[ROW_ID])
             dealt[turn.epoch, turn.batch, shard] = np.asarray(rows[ROW_ID]).tolist()
@@ -148,15 +152,15 @@ def test_what_a_reading_task_sends_is_what_it_has_read(case: Case) -> None:
 
         def iter_batches(self, **options: Any) -> Iterator[pa.Table]:
             sent = Stream(case.order, 0)
-            tables = stream._read_block(pa.table({"id": list(range(len(sent)))}), case.reader(2), sent)
+            tables = ray_stream._read_block(pa.table({"id": list(range(len(sent)))}), case.reader(2), sent)
             return (table for table in tables if table["rank"][0].as_py() == self.rank)
 
-    stream._readers.clear()
+    ray_stream._readers.clear()
     reader = case.reader(2)
     for rank in range(2):
-        received = stream.receive(Dealt(rank), rank)  # type: ignore[arg-type]
+        received = ray_stream.receive(Dealt(rank), rank)  # type: ignore[arg-type]
         assert deal(case, reader, received, 0, rank) == deal(case, reader, read_locally(reader, 0, rank), 0, rank)
-    stream._readers.clear()
+    ray_stream._readers.clear()
 
 
 def test_a_bad_row_is_named_by_file_part_place_and_reason() -> None:
@@ -186,7 +190,7 @@ def test_a_check_that_names_rows_that_are_not_there_is_an_error_under_any_policy
     [fragment] = source.fragments()
     wild = Pipeline(sources={TRAIN: source}, schema={}, check=lambda rows: {3: "no such row"})
     with pytest.raises(DataError, match=r"counted part 0: the pipeline's check named rows \[3\] of 3"):
-        sift(wild, TRAIN, fragment, lenient=True)
+        read_good_rows(wild, TRAIN, fragment, lenient=True)
 
 
 # ---------------------------------------------------------------- checks
@@ -232,11 +236,11 @@ def test_each_row_is_listed_once_over_all_attempts(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for rows in ([1, 2], [2, 3], [1, 2, 3]):
         with EventWriter(folder.events) as writer:
-            Ledger(folder, QUARANTINE, 3, writer.write).add([bad(row) for row in rows])
+            BadRowLedger(folder, QUARANTINE, 3, writer.write).add([bad(row) for row in rows])
         with folder.quarantine.open("a") as torn:
             torn.write('{"split"')
     with EventWriter(folder.events) as writer:
-        Ledger(folder, QUARANTINE, 3, writer.write)
+        BadRowLedger(folder, QUARANTINE, 3, writer.write)
     assert [json.loads(line)["row"] for line in folder.quarantine.read_text().splitlines()] == [1, 2, 3]
     summary = as_summary(folder, QUARANTINE)
     assert (summary["policy"], summary["distinct"]) == (QUARANTINE, 3)
@@ -245,11 +249,11 @@ def test_each_row_is_listed_once_over_all_attempts(tmp_path: Path) -> None:
 
 def test_more_rows_than_the_budget_are_named_and_not_listed(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
-    ledger = Ledger(RunFolder(tmp_path), SKIP, 3, events.append)
-    ledger.add([bad(1), bad(2)])
-    ledger.add([bad(1), bad(2), bad(3)])
+    bad_row_ledger = BadRowLedger(RunFolder(tmp_path), SKIP, 3, events.append)
+    bad_row_ledger.add([bad(1), bad(2)])
+    bad_row_ledger.add([bad(1), bad(2), bad(3)])
     with pytest.raises(DataError, match=r"at least 7 rows are bad, more than bad_rows.budget: 3.*row 4.*and 1 more") as caught:
-        ledger.add([bad(row) for row in range(1, 8)])
+        bad_row_ledger.add([bad(row) for row in range(1, 8)])
     assert "file, part 0, row 6 (train row 6): damaged; and 1 more. Repair these files" in str(caught.value)
     assert [row["row"] for event in events for row in event["rows"]] == [1, 2, 3]
     assert not RunFolder(tmp_path).quarantine.exists()

@@ -17,10 +17,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymill import checkpoint
-from raymill.checkpoint import Keeper, Pointer, better, clean, find_latest, names, read_pointer, to_remove, verify
+from raymill import files
+from raymill.checkpoint import commit, directory
+from raymill.checkpoint.async_writer import CheckpointWriter
+from raymill.checkpoint.commit import better, clean, to_remove
+from raymill.checkpoint.directory import Pointer, find_latest, names, read_pointer, verify
+from raymill.checkpoint.snapshot import Snapshot
 from raymill.errors import CheckpointError
-from raymill.state import Snapshot
 
 FILES = ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 
@@ -30,13 +33,15 @@ def snapshot(step: int) -> Snapshot:
     return Snapshot(weights, {"loss/layer.weight/momentum": torch.ones(2, 3)}, {"step": step, "position": 10 * step})
 
 
-def keeper(folder: Path, attempt: int = 1, keep: int = 2, told: list[dict[str, Any]] | None = None) -> Keeper:
-    write = partial(checkpoint.commit, folder, attempt, keep)
-    return Keeper(lambda content, best: write(content, best=best), (told if told is not None else []).append)
+def checkpoint_writer(
+    folder: Path, attempt: int = 1, keep: int = 2, told: list[dict[str, Any]] | None = None
+) -> CheckpointWriter:
+    write = partial(commit.commit, folder, attempt, keep)
+    return CheckpointWriter(lambda content, best: write(content, best=best), (told if told is not None else []).append)
 
 
 def write(folder: Path, *steps: int, attempt: int = 1, best: int | None = None, keep: int = 10) -> None:
-    saver = keeper(folder, attempt, keep)
+    saver = checkpoint_writer(folder, attempt, keep)
     for step in steps:
         saver.save(snapshot(step), best=step == best)
     saver.close()
@@ -55,8 +60,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     expected.weights["half"] = torch.tensor([1.5, float("inf")], dtype=torch.bfloat16)
     expected.weights["empty"] = torch.zeros(0, 4)
     expected.record["metrics"] = {"validation/loss": 0.1 + 0.2}
-    checkpoint.save(tmp_path, "step-00000003.1", expected, best=True)
-    found = checkpoint.load(tmp_path / "step-00000003.1")
+    directory.save(tmp_path, "step-00000003.1", expected, best=True)
+    found = directory.load(tmp_path / "step-00000003.1")
     assert found.weights.keys() == expected.weights.keys()
     for name, tensor in expected.weights.items():
         assert found.weights[name].dtype == tensor.dtype
@@ -67,8 +72,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_state_without_optimizer_tensors_is_saved(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, "step-00000003.1", Snapshot(snapshot(3).weights, {}, {}), best=False)
-    assert checkpoint.load(tmp_path / "step-00000003.1").optimizer == {}
+    directory.save(tmp_path, "step-00000003.1", Snapshot(snapshot(3).weights, {}, {}), best=False)
+    assert directory.load(tmp_path / "step-00000003.1").optimizer == {}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -100,10 +105,10 @@ def test_a_truncated_empty_or_missing_file_is_found_and_named(tmp_path: Path, na
     for size in (0, 1, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
         with pytest.raises(CheckpointError, match=name):
-            checkpoint.load(path.parent)
+            directory.load(path.parent)
     path.unlink()
     with pytest.raises(CheckpointError, match=name):
-        checkpoint.load(path.parent)
+        directory.load(path.parent)
 
 
 # ---------------------------------------------------------------- which one is taken
@@ -151,7 +156,7 @@ def test_a_damaged_pointer_is_rebuilt_from_the_checkpoints(tmp_path: Path, conte
     write(tmp_path, 3, attempt=2)
     pointer = read_pointer(tmp_path)
     assert pointer == Pointer("step-00000003.2", "step-00000001.1", 2)
-    (tmp_path / checkpoint.POINTER).write_bytes(content)
+    (tmp_path / directory.POINTER).write_bytes(content)
     assert read_pointer(tmp_path) == pointer
     assert latest(tmp_path) == ("step-00000003.2", [])
     write(tmp_path, 4, 5, attempt=2, keep=1)
@@ -170,7 +175,7 @@ def test_a_pointer_to_a_checkpoint_that_is_gone_is_rebuilt(tmp_path: Path) -> No
 
 def test_a_late_writer_of_an_older_attempt_cannot_move_the_pointer(tmp_path: Path) -> None:
     write(tmp_path, 5, attempt=2)
-    late = keeper(tmp_path, attempt=1)
+    late = checkpoint_writer(tmp_path, attempt=1)
     late.save(snapshot(9), best=True)
     with pytest.raises(CheckpointError, match=r"attempt 1 .* after attempt 2 had taken over"):
         late.wait()
@@ -184,7 +189,7 @@ def test_a_late_writer_of_an_older_attempt_cannot_move_the_pointer(tmp_path: Pat
 def test_a_failed_save_is_raised_by_the_next_call(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    saver = keeper(blocked)
+    saver = checkpoint_writer(blocked)
     saver.save(snapshot(1), best=False)
     with pytest.raises(CheckpointError, match="file"):
         saver.save(snapshot(2), best=False)
@@ -193,7 +198,7 @@ def test_a_failed_save_is_raised_by_the_next_call(tmp_path: Path) -> None:
 
 def test_each_checkpoint_is_told_of_once_it_is_safe(tmp_path: Path) -> None:
     told: list[dict[str, Any]] = []
-    saver = keeper(tmp_path, keep=1, told=told)
+    saver = checkpoint_writer(tmp_path, keep=1, told=told)
     for step in (1, 2):
         saver.save(snapshot(step), best=step == 2)
         saver.wait()
@@ -285,7 +290,7 @@ def kills(tmp_path: Path) -> Iterator[tuple[int, Path, bool]]:
         with pytest.MonkeyPatch.context() as patch:
             kill_at(number, patch)
             try:
-                checkpoint.commit(folder, 1, 1, snapshot(3), best=False)
+                commit.commit(folder, 1, 1, snapshot(3), best=False)
                 finished = True
             except Killed:
                 finished = False
@@ -301,7 +306,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint_and_the_best(tmp_path: P
         assert name is not None
         assert notes == []
         found.append(name)
-        loaded = checkpoint.load(folder / name)
+        loaded = directory.load(folder / name)
         assert loaded.record["step"] == int(name[5:13])
         verify(folder / "step-00000001.1")
         if finished:
@@ -309,7 +314,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint_and_the_best(tmp_path: P
             assert number > 8
         # The next attempt cleans up and writes on.
         clean(folder)
-        assert not list(folder.glob(f"{checkpoint.STAGE}*"))
+        assert not list(folder.glob(f"{files.STAGE}*"))
         write(folder, 4, attempt=2, keep=1)
         assert latest(folder) == ("step-00000004.2", [])
         assert names(folder) == ["step-00000001.1", "step-00000004.2"]

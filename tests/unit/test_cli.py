@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
+from raymill.cli.commands import app
 from typer.testing import CliRunner
 
-from raymill import load
-from raymill.cli import app
+from raymill.config import load
+from raymill.data.sources import write_parquet
 from raymill.errors import InputError, Interrupted, Problem, RaymillError, RunError
-from raymill.sources import write_parquet
 from raymill.task import Field, Rows, Schema
 
 PROJECT = Path(__file__).parents[2]
@@ -257,7 +257,7 @@ def test_the_problems_of_the_file_the_numbers_and_the_data_come_at_once(project:
     for what in ALL_AT_ONCE:
         BAD[what][0](project)
     project.edit("name: tiny", "name: tiny\nname: other")
-    project.edit("SGD", "SGD, clip_norm: none")
+    project.edit("SGD", "SGD, max_grad_norm: none")
     before = project.files()
     result = run("check", "tiny", "--json")
     assert result.exit_code == 2
@@ -266,7 +266,7 @@ def test_the_problems_of_the_file_the_numbers_and_the_data_come_at_once(project:
     assert wheres == {
         "jobs/tiny/job.yaml:2 name",
         "jobs/tiny/job.yaml:4 task",
-        "jobs/tiny/job.yaml:8 optimizer.clip_norm",
+        "jobs/tiny/job.yaml:8 optimizer.max_grad_norm",
         "jobs/tiny/job.yaml:8 optimizer.momentun",
         "jobs/tiny/job.yaml:11 loop.epoch",
         "jobs/tiny/job.yaml:14 scale.workers",

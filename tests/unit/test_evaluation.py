@@ -11,19 +11,22 @@ from typing import Any
 import pytest
 import torch
 
-from raymill import checkpoint, load, loop, plan
-from raymill.checkpoint import POINTER
-from raymill.desk import NearDesk
+from raymill.checkpoint import directory
+from raymill.checkpoint.directory import POINTER
+from raymill.checkpoint.snapshot import Snapshot
+from raymill.config import load, plan
+from raymill.config.plan import ClusterFacts
+from raymill.config.spec import JobSpec
+from raymill.data.feed import Feed
+from raymill.data.manifest import take_manifest
+from raymill.data.order import Item
+from raymill.data.reader import Reader
 from raymill.errors import CheckpointError, InputError
-from raymill.evaluation import evaluate
-from raymill.home import RunFolder, run_folder
-from raymill.manifest import take_manifest
-from raymill.metrics import Evaluation
-from raymill.order import Item
-from raymill.plan import ClusterFacts
-from raymill.spec import JobSpec
-from raymill.state import Snapshot
-from raymill.stream import Feed, Reader
+from raymill.models.evaluate import evaluate
+from raymill.runs.folder import RunFolder, run_folder
+from raymill.runs.store import LocalRunStore
+from raymill.training import assembly, evaluation
+from raymill.training.evaluation import Evaluation
 
 CODE = """
 from functools import partial
@@ -122,8 +125,8 @@ class Run:
                 tensor.copy_(torch.rand(tensor.shape) + 0.1)
         name = f"step-{step:08d}.1"
         snapshot = Snapshot(model.state_dict(), {}, {"step": step, "position": 10 * step})
-        checkpoint.save(self.folder.checkpoints, name, snapshot, best=best)
-        before = checkpoint.read_pointer(self.folder.checkpoints)
+        directory.save(self.folder.checkpoints, name, snapshot, best=best)
+        before = directory.read_pointer(self.folder.checkpoints)
         pointer = {"latest": name, "best": name if best else before and before.best, "attempt": 1}
         (self.folder.checkpoints / POINTER).write_text(json.dumps(pointer))
         return model
@@ -131,18 +134,20 @@ class Run:
     def recorded(self, model: torch.nn.Module, epoch: int) -> tuple[dict[str, float], dict[str, Any], int]:
         """What the run's two workers find behind an epoch."""
         order = plan.job_order(self.spec, self.plan, self.manifest)
-        cuts = {"validation": plan.cut(self.plan, "validation")}
+        shardings = {"validation": plan.batch_sharding(self.plan, "validation")}
         fragments = {split: part.fragments for split, part in self.manifest.splits.items()}
-        reader = Reader("run", order, cuts, fragments, self.pipeline)
-        job = loop.Job(spec=self.spec, plan=self.plan, order=order, cuts=cuts, task=self.task)
+        reader = Reader("run", order, shardings, fragments, self.pipeline)
+        job = assembly.Job(spec=self.spec, plan=self.plan, order=order, shardings=shardings, task=self.task)
         evaluations = []
         for rank in range(2):
             windows = [Item("validation", epoch, window, 0) for window in range(self.plan.validation_windows)]
             feed = Feed(reader.read(item)[rank] for item in windows)
-            seat = loop.Seat(rank=rank, world_size=2, device=torch.device("cpu"), desk=NearDesk(self.folder, rank), attempt=1)
+            context = assembly.WorkerContext(
+                rank=rank, world_size=2, device=torch.device("cpu"), store=LocalRunStore(self.folder, rank), attempt=1
+            )
             evaluations.append(Evaluation())
             for number in range(5):
-                loop.measure(job, seat, model, feed, epoch, number, evaluations[-1])
+                evaluation.measure(job, context, model, feed, epoch, number, evaluations[-1])
         return evaluations[0].reduce(lambda mine: [mine, flat(evaluations[1])])
 
 

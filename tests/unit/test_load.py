@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raymill import strict_yaml
+from raymill.config import strict_yaml
+from raymill.config.load import find_job, import_pipeline, import_task, load_job, resolved
+from raymill.config.spec import JobSpec
 from raymill.errors import InputError, Problem
-from raymill.load import find_job, import_pipeline, import_task, load_job, resolved
-from raymill.spec import JobSpec
 from raymill.task import Field
 
 PLATFORM = Path(__file__).parents[2] / "platform"
@@ -274,7 +274,7 @@ def test_bombs_are_refused_before_they_grow() -> None:
         ("{model: digits}", "{modle: digits}", "11 register.modle", "Did you mean 'model'?"),
         ("{kind: CosineAnnealingLR, warmup_steps: 5}", "{warmup_steps: -5}", "8 schedule.warmup_steps", "equal to 0"),
         ("{kind: AdamW, lr: 1e-3, betas: [0.9, 0.99]}", "7", "7 optimizer", "mapping of fields"),
-        ("lr: 1e-3", "clip_norm: -1", "7 optimizer.clip_norm", "greater than 0"),
+        ("lr: 1e-3", "max_grad_norm: -1", "7 optimizer.max_grad_norm", "greater than 0"),
     ],
 )
 def test_types_ranges_and_unknown_fields_are_reported_at_their_line(
@@ -405,7 +405,7 @@ def test_a_file_with_many_mistakes_reports_each_at_its_line(project: Path) -> No
     text = (
         JOB.replace(":Digits", ":Digit")
         .replace("root: null", "rot: null")
-        .replace("AdamW, lr: 1e-3", "AdamW, lr: fast, clip_norm: 0")
+        .replace("AdamW, lr: 1e-3", "AdamW, lr: fast, max_grad_norm: 0")
         .replace("  epochs: 3", "  epochs: 0\n  epochs: 1\n  sead: 1")
         .replace("{model: digits}", "{alias: !!str a}")
     )
@@ -413,7 +413,7 @@ def test_a_file_with_many_mistakes_reports_each_at_its_line(project: Path) -> No
     assert places == [
         "2 task",
         "6 data.rot",
-        "7 optimizer.clip_norm",
+        "7 optimizer.max_grad_norm",
         "7 optimizer.lr",
         "10 loop.epochs",
         "10 loop.epochs",

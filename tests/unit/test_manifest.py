@@ -10,17 +10,10 @@ import numpy as np
 import pytest
 
 from pipelines.synthetic import blobs
+from raymill.data.manifest import Manifest, SplitManifest, as_record, differences, from_record, take_manifest
+from raymill.data.quality import statistics
+from raymill.data.sources import ArraySource, ParquetSource, write_parquet
 from raymill.errors import DataError, InputError
-from raymill.manifest import (
-    Manifest,
-    SplitManifest,
-    as_record,
-    differences,
-    from_record,
-    statistics,
-    take_manifest,
-)
-from raymill.sources import ArraySource, ParquetSource, write_parquet
 from raymill.task import Field, Fragment, Pipeline, Rows, Schema, Source
 
 SCHEMA: Schema = {"x": Field("float32", (2,)), "label": Field("int64", classes=3)}

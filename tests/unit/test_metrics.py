@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymill.errors import RunError
-from raymill.metrics import Evaluation
 from raymill.task import Total
+from raymill.training.evaluation import Evaluation
 
 
 def flat(evaluation: Evaluation) -> torch.Tensor:

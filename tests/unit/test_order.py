@@ -11,17 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymill.errors import DataError
-from raymill.order import (
-    TRAIN,
-    VALIDATION,
-    Cut,
+from raymill.data.feed import Feed
+from raymill.data.order import (
+    BatchSharding,
     Ints,
     Item,
     JobOrder,
     SplitOrder,
     Stream,
-    agenda,
     epoch_order,
     key,
     num_batches,
@@ -32,10 +29,12 @@ from raymill.order import (
     window_at,
     window_rows,
 )
-from raymill.rows import ROW_ID
-from raymill.sources import ArraySource
-from raymill.stream import Feed, Reader, read_locally
-from raymill.task import Fragment, Pipeline, Rows
+from raymill.data.reader import Reader, read_locally
+from raymill.data.rows import ROW_ID
+from raymill.data.sources import ArraySource
+from raymill.errors import DataError
+from raymill.task import TRAIN, VALIDATION, Fragment, Pipeline, Rows
+from raymill.training.steps import remaining_steps
 
 # ---------------------------------------------------------------- jobs
 
@@ -81,7 +80,7 @@ class Case:
     @property
     def step_ends(self) -> list[int]:
         """Every position at which a checkpoint may be made, the beginning and the end among them."""
-        turns = agenda(self.order, 0)
+        turns = remaining_steps(self.order, 0)
         return [0, *(turn.position for turn in turns if turn.split == TRAIN and turn.batch is not None)]
 
 
@@ -106,22 +105,22 @@ def deal(case: Case, position: int, world_size: int) -> dict[Step, Shards]:
     """Read the rest of a job through Stream, Reader and Feed on all ranks: (split, epoch, batch) -> shard -> row ids."""
     order = case.order
     pipeline = Pipeline(sources={TRAIN: Counted(case.train), VALIDATION: Counted(case.validation)}, schema={})
-    cuts = {
-        split: Cut(sum(rows), case.batch_rows, case.num_shards, world_size)
+    shardings = {
+        split: BatchSharding(sum(rows), case.batch_rows, case.num_shards, world_size)
         for split, rows in ((TRAIN, case.train), (VALIDATION, case.validation))
     }
     fragments = {split: source.fragments() for split, source in pipeline.sources.items()}
-    reader = Reader("", order, cuts, fragments, pipeline)
+    reader = Reader("", order, shardings, fragments, pipeline)
     dealt: dict[Step, Shards] = {}
     for rank in range(world_size):
         packets = read_locally(reader, position, rank)
         feed = Feed(packets)
-        for turn in agenda(order, position):
+        for turn in remaining_steps(order, position):
             if turn.batch is None:
                 feed.finish(turn.split, turn.epoch, case.windows)
                 continue
             shards = dealt.setdefault((turn.split, turn.epoch, turn.batch), {})
-            for shard, count in cuts[turn.split].shards(turn.batch, rank):
+            for shard, count in shardings[turn.split].shards(turn.batch, rank):
                 if count:
                     rows = feed.take(turn.split, turn.epoch, count)
                     np.testing.assert_array_equal(rows["value"], rows[ROW_ID])
@@ -222,7 +221,7 @@ def test_shards_are_of_nearly_equal_size_and_the_first_is_never_empty(batch: int
     assert counts.sum() == batch
     assert counts.max() - counts.min() <= 1
     assert counts[0] > 0
-    cut = Cut(batch, batch, num_shards, world_size)
+    cut = BatchSharding(batch, batch, num_shards, world_size)
     owned = [shard for rank in range(world_size) for shard in cut.shards(0, rank)]
     assert owned == list(enumerate(counts.tolist()))
 
@@ -327,7 +326,7 @@ def read_all(fragment_rows: int, transform_seed: int, world_size: int) -> dict[i
     pipeline = Pipeline(sources={TRAIN: source}, schema={}, transform=add_noise)
     rows = np.array([fragment.num_rows for fragment in source.fragments()], np.int64)
     order = JobOrder(SplitOrder(TRAIN, rows, 4, transform_seed, shuffle=True), None, 1, 12)
-    reader = Reader("", order, {TRAIN: Cut(60, 12, world_size, world_size)}, {TRAIN: source.fragments()}, pipeline)
+    reader = Reader("", order, {TRAIN: BatchSharding(60, 12, world_size, world_size)}, {TRAIN: source.fragments()}, pipeline)
     found: dict[int, float] = {}
     for rank in range(world_size):
         for packet in read_locally(reader, 0, rank):
@@ -358,7 +357,7 @@ def drop_one(rows: Rows, split: str, generator: np.random.Generator) -> Rows:
 def test_a_transform_that_changes_the_number_of_rows_is_refused() -> None:
     pipeline = Pipeline(sources={TRAIN: Counted((5, 5))}, schema={}, transform=drop_one)
     order = JobOrder(SplitOrder(TRAIN, np.array([5, 5], np.int64), 1, 0, shuffle=True), None, 1, 5)
-    reader = Reader("", order, {TRAIN: Cut(10, 5, 1, 1)}, {TRAIN: Counted((5, 5)).fragments()}, pipeline)
+    reader = Reader("", order, {TRAIN: BatchSharding(10, 5, 1, 1)}, {TRAIN: Counted((5, 5)).fragments()}, pipeline)
     with pytest.raises(DataError, match="made 9 rows of 10"):
         reader.read(Item(TRAIN, 0, 0, 0))
 
@@ -368,10 +367,10 @@ def test_a_fragment_with_other_rows_than_the_manifest_says_is_refused() -> None:
     pipeline = Pipeline(sources={TRAIN: Counted((5,))}, schema={})
     manifest = [Fragment("counted", 0, 5, 5, "")]
     longer = Pipeline(sources={TRAIN: Longer((5,))}, schema={})
-    cuts = {TRAIN: Cut(5, 5, 1, 1)}
-    assert len(Reader("", order, cuts, {TRAIN: manifest}, pipeline).read(Item(TRAIN, 0, 0, 0))[0].rows[ROW_ID]) == 5
+    shardings = {TRAIN: BatchSharding(5, 5, 1, 1)}
+    assert len(Reader("", order, shardings, {TRAIN: manifest}, pipeline).read(Item(TRAIN, 0, 0, 0))[0].rows[ROW_ID]) == 5
     with pytest.raises(DataError, match="6 rows were read, 5 were there"):
-        Reader("", order, cuts, {TRAIN: manifest}, longer).read(Item(TRAIN, 0, 0, 0))
+        Reader("", order, shardings, {TRAIN: manifest}, longer).read(Item(TRAIN, 0, 0, 0))
 
 
 class Longer(Counted):
@@ -384,7 +383,7 @@ class Longer(Counted):
 def test_a_feed_says_when_the_stream_ends_early_or_late() -> None:
     order = JobOrder(SplitOrder(TRAIN, np.array([5], np.int64), 1, 0, shuffle=True), None, 1, 5)
     pipeline = Pipeline(sources={TRAIN: Counted((5,))}, schema={})
-    reader = Reader("", order, {TRAIN: Cut(5, 5, 1, 1)}, {TRAIN: Counted((5,)).fragments()}, pipeline)
+    reader = Reader("", order, {TRAIN: BatchSharding(5, 5, 1, 1)}, {TRAIN: Counted((5,)).fragments()}, pipeline)
     feed = Feed(read_locally(reader, 0, 0))
     feed.take(TRAIN, 0, 3)
     with pytest.raises(DataError, match="2 train rows of epoch 0 were never asked for"):

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from raymill.pace import WINDOW_STEPS, Pace, SlowRank, slowest
+from raymill.training.stragglers import WINDOW_STEPS, Straggler, StragglerDetector, slowest_rank
 
 
 def test_a_slow_rank_is_named_with_its_factor_and_what_it_costs() -> None:
-    assert slowest([[0.10, 0.45, 0.15]] * 5) == SlowRank(rank=1, factor=0.45 / 0.125, lost_s=0.325)
+    assert slowest_rank([[0.10, 0.45, 0.15]] * 5) == Straggler(rank=1, factor=0.45 / 0.125, lost_s=0.325)
 
 
 def test_ranks_that_differ_by_less_than_twice_or_by_next_to_nothing_are_not_named() -> None:
-    assert slowest([[0.10, 0.19]]) is None
-    assert slowest([[0.001, 0.015]]) is None
+    assert slowest_rank([[0.10, 0.19]]) is None
+    assert slowest_rank([[0.001, 0.015]]) is None
 
 
 def test_one_rank_alone_is_never_slow() -> None:
-    assert slowest([[5.0]] * 20) is None
+    assert slowest_rank([[5.0]] * 20) is None
 
 
 def test_a_pause_of_a_few_steps_is_no_slowness() -> None:
-    assert slowest([[0.1, 0.1]] * 6 + [[0.1, 9.0]] * 4) is None
+    assert slowest_rank([[0.1, 0.1]] * 6 + [[0.1, 9.0]] * 4) is None
 
 
 def test_a_rank_is_named_once_after_enough_steps() -> None:
-    pace = Pace()
+    pace = StragglerDetector()
     found = [pace.add([0.1, 0.4]) for _ in range(3 * WINDOW_STEPS)]
     assert [place for place, slow in enumerate(found, 1) if slow] == [WINDOW_STEPS]
 
 
 def test_another_rank_that_becomes_slow_later_is_named_too() -> None:
-    pace = Pace()
+    pace = StragglerDetector()
     found = [pace.add(times) for times in [[0.1, 0.4]] * WINDOW_STEPS + [[0.9, 0.1]] * WINDOW_STEPS]
     assert [slow.rank for slow in found if slow] == [1, 0]

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from raymill.config.plan import ClusterFacts, Plan, cut, explain, job_order, make_plan
+from raymill.config.spec import JobSpec
+from raymill.data.manifest import Manifest, SplitManifest
+from raymill.data.order import num_batches
 from raymill.errors import InputError
-from raymill.manifest import Manifest, SplitManifest
-from raymill.order import TRAIN, VALIDATION, num_batches
-from raymill.plan import ClusterFacts, Plan, cut, explain, job_order, make_plan
-from raymill.spec import JobSpec
-from raymill.task import Fragment
+from raymill.task import TRAIN, VALIDATION, Fragment
 
 MIB = 2**20
 
@@ -130,16 +130,21 @@ def test_every_derived_number_has_a_reason_and_is_plain_json() -> None:
 
 @given(
     workers=st.integers(1, 6),
-    accumulate=st.integers(1, 4),
+    gradient_accumulation_steps=st.integers(1, 4),
     multiple=st.integers(1, 5),
     rows=st.integers(6, 500),
     validation=st.integers(6, 90),
 )
 def test_the_order_and_its_cuts_are_those_of_the_plan(
-    workers: int, accumulate: int, multiple: int, rows: int, validation: int
+    workers: int, gradient_accumulation_steps: int, multiple: int, rows: int, validation: int
 ) -> None:
     spec = job(
-        loop={"global_batch_rows": workers * accumulate * multiple, "accumulate": accumulate, "epochs": 2, "seed": 9},
+        loop={
+            "global_batch_rows": workers * gradient_accumulation_steps * multiple,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "epochs": 2,
+            "seed": 9,
+        },
         scale={"workers": workers},
     )
     manifest = manifest_of(train=rows, validation=validation)
@@ -153,9 +158,9 @@ def test_the_order_and_its_cuts_are_those_of_the_plan(
     assert (train.num_rows, train.batch_rows, train.world_size) == (rows, plan.global_batch_rows, workers)
     for rank in range(workers):
         shards = train.shards(0, rank)
-        assert len(shards) == accumulate
+        assert len(shards) == gradient_accumulation_steps
         assume(rows >= plan.global_batch_rows)
-        assert [count for _, count in shards] == [multiple] * accumulate
+        assert [count for _, count in shards] == [multiple] * gradient_accumulation_steps
         assert sum(count for _, count in cut(plan, VALIDATION).shards(0, rank)) > 0
 
 
@@ -170,7 +175,7 @@ def test_without_a_validation_split_there_is_no_evaluation() -> None:
 
 
 def test_workers_that_do_not_divide_the_batch_are_refused_with_those_that_do() -> None:
-    assert refusals(loop={"global_batch_rows": 64, "accumulate": 2}, scale={"workers": 3}) == [
+    assert refusals(loop={"global_batch_rows": 64, "gradient_accumulation_steps": 2}, scale={"workers": 3}) == [
         (
             "job.yaml scale.workers",
             "3 workers x 2 backward passes with 64 rows per step",
@@ -178,7 +183,7 @@ def test_workers_that_do_not_divide_the_batch_are_refused_with_those_that_do() -
             "Use 2 or 4 workers, or set loop.global_batch_rows to a multiple of 6.",
         )
     ]
-    [(_, _, _, fix)] = refusals(loop={"global_batch_rows": 7, "accumulate": 2})
+    [(_, _, _, fix)] = refusals(loop={"global_batch_rows": 7, "gradient_accumulation_steps": 2})
     assert fix == "Set loop.global_batch_rows to a multiple of 2."
 
 

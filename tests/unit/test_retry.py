@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raymill.errors import CheckpointError, DataError, InputError, NumberError, RaymillError, RunError, StallError, WorkerError
-from raymill.retry import Cause, Failure, cause_of, go_on
+from raymill.orchestration.retry import Cause, Failure, cause_of, go_on
 
 BUDGETS = {Cause.LOST_PROCESS: 2, Cause.STORAGE: 1}
 

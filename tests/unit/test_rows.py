@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from raymill.collate import as_batch
-from raymill.rows import join, num_rows, pack, take, unpack
+from raymill.data.rows import join, num_rows, pack, take, unpack
 from raymill.task import Column, Rows
+from raymill.training.batch import default_collate
 
 dtypes = st.sampled_from(["bool", "uint8", "int16", "int64", "float16", "float32", ">f4", "float64", "complex64"])
 extents = hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=3)
@@ -116,7 +116,7 @@ def test_what_cannot_travel_is_named(values: Any, message: str) -> None:
 def test_a_batch_has_a_tensor_where_an_array_was_and_may_be_written_to() -> None:
     rows: Rows = {"image": np.ones((2, 3), np.float32), "boxes": [np.ones((1, 4)), np.ones((2, 4))], "name": ["a", "b"]}
     header, buffers = pack(rows)
-    batch = as_batch(unpack(header, buffers))
+    batch = default_collate(unpack(header, buffers))
     batch["image"] += 1
     batch["boxes"][1] += 1
     assert batch["image"].tolist() == [[2.0] * 3] * 2

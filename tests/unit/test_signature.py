@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raymill.signature import Signature, check_arguments, matches, read_module, read_signature
+from raymill.config.signature import Signature, check_arguments, matches, read_module, read_signature
 
 Reader = Callable[..., "Signature | None"]
 

@@ -15,14 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raymill.data.arrow import table_from_rows
+from raymill.data.sources import ArraySource, MapStyleSource, ParquetSource, write_parquet
 from raymill.errors import DataError, InputError
-from raymill.sources import (
-    ArraySource,
-    MapStyleSource,
-    ParquetSource,
-    table_from_rows,
-    write_parquet,
-)
 from raymill.task import Column, Field, Rows, Schema, Source
 
 SCHEMA: Schema = {"image": Field("uint8", (4, 5)), "label": Field("int64", classes=10)}

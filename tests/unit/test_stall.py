@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from raymill import stall
-from raymill.home import RunFolder
-from raymill.stall import RankSeen, explain, limit_s, loop_frame
+from raymill.runs import stacks
+from raymill.runs.folder import RunFolder
+from raymill.runs.stacks import RankSeen, explain, limit_s, loop_frame
 
 DUMP = """Thread 0x1 (most recent call first):
   File "/x/threading.py", line 1 in wait
@@ -73,11 +73,11 @@ def test_stacks_of_a_process_are_had_from_outside_and_a_stopped_or_dead_one_is_s
     tmp_path: Path, process: subprocess.Popen[bytes]
 ) -> None:
     folder = RunFolder(tmp_path)
-    assert [rank.status for rank in stall.look(folder, 2)] == ["running", "not started"]
+    assert [rank.status for rank in stacks.look(folder, 2)] == ["running", "not started"]
     assert "most recent call first" in (tmp_path / "stacks-0.txt").read_text()
     process.send_signal(signal.SIGSTOP)
     os.waitpid(process.pid, os.WUNTRACED)
-    assert stall.look(folder, 1)[0].status == "stopped"
+    assert stacks.look(folder, 1)[0].status == "stopped"
     process.kill()
     process.wait()
-    assert stall.look(folder, 1)[0].status == "gone"
+    assert stacks.look(folder, 1)[0].status == "gone"

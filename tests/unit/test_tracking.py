@@ -15,19 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raymill import delivery, pictures
 from raymill.errors import InputError
-from raymill.home import RunFolder, run_folder
 from raymill.redaction import redact
-from raymill.tracking import (
-    EventWriter,
-    append_event,
-    environment,
-    list_runs,
-    read_events,
-    show_run,
-    tracking_uri,
-)
+from raymill.runs.catalog import list_runs, show_run
+from raymill.runs.environment import environment
+from raymill.runs.events import EventWriter, append_event, read_events
+from raymill.runs.folder import RunFolder, run_folder
+from raymill.tracking import mlflow_sync, plots
+from raymill.tracking.mlflow_client import tracking_uri
 
 START = {"kind": "start", "attempt": 1, "num_workers": 2, "step": 0, "num_total_steps": 8, "resumed": False}
 
@@ -169,7 +164,7 @@ def test_a_run_shows_its_latest_step_metrics_and_version() -> None:
     for event in [START, step(1), step(2, **{"train/loss": 0.5})]:
         append_event(folder, event)
     append_event(folder, {"kind": "evaluation", "step": 2, "epoch": 0, "metrics": {"validation/loss": 0.7}})
-    folder.version.write_text(json.dumps({"name": "digits", "version": 3, "alias": "candidate"}))
+    folder.model_version.write_text(json.dumps({"name": "digits", "version": 3, "alias": "candidate"}))
     facts = show_run("run-1")
     assert (facts["name"], facts["step"], facts["num_total_steps"], facts["version"]) == ("job", 2, 8, "digits/3")
     assert facts["metrics"] == {"train/loss": 0.5, "validation/loss": 0.7}
@@ -287,9 +282,9 @@ class FlakyStore:
         self.tags[key] = value
 
 
-def opened(folder: RunFolder, store: FlakyStore) -> delivery.Delivery:
-    folder.delivered.write_text(json.dumps({"mlflow_run_id": "m1", "status": "RUNNING"}))
-    return delivery.Delivery(folder, lambda: store)  # type: ignore[arg-type,return-value]
+def opened(folder: RunFolder, store: FlakyStore) -> mlflow_sync.Delivery:
+    folder.delivery.write_text(json.dumps({"mlflow_run_id": "m1", "status": "RUNNING"}))
+    return mlflow_sync.Delivery(folder, lambda: store)  # type: ignore[arg-type,return-value]
 
 
 @pytest.mark.parametrize("fails", ["before", "after"])
@@ -344,7 +339,7 @@ def test_a_secret_in_an_event_is_not_sent_and_unknown_events_are_passed_over() -
     append_event(folder, {"kind": "first_step", "step": 1})
     append_event(folder, {"kind": "checkpoint", "step": 1, "path": "https://me:hunter2@host/x", "best": False})
     assert opened(folder, store).deliver() == 2
-    assert store.tags == {"raymill.checkpoint.last": "***"}
+    assert store.tags == {"raymill.checkpoint.directory.last": "***"}
 
 
 # ---------------------------------------------------------------- pictures
@@ -354,7 +349,7 @@ def test_pictures_of_curves_and_of_square_totals_are_png_files(tmp_path: Path) -
     events: list[dict[str, Any]] = [step(number) for number in range(3)]
     totals = {"validation/confusion": [[3, 1], [0, 4]], "validation/seen": [1, 2, 3], "validation/wide": [[1, 2, 3]]}
     events.append({"kind": "evaluation", "step": 2, "metrics": {"validation/loss": 0.1}, "totals": totals})
-    pictures.draw(events, tmp_path)
+    plots.draw(events, tmp_path)
     drawn = sorted(path.name for path in tmp_path.glob("*.png"))
     assert drawn == ["curves.png", "validation_confusion.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in drawn)
@@ -362,5 +357,5 @@ def test_pictures_of_curves_and_of_square_totals_are_png_files(tmp_path: Path) -
 
 def test_a_confusion_matrix_with_an_empty_class_and_one_with_many_classes_are_drawn(tmp_path: Path) -> None:
     for num_classes in (3, 50):
-        pictures.confusion_matrix([[0] * num_classes] * num_classes, tmp_path / f"{num_classes}.png", "empty")
+        plots.confusion_matrix([[0] * num_classes] * num_classes, tmp_path / f"{num_classes}.png", "empty")
     assert len(list(tmp_path.glob("*.png"))) == 2

@@ -49,9 +49,9 @@ def test_bad_rows_leave_holes_and_are_counted(new_run: NewRun, world_size: int) 
     assert run.batches == {position: [row for row in rows if row not in SOME] for position, rows in expected.items()}
     assert sorted(listed(attempt)) == sorted(SOME | validation)
     for outcome in attempt.outcomes:
-        assert outcome["rows_used"] == EPOCHS * (mixed.TRAIN_ROWS - len(SOME))
-        assert outcome["rows_skipped"] == EPOCHS * len(SOME)
-        assert outcome["position"] == EPOCHS * mixed.TRAIN_ROWS
+        assert outcome.rows_used == EPOCHS * (mixed.TRAIN_ROWS - len(SOME))
+        assert outcome.rows_skipped == EPOCHS * len(SOME)
+        assert outcome.position == EPOCHS * mixed.TRAIN_ROWS
     rows = [event["rows"] for event in attempt.events if event["kind"] == "evaluation"]
     assert rows == [mixed.VALIDATION_ROWS - len(validation)] * EPOCHS
 
@@ -65,8 +65,8 @@ def test_a_resumed_run_with_bad_rows_is_the_uninterrupted_one(new_run: NewRun, w
         run.go(world_size, crash_after=5)
     attempts += [run.go(world_size, stop_after=6), run.go(world_size)]
     assert attempts[-1].sha256 == expected.sha256
-    assert attempts[-1].first["rows_used"] == expected.first["rows_used"]
-    assert attempts[-1].first["rows_skipped"] == expected.first["rows_skipped"]
+    assert attempts[-1].first.rows_used == expected.first.rows_used
+    assert attempts[-1].first.rows_skipped == expected.first.rows_skipped
     events = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
     rows = [row["row"] for event in events if event["kind"] == "bad_rows" for row in event["rows"]]
     assert sorted(rows) == sorted(SOME), "each once, over all attempts"
@@ -76,9 +76,11 @@ def test_strict_weights_with_bad_rows_are_the_same_at_any_number_of_workers(new_
     batch = undisturbed(new_run)[2 * mixed.GLOBAL_BATCH_ROWS]
     # Rank 0 of 2 and of 3 has no row in the third step.
     refused = SOME | frozenset(batch[: mixed.GLOBAL_BATCH_ROWS // 2])
-    attempts = [new_run(experiment(refused, strict=True, accumulate=1)).go(world_size) for world_size in (1, 2, 3)]
+    attempts = [
+        new_run(experiment(refused, strict=True, gradient_accumulation_steps=1)).go(world_size) for world_size in (1, 2, 3)
+    ]
     assert len({attempt.sha256 for attempt in attempts}) == 1
-    assert {attempt.first["rows_used"] for attempt in attempts} == {EPOCHS * (mixed.TRAIN_ROWS - len(refused))}
+    assert {attempt.first.rows_used for attempt in attempts} == {EPOCHS * (mixed.TRAIN_ROWS - len(refused))}
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -92,7 +94,7 @@ def test_a_step_without_a_good_row_is_passed_over(new_run: NewRun, world_size: i
     steps = {event["step"]: event["metrics"] for event in attempt.events if event["kind"] == "step"}
     assert list(steps) == list(range(1, EPOCHS * mixed.STEPS_PER_EPOCH + 1))
     assert [step for step, metrics in steps.items() if not metrics] == [2]
-    assert attempt.first["rows_used"] == EPOCHS * (mixed.TRAIN_ROWS - len(refused))
+    assert attempt.first.rows_used == EPOCHS * (mixed.TRAIN_ROWS - len(refused))
     stopped = new_run(experiment(refused))
     stopped.go(world_size, stop_after=1)
     assert stopped.go(world_size).sha256 == attempt.sha256
@@ -105,7 +107,7 @@ def test_a_resume_where_rank_0_has_no_good_row_settles_the_same_buckets(new_run:
     crossing = Experiment(broken.Crossing, partial(broken.checked, refused), values)
     expected = new_run(crossing).go(3)
     stopped = new_run(crossing)
-    assert stopped.go(3, stop_after=1).first["position"] == 2 * mixed.GLOBAL_BATCH_ROWS
+    assert stopped.go(3, stop_after=1).first.position == 2 * mixed.GLOBAL_BATCH_ROWS
     assert stopped.go(3).sha256 == expected.sha256
 
 
@@ -132,7 +134,7 @@ def test_a_damaged_row_group_is_left_out_and_quarantined(new_run: NewRun, tmp_pa
     with quarantine.open("a") as lines:
         lines.write('{"split": "tr')  # as a kill would leave it
     outcome = run.go(world_size).first
-    assert (outcome["rows_used"], outcome["rows_skipped"]) == (3 * (mixed.TRAIN_ROWS - len(bad)), 3 * len(bad))
+    assert (outcome.rows_used, outcome.rows_skipped) == (3 * (mixed.TRAIN_ROWS - len(bad)), 3 * len(bad))
     rows = [json.loads(line) for line in quarantine.read_text().splitlines()]
     assert sorted(row["row"] for row in rows) == sorted(bad)
     assert {(row["file"], row["part"], row["row"] - row["place"]) for row in rows} == {

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from probes import mixed
-from raymill import checkpoint
+from raymill.checkpoint import directory
+from raymill.checkpoint.snapshot import Snapshot
 from raymill.errors import InputError, NumberError, RunError
-from raymill.state import Snapshot
 from raymill.task import Total
 from worker_harness import Attempt, Experiment, TrainingRun
 
@@ -26,9 +26,9 @@ PLAIN = Experiment(mixed.plain, mixed.pipeline, {**mixed.VALUES, "optimizer": {"
 
 
 def latest(run: TrainingRun) -> Snapshot:
-    name = checkpoint.find_latest(run.folder / "checkpoints", print)
+    name = directory.find_latest(run.folder / "checkpoints", print)
     assert name is not None
-    return checkpoint.load(run.folder / "checkpoints" / name)
+    return directory.load(run.folder / "checkpoints" / name)
 
 
 def totals(attempt: Attempt) -> list[dict[str, Any]]:
@@ -36,18 +36,18 @@ def totals(attempt: Attempt) -> list[dict[str, Any]]:
 
 
 def test_losses_gradients_and_weights_are_those_of_one_process_over_the_whole_batch(new_run: NewRun) -> None:
-    reference = new_run(PLAIN.with_values(loop={"accumulate": 1}))
+    reference = new_run(PLAIN.with_values(loop={"gradient_accumulation_steps": 1}))
     expected = reference.go(1).metrics("step")
     assert len(expected) == mixed.STEPS_PER_EPOCH
     weights = latest(reference).weights
-    for world_size, accumulate in [(2, 1), (3, 1), (4, 1), (1, 3), (2, 2), (3, 4)]:
+    for world_size, gradient_accumulation_steps in [(2, 1), (3, 1), (4, 1), (1, 3), (2, 2), (3, 4)]:
         # The last step has 2 rows: fewer than ranks, and than backward passes.
-        run = new_run(PLAIN.with_values(loop={"accumulate": accumulate}))
+        run = new_run(PLAIN.with_values(loop={"gradient_accumulation_steps": gradient_accumulation_steps}))
         attempt = run.go(world_size)
         for step, values in zip(attempt.metrics("step"), expected, strict=True):
             assert step == pytest.approx(values, rel=1e-5)
         assert run.batches == reference.batches
-        assert attempt.first["rows_used"] == mixed.TRAIN_ROWS
+        assert attempt.first.rows_used == mixed.TRAIN_ROWS
         torch.testing.assert_close(latest(run).weights, weights, rtol=1e-5, atol=1e-6)
 
 
@@ -58,8 +58,8 @@ def test_evaluation_counts_every_row_once_at_any_number_of_ranks(new_run: NewRun
     assert torch.tensor(confusion["validation/confusion"]).sum() == mixed.VALIDATION_ROWS
     for other in others:
         assert totals(other) == totals(alone)
-        assert other.first["metrics"]["validation/accuracy"] == alone.first["metrics"]["validation/accuracy"]
-        assert other.first["metrics"] == pytest.approx(alone.first["metrics"], rel=1e-6)
+        assert other.first.metrics["validation/accuracy"] == alone.first.metrics["validation/accuracy"]
+        assert other.first.metrics == pytest.approx(alone.first.metrics, rel=1e-6)
 
 
 def test_what_is_evaluated_is_the_model_that_is_saved_running_statistics_included(new_run: NewRun) -> None:
@@ -97,7 +97,7 @@ def test_weights_that_are_not_numbers_are_never_saved(new_run: NewRun) -> None:
     )
     with pytest.raises(NumberError, match="were not saved"):
         run.go(2)
-    assert checkpoint.names(run.folder / "checkpoints") == []
+    assert directory.names(run.folder / "checkpoints") == []
 
 
 def test_checkpoints_come_every_so_many_steps_and_at_each_epochs_end(new_run: NewRun) -> None:
@@ -129,7 +129,7 @@ def test_a_job_without_validation_trains(new_run: NewRun) -> None:
     experiment = Experiment(mixed.Mixed, partial(mixed.pipeline, validation_rows=0), {**mixed.VALUES, "checkpoint": {}})
     attempt = new_run(experiment).go(3)
     assert attempt.sha256
-    assert attempt.first["metrics"] == {}
+    assert attempt.first.metrics == {}
 
 
 def test_optimizers_that_are_not_the_objectives_are_refused(new_run: NewRun) -> None:

@@ -26,11 +26,11 @@ def test_interrupted_and_resumed_gives_the_same_weights(new_run: NewRun, experim
     whole, resumed = new_run(experiment), new_run(experiment)
     expected = whole.go(2)
     for step in (3, 12):
-        assert resumed.go(2, stop_after=step).first["status"] == "interrupted"
+        assert resumed.go(2, stop_after=step).first.status == "interrupted"
     found = resumed.go(2)
     assert found.sha256 == expected.sha256
     assert resumed.batches == whole.batches
-    assert found.first["rows_used"] == expected.first["rows_used"] == sum(map(len, whole.batches.values()))
+    assert found.first.rows_used == expected.first.rows_used == sum(map(len, whole.batches.values()))
 
 
 def test_a_generator_learns_where_real_points_lie(new_run: NewRun) -> None:

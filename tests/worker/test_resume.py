@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from probes import mixed
-from raymill import checkpoint
-from raymill.parallel import Wrapped
-from raymill.spec import JobSpec
-from raymill.state import TrainState, capture, make_optimizer, make_schedule, optimizer_spec, restore, weights_sha256
+from raymill.checkpoint import directory
+from raymill.checkpoint.snapshot import weights_sha256
+from raymill.config.spec import JobSpec
+from raymill.parallel.ddp import DistributedObjective
 from raymill.task import Objective
+from raymill.training.optimizers import make_optimizer, make_schedule, optimizer_spec
+from raymill.training.state import TrainState, capture, restore
 from worker_harness import Crash, Experiment, TrainingRun
 
 NewRun = Callable[[Experiment], TrainingRun]
@@ -44,7 +46,7 @@ STOPS = {
 def test_a_resumed_run_is_the_uninterrupted_one(new_run: NewRun, world_size: int) -> None:
     whole = new_run(MIXED)
     expected = whole.go(world_size)
-    assert expected.first["status"] == "finished"
+    assert expected.first.status == "finished"
     assert list(whole.batches) == positions(3)
     assert new_run(MIXED).go(world_size).sha256 == expected.sha256
 
@@ -52,12 +54,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(new_run: NewRun, world_size: int
         run = new_run(MIXED)
         for step, at in zip(asked, happened, strict=True):
             stopped = run.go(world_size, stop_after=step)
-            assert (stopped.first["status"], stopped.first["step"]) == ("interrupted", at), name
+            assert (stopped.first.status, stopped.first.step) == ("interrupted", at), name
         found = run.go(world_size)
         assert found.sha256 == expected.sha256, name
         assert run.batches == whole.batches, name
-        assert found.first["metrics"] == expected.first["metrics"], name
-        assert found.first["rows_used"] == expected.first["rows_used"] == JOB_ROWS, name
+        assert found.first.metrics == expected.first.metrics, name
+        assert found.first.rows_used == expected.first.rows_used == JOB_ROWS, name
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -72,7 +74,7 @@ def test_steps_lost_in_a_crash_are_done_again_with_the_same_rows(new_run: NewRun
     assert steps == list(range(7, 16))
     assert found.sha256 == expected.sha256
     assert crashed.batches == whole.batches
-    assert found.first["rows_used"] == JOB_ROWS
+    assert found.first.rows_used == JOB_ROWS
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_rows_in_each_step(new_run: NewRun) -> None:
@@ -80,15 +82,15 @@ def test_another_number_of_ranks_goes_on_with_the_same_rows_in_each_step(new_run
     steady.go(2)
     changing.go(2, stop_after=3)
     changing.go(1, stop_after=8)
-    assert changing.go(3).first["rows_used"] == JOB_ROWS
+    assert changing.go(3).first.rows_used == JOB_ROWS
     assert changing.batches == steady.batches
 
 
 def test_without_settled_buckets_three_ranks_would_not_resume_to_the_same_weights(new_run: NewRun) -> None:
     whole, resumed = new_run(MIXED), new_run(MIXED)
-    expected = whole.go(3, settle=False).sha256
-    resumed.go(3, stop_after=2, settle=False)
-    assert resumed.go(3, settle=False).sha256 != expected
+    expected = whole.go(3, warm_up=False).sha256
+    resumed.go(3, stop_after=2, warm_up=False)
+    assert resumed.go(3, warm_up=False).sha256 != expected
 
 
 # ---------------------------------------------------------------- optimizers and schedules
@@ -119,10 +121,10 @@ def fresh(values: dict[str, object]) -> tuple[TrainState, JobSpec]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     objective = Objective("loss", lambda network, batch: network(batch).square().mean())
-    wrapped = Wrapped(model, objective, "fp32", torch.device("cpu"))
-    optimizer = make_optimizer(optimizer_spec(spec, "loss", ["loss"]), wrapped)
+    distributed = DistributedObjective(model, objective, "fp32", torch.device("cpu"))
+    optimizer = make_optimizer(optimizer_spec(spec, "loss", ["loss"]), distributed)
     schedule = make_schedule(spec, optimizer, NUM_STEPS)
-    return TrainState(model, [wrapped], {"loss": optimizer}, {"loss": schedule} if schedule else {}), spec
+    return TrainState(model, [distributed], {"loss": optimizer}, {"loss": schedule} if schedule else {}), spec
 
 
 def advance(state: TrainState, first: int, last: int) -> list[float]:
@@ -131,7 +133,7 @@ def advance(state: TrainState, first: int, last: int) -> list[float]:
     for step in range(first, last):
         optimizer.zero_grad()
         batch = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
-        torch.autograd.backward(state.wrapped[0].loss(batch))
+        torch.autograd.backward(state.distributed[0].loss(batch))
         optimizer.step()
         rates.append(float(optimizer.param_groups[0]["lr"]))
         for schedule in state.schedules.values():
@@ -154,8 +156,8 @@ def test_steps_before_and_after_a_restore_are_the_steps_without_one(tmp_path: Pa
 
     first, _ = fresh(values)
     assert advance(first, 0, stop) == rates[:stop]
-    checkpoint.save(tmp_path, "step-00000001.1", capture(first, stop), best=False)
+    directory.save(tmp_path, "step-00000001.1", capture(first, stop), best=False)
     second, _ = fresh(values)
-    restore(second, checkpoint.load(tmp_path / "step-00000001.1"))
+    restore(second, directory.load(tmp_path / "step-00000001.1"))
     assert advance(second, stop, NUM_STEPS) == rates[stop:]
     assert weights_sha256(second.model.state_dict()) == weights_sha256(whole.model.state_dict())

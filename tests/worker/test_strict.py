@@ -12,7 +12,9 @@ from worker_harness import Experiment, TrainingRun
 
 NewRun = Callable[[Experiment], TrainingRun]
 
-STRICT = Experiment(mixed.Mixed, mixed.pipeline, mixed.VALUES).with_values(loop={"strict": True, "accumulate": 1})
+STRICT = Experiment(mixed.Mixed, mixed.pipeline, mixed.VALUES).with_values(
+    loop={"strict": True, "gradient_accumulation_steps": 1}
+)
 
 
 def test_strict_weights_are_the_same_at_any_number_of_workers(new_run: NewRun) -> None:
@@ -29,10 +31,10 @@ def test_a_strict_run_that_goes_on_with_other_workers_is_the_uninterrupted_one(n
     expected = new_run(STRICT).go(2)
     run = new_run(STRICT)
     for world_size, stop_after in ((2, 3), (1, 7), (3, 11)):
-        assert run.go(world_size, stop_after=stop_after).first["status"] == "interrupted"
+        assert run.go(world_size, stop_after=stop_after).first.status == "interrupted"
     found = run.go(4)
     assert found.sha256 == expected.sha256
-    assert found.first["rows_used"] == expected.first["rows_used"] == 3 * mixed.TRAIN_ROWS
+    assert found.first.rows_used == expected.first.rows_used == 3 * mixed.TRAIN_ROWS
 
 
 def test_strict_takes_shards_of_unequal_size_and_two_objectives(new_run: NewRun) -> None:
@@ -60,8 +62,8 @@ def test_a_spoiled_batch_is_named_and_can_be_skipped_as_if_it_were_not_there(new
         assert sorted(event["rows"]) == sorted(run.batches[event["position"]])
         assert 60 in event["rows"]
     total = 3 * mixed.TRAIN_ROWS
-    assert skipped.first["rows_skipped"] == sum(len(event["rows"]) for event in refused)
-    assert skipped.first["rows_used"] + skipped.first["rows_skipped"] == total
-    left_out = new_run(skipping).go(world_size, passed_over=frozenset(event["position"] for event in refused))
+    assert skipped.first.rows_skipped == sum(len(event["rows"]) for event in refused)
+    assert skipped.first.rows_used + skipped.first.rows_skipped == total
+    left_out = new_run(skipping).go(world_size, skipped_positions=frozenset(event["position"] for event in refused))
     assert left_out.sha256 == skipped.sha256
-    assert left_out.first["rows_skipped"] == skipped.first["rows_skipped"]
+    assert left_out.first.rows_skipped == skipped.first.rows_skipped

@@ -1,0 +1,52 @@
+"""The verbs about data sets."""
+
+from __future__ import annotations
+
+import typer
+
+from raymill.cli.output import JobArgument, JsonOption, SetOption, emit, errors, overrides, show_values
+from raymill.errors import InputError, Problem
+
+app = typer.Typer(help="Get, check and look at data sets.", no_args_is_help=True)
+
+
+@app.command("get")
+def get(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
+    """Fetch the data set of a job, if it is not there yet."""
+    with errors(json_):
+        from raymill.config import load
+
+        loaded = load.load_job(job, overrides(set_, None))
+        pipeline = load.import_pipeline(loaded.spec)
+        if pipeline.get is None:
+            fix = "This job's data need no fetching, or you bring them."
+            raise InputError([Problem(loaded.where("pipeline"), "a pipeline without `get`", "one that fetches data", fix)])
+        folder = pipeline.get()
+        emit({"folder": str(folder)}, json_, lambda console: console.print(str(folder), highlight=False, soft_wrap=True))
+
+
+@app.command("check")
+def check(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
+    """Read every row of a job's data once and report everything that is wrong."""
+    with errors(json_):
+        from raymill.config import load
+        from raymill.data.manifest import take_manifest
+        from raymill.data.quality import check_rows
+
+        pipeline = load.import_pipeline(load.load_job(job, overrides(set_, None)).spec)
+        result = check_rows(pipeline, take_manifest(pipeline))
+        emit(result, json_, lambda console: show_values(console, result))
+
+
+@app.command("stats")
+def stats(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
+    """Rows, bytes, and per column its range, mean and class counts."""
+    with errors(json_):
+        from raymill.config import load
+        from raymill.data.manifest import take_manifest
+        from raymill.data.quality import statistics
+
+        pipeline = load.import_pipeline(load.load_job(job, overrides(set_, None)).spec)
+        taken = take_manifest(pipeline)
+        found = {split: statistics(pipeline, taken, split) for split in taken.splits}
+        emit(found, json_, lambda console: show_values(console, found))

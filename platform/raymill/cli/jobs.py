@@ -1,0 +1,140 @@
+"""The verbs about jobs: init, check, plan, train, jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from raymill.cli.output import (
+    InProcessOption,
+    JobArgument,
+    JsonOption,
+    SetOption,
+    WorkersOption,
+    emit,
+    errors,
+    overrides,
+    show_table,
+)
+from raymill.errors import InputError, Problem
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(help="the folder to make")],
+    from_: Annotated[str, typer.Option("--from", help="the job to begin with, by its name in the catalogue")] = "demo",
+    json_: JsonOption = False,
+) -> None:
+    """Make a project of your own, with a first job that trains."""
+    with errors(json_):
+        from raymill.project import init_project
+
+        made = init_project(folder, from_)
+        next_steps = [f"cd {folder}", f"raymill train {made['job']} --in-process", f"raymill train {made['job']}"]
+
+        def show(console: Console) -> None:
+            console.print("\n".join([f"made {folder}", "", "Next:", *(f"  {step}" for step in next_steps)]), highlight=False)
+
+        emit({**made, "next": next_steps}, json_, show)
+
+
+def check(job: JobArgument, set_: SetOption = None, workers: WorkersOption = None, json_: JsonOption = False) -> None:
+    """Validate a job and its data without starting anything."""
+    with errors(json_):
+        from raymill.config import load
+        from raymill.orchestration import executors
+        from raymill.orchestration.prepare import prepare
+
+        loaded = load.examine_job(job, overrides(set_, workers))
+        prepared = prepare(loaded, executors.choose(this_process=False).find_facts())
+        rows = {split: part.num_rows for split, part in prepared.manifest.splits.items()}
+        emit(
+            {"job": prepared.spec.name, "valid": True, "rows": rows, "problems": []},
+            json_,
+            lambda console: console.print(f"{loaded.path}: valid; rows: {rows}", highlight=False),
+        )
+
+
+def plan(job: JobArgument, set_: SetOption = None, workers: WorkersOption = None, json_: JsonOption = False) -> None:
+    """Print every derived number of a job with its reason."""
+    with errors(json_):
+        from raymill.config import load
+        from raymill.config.plan import explain
+        from raymill.orchestration import executors
+        from raymill.orchestration.prepare import prepare
+
+        loaded = load.examine_job(job, overrides(set_, workers))
+        prepared = prepare(loaded, executors.choose(this_process=False).find_facts())
+
+        def show(console: Console) -> None:
+            table = Table("number", "value", "reason", box=None, header_style="bold")
+            for row in explain(prepared.plan):
+                table.add_row(*row)
+            console.print(table)
+
+        emit(prepared.plan.as_record(), json_, show)
+
+
+def train(
+    job: Annotated[str | None, typer.Argument(help="a job file, its folder, or a name in jobs/; not with --resume")] = None,
+    set_: SetOption = None,
+    workers: WorkersOption = None,
+    resume: Annotated[str | None, typer.Option("--resume", help="id of an interrupted or failed run")] = None,
+    in_process: InProcessOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Run a job: train, track, register."""
+    with errors(json_):
+        from raymill import api
+
+        if (job is None) == (resume is None):
+            fix = "Give a job file, or --resume RUN."
+            raise InputError([Problem("train", "both or neither of JOB and --resume", "one of them", fix)])
+        if resume is not None and set_:
+            fix = "Resume it as it was, or start a new run."
+            raise InputError([Problem("--set", "--resume with changed values", "the values of the run", fix)])
+        console = Console(stderr=True)
+        started_s = psutil.Process().create_time()
+        if job is not None:
+            summary = api.train_job(job, overrides(set_, workers), in_process=in_process, console=console, started_s=started_s)
+        else:
+            summary = api.resume_run(str(resume), workers, in_process=in_process, console=console, started_s=started_s)
+        emit(summary, json_, lambda console: _show_summary(console, summary))
+
+
+def _show_summary(console: Console, summary: dict[str, Any]) -> None:
+    table = Table(box=None, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name in ("run_id", "status", "steps", "best_step", "weights_sha256", "rows_per_s", "seconds_to_first_step"):
+        table.add_row(name, str(summary[name]))
+    for name, value in summary["metrics"].items():
+        table.add_row(name, f"{value:.4f}")
+    table.add_row("rows", ", ".join(f"{name} {count}" for name, count in summary["rows"].items()))
+    if summary["degraded"]:
+        table.add_row("bad rows", f"{summary['bad_rows']['distinct']} left out ({summary['bad_rows']['policy']})")
+    table.add_row("waiting for data", f"{summary['data_wait_share']:.1%} of the time")
+    model = summary.get("model")
+    if model:
+        table.add_row("model", f"{model['name']} version {model['version']}, alias {model['alias']}")
+    if "note" in summary:
+        table.add_row("note", summary["note"])
+    console.print(table)
+    console.print("\nNext:", highlight=False)
+    if model:
+        console.print(f"  raymill evaluate {model['name']}@{model['alias']}", highlight=False)
+    console.print(f"  raymill runs show {summary['run_id']}\n  raymill ui", highlight=False)
+
+
+def list_jobs(json_: JsonOption = False) -> None:
+    """List the jobs of this project."""
+    with errors(json_):
+        from raymill.config import load
+
+        found = load.list_jobs()
+        columns = ("name", "path", "about", "valid")
+        emit({"jobs": found}, json_, lambda console: show_table(console, found, columns))

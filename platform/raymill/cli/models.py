@@ -1,0 +1,51 @@
+"""The verbs about trained models: models, evaluate; and ui, the page where they are looked at."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from raymill.cli.output import JsonOption, ModelArgument, emit, errors, show_table, show_values
+
+app = typer.Typer(help="Browse registered models.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_models(json_: JsonOption = False) -> None:
+    """List registered models, their versions and aliases."""
+    with errors(json_):
+        from raymill.models import registry
+
+        found = registry.list_models()
+        emit({"models": found}, json_, lambda console: show_table(console, found, tuple(found[0]) if found else ()))
+
+
+@app.command("show")
+def show_model(model: ModelArgument, json_: JsonOption = False) -> None:
+    """Show one model version."""
+    with errors(json_):
+        from raymill.models import registry
+
+        found = registry.show_model(model)
+        emit(found, json_, lambda console: show_values(console, found))
+
+
+def evaluate(model: ModelArgument, json_: JsonOption = False) -> None:
+    """Measure a model on its job's validation rows, every row exactly once."""
+    with errors(json_):
+        from raymill.models.evaluate import evaluate as evaluate_model
+
+        result = evaluate_model(model)
+        values = {"model": model, **result["metrics"], "rows": result["rows"]}
+        emit(result, json_, lambda console: show_values(console, values))
+
+
+def ui(port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 5000) -> None:
+    """Open the MLflow page of this project on this machine, until Ctrl-C."""
+    with errors(False):
+        from raymill.tracking.ui import serve_ui
+
+        Console(stderr=True).print(f"MLflow: http://127.0.0.1:{port}  (Ctrl-C ends it)", highlight=False)
+        serve_ui(port)

@@ -1,0 +1,248 @@
+"""Do the things that a job names exist, and do they take what the job gives them? Found out without running them.
+
+A job names code in two places, `task` and `pipeline`, and classes of torch in two, `optimizer` and `schedule`. All four
+are looked up in source files (see `signature`); nothing is imported, torch neither. The packages that code may come
+from are a closed set, checked before anything is looked up, and so is where the name is really defined: a name that
+a job's module only imports from elsewhere is not the job's code.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raymill.config.signature import Module, Signature, check_arguments, find_definition, read_module, read_signature, shortened
+from raymill.config.spec import OptimizerSpec, ScheduleSpec
+from raymill.errors import InputError, Problem, did_you_mean
+
+ALLOWED = frozenset({"jobs", "pipelines", "raymill"})
+
+# A part may not begin with an underscore, and every letter is ASCII, so no dunder and no look-alike gets through.
+_IMPORT_PATH = re.compile(r"([A-Za-z][A-Za-z0-9_]*(?:\.[A-Za-z][A-Za-z0-9_]*)*):([A-Za-z][A-Za-z0-9_]*)")
+_PACKAGE = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One family of torch classes that a job may name."""
+
+    module: str
+    own_fields: frozenset[str]
+    filled: frozenset[str]
+    derived: frozenset[str]
+    bases: frozenset[str]
+    refused: Mapping[str, str]
+
+
+_OPTIMIZER = _Kind(
+    module="torch.optim",
+    own_fields=frozenset(OptimizerSpec.model_fields),
+    filled=frozenset({"params"}),
+    derived=frozenset(),
+    bases=frozenset({"Optimizer"}),
+    refused={"LBFGS": "its step must be able to compute the loss again"},
+)
+_SCHEDULE = _Kind(
+    module="torch.optim.lr_scheduler",
+    own_fields=frozenset(ScheduleSpec.model_fields),
+    filled=frozenset({"optimizer", "last_epoch"}),
+    derived=frozenset({"T_max", "total_steps"}),
+    bases=frozenset({"Optimizer", "LRScheduler"}),
+    refused={
+        "LambdaLR": "it needs a function, which a file cannot hold",
+        "MultiplicativeLR": "it needs a function, which a file cannot hold",
+        "ReduceLROnPlateau": "it needs a metric at each step",
+        "SequentialLR": "it is what a list of schedules makes",
+        "ChainedScheduler": "it is made of other schedules",
+    },
+)
+
+
+@dataclass(frozen=True)
+class Packages:
+    """The top-level packages whose source may be looked up.
+
+    Attributes:
+        names: the closed set.
+        root: the folder that is searched first, before sys.path; None for sys.path alone.
+    """
+
+    names: frozenset[str]
+    root: Path | None
+
+    def locate(self, module: str) -> Path | None:
+        """The source file of a module, or None: not in these packages, or not there."""
+        top, *parts = module.split(".")
+        files = (_module_file(start.joinpath(*parts)) for start in self.places(top))
+        return next((file for file in files if file is not None), None)
+
+    def modules_in(self, package: str) -> list[str]:
+        """Dotted names of the modules in a package, or in the nearest package above it that exists."""
+        top, *parts = package.split(".")
+        while True:
+            folders = [place for start in self.places(top) if (place := start.joinpath(*parts)).is_dir()]
+            if folders or not parts:
+                break
+            parts.pop()
+        prefix = ".".join((top, *parts))
+        inside = {item.stem for folder in folders for item in folder.iterdir() if item.is_dir() or item.suffix == ".py"}
+        return [f"{prefix}.{name}" for name in sorted(inside) if _PACKAGE.fullmatch(name)]
+
+    def places(self, top: str) -> list[Path]:
+        """Where an import would take a top-level name from: the folders of a package, or one file."""
+        if top not in self.names:
+            return []
+        # Looking for a top-level name runs none of its code; for a dotted name it would run the parents.
+        spec = None
+        if self.root is not None:
+            spec = importlib.machinery.PathFinder.find_spec(top, [str(self.root), *sys.path])
+        spec = spec or importlib.util.find_spec(top)
+        if spec is None:
+            return []
+        folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+        return folders or ([Path(spec.origin)] if spec.origin else [])
+
+
+def project_packages(root: Path) -> Packages:
+    """The packages that a job's code may come from: raymill's own set and those of the project's pyproject.toml.
+
+    Raises:
+        InputError: when `[tool.raymill] packages` there is not a list of names.
+    """
+    file = root / "pyproject.toml"
+    if not file.is_file():
+        return Packages(ALLOWED, root)
+    try:
+        section = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {}).get("raymill", {})
+    except ValueError as error:
+        raise InputError([Problem(file.name, str(error), "TOML in UTF-8", "Correct the file.")]) from error
+    names = section.get("packages", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) and _PACKAGE.fullmatch(name) for name in names):
+        where, fix = f"{file.name} tool.raymill.packages", 'Write packages = ["mypackage"].'
+        raise InputError([Problem(where, shortened(names), "a list of top-level package names", fix)])
+    return Packages(ALLOWED | frozenset(names), root)
+
+
+def find_code(import_path: str, field: str, kind: str, packages: Packages) -> Signature:
+    """The signature of what an import path names.
+
+    Args:
+        field: where the import path stands in the job.
+        kind: "class" or "function".
+
+    Raises:
+        InputError: when it may not be named or is not there.
+    """
+    form = "package.module:Class" if kind == "class" else "package.module:function"
+
+    def refusal(found: str, expected: str, fix: str) -> InputError:
+        return InputError([Problem(field, found, expected, fix)])
+
+    match = _IMPORT_PATH.fullmatch(import_path)
+    if match is None:
+        fix = "Use ASCII letters, digits and underscores; no part begins with an underscore."
+        raise refusal(shortened(import_path), f"an import path such as {form}", fix)
+    name, attribute = match.groups()
+    top = name.partition(".")[0]
+    if top not in packages.names:
+        fix = "Only the project's pyproject.toml can allow another one, under [tool.raymill] packages."
+        raise refusal(f"the package {top!r}", f"one of {', '.join(sorted(packages.names))}", fix)
+    try:
+        module = read_module(name, packages.locate)
+        if module is None:
+            fix = did_you_mean(name, packages.modules_in(name.rpartition(".")[0] or top))
+            places = " or ".join(map(str, packages.places(top))) or f"a package {top!r}, which is not there"
+            raise refusal(f"the module {name!r}", f"a source file in {places}", fix)
+        signature = read_signature(module, attribute, packages.locate)
+        if signature is None or signature.kind != kind:
+            fix = did_you_mean(attribute, _definitions(module, kind, packages))
+            raise refusal(f"{attribute!r}", f"a {kind} at the top level of {name}, from an allowed package", fix)
+    except (SyntaxError, ValueError) as error:
+        raise refusal(f"a file that is not Python: {error}", "a module that can be parsed", "Correct it.") from error
+    return signature
+
+
+def check_names(values: Mapping[str, Any], packages: Packages) -> list[Problem]:
+    """Check all code and all torch classes that a job names, and the arguments it gives them.
+
+    Args:
+        values: the job as it stands in the file; parts of a wrong type are passed over, since the spec reports them.
+
+    Returns:
+        problems whose `where` is the field path.
+    """
+    problems = _check_code("task", "class", values, "model", packages)
+    problems += _check_code("pipeline", "function", values, "data", packages)
+    optimizer, schedule = values.get("optimizer"), values.get("schedule")
+    if isinstance(optimizer, dict) and "kind" not in optimizer:
+        for name, given in optimizer.items():
+            problems += _check_torch(f"optimizer.{name}", given, _OPTIMIZER)
+    else:
+        problems += _check_torch("optimizer", optimizer, _OPTIMIZER)
+    if isinstance(schedule, list):
+        for position, given in enumerate(schedule):
+            problems += _check_torch(f"schedule.{position}", given, _SCHEDULE)
+    else:
+        problems += _check_torch("schedule", schedule, _SCHEDULE)
+    return problems
+
+
+def _check_code(field: str, kind: str, values: Mapping[str, Any], arguments_field: str, packages: Packages) -> list[Problem]:
+    import_path, arguments = values.get(field), values.get(arguments_field, {})
+    if not isinstance(import_path, str):
+        return []
+    try:
+        signature = find_code(import_path, field, kind, packages)
+    except InputError as error:
+        return list(error.problems)
+    if not isinstance(arguments, dict):
+        return []
+    return check_arguments(signature, arguments, arguments_field, ignore={"schema"} if kind == "class" else ())
+
+
+def _check_torch(field: str, given: Any, kind: _Kind) -> list[Problem]:
+    if not isinstance(given, dict) or not isinstance(name := given.get("kind"), str):
+        return []
+    packages = Packages(frozenset({"torch"}), None)
+    module = read_module(kind.module, packages.locate)
+    if module is None:
+        return [Problem(f"{field}.kind", f"no source of {kind.module}", "PyTorch", "Install torch.")]
+    valid = _torch_classes(module) - kind.bases - set(kind.refused)
+    if name not in valid:
+        reason = f", which cannot be used here: {kind.refused[name]}" if name in kind.refused else ""
+        fix = f"Valid names: {', '.join(sorted(valid))}." if reason else did_you_mean(name, valid)
+        return [Problem(f"{field}.kind", f"{shortened(name)}{reason}", f"a class of {kind.module}", fix)]
+    signature = read_signature(module, name, packages.locate)
+    if signature is None:
+        return [Problem(f"{field}.kind", f"no source of {name}", f"a class of {kind.module}", "Install torch again.")]
+    arguments = {key: value for key, value in given.items() if key not in kind.own_fields}
+    return check_arguments(signature, arguments, field, ignore=kind.filled, derived=kind.derived)
+
+
+def _torch_classes(module: Module) -> set[str]:
+    """Public classes that a module of torch.optim derives from a base, or takes from a module beside it."""
+    derived = {name for name, node in module.definitions.items() if isinstance(node, ast.ClassDef) and node.bases}
+    taken = {name for name, (source, _) in module.imports.items() if source.startswith("torch.optim.")}
+    return {name for name in derived | taken if name[0].isupper()}
+
+
+def _definitions(module: Module, kind: str, packages: Packages) -> list[str]:
+    """Public top-level names of a module that lead to a class or function in the packages."""
+    wanted = ast.ClassDef if kind == "class" else ast.FunctionDef
+    names = [name for name in (*module.definitions, *module.imports) if not name.startswith("_")]
+    found = {name: find_definition(module, name, packages.locate) for name in names}
+    return [name for name, there in found.items() if there is not None and isinstance(there[1], wanted)]
+
+
+def _module_file(place: Path) -> Path | None:
+    for file in (place / "__init__.py", place.with_suffix(".py")):
+        if file.is_file():
+            return file
+    return None

@@ -1,0 +1,351 @@
+"""From a job's name and the command line's overrides to a checked spec, and from the spec to the job's own code.
+
+In time order: `find_job` finds the file; `load_job` reads it as strict YAML, lays the overrides over it, checks types
+and ranges (`spec`) and whether what it names exists (`check`), and raises every problem of all these steps at once;
+`examine_job` does the same and hands the problems over, for who wants to look for more. Nothing of the job has run by
+then, and neither torch nor Ray is imported. Only `import_pipeline` and `import_task` turn a string into running code;
+`resolved` is the record of the job.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from raymill.config import strict_yaml
+from raymill.config.code_lookup import check_names, find_code, project_packages
+from raymill.config.signature import shortened
+from raymill.config.spec import JobSpec
+from raymill.errors import InputError, Problem, did_you_mean
+from raymill.paths import project_root
+from raymill.redaction import find_secrets
+
+if TYPE_CHECKING:
+    from raymill.task import Pipeline, Schema, Task
+
+_FIELD_PATH = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
+
+
+@dataclass(frozen=True)
+class LoadedJob:
+    """A checked job and where each of its values stands.
+
+    Attributes:
+        path: the job file.
+        lines: dotted field path ("loop.epochs") -> line in the file; without what an override has replaced.
+        overridden: field paths that the command line has set.
+        problems: all that is wrong with it, which is nothing when it comes from `load_job`.
+        faults: the field paths of the problems. There, `spec` may hold a default instead of the file's value.
+    """
+
+    spec: JobSpec
+    path: Path
+    lines: Mapping[str, int]
+    overridden: frozenset[str] = field(default=frozenset())
+    problems: tuple[Problem, ...] = ()
+    faults: frozenset[str] = field(default=frozenset())
+
+    def is_sound(self, *fields: str) -> bool:
+        """Whether nothing is wrong with these fields, with what they hold, or with what holds them."""
+        return not any(_within(fault, fields) for fault in self.faults) and not any(_within(name, self.faults) for name in fields)
+
+    def where(self, field: str) -> str:
+        """The place of a field, for messages: "jobs/mnist/job.yaml:7 loop.epochs", or "--set loop.epochs"."""
+        return _where(self.path, self.lines, self.overridden, field)
+
+
+def find_job(name: str) -> Path:
+    """The job file that a name means: a YAML file, a folder with job.yaml, or a folder under the project's jobs/.
+
+    Raises:
+        InputError: when there is none; names the nearest job.
+    """
+    jobs = project_root() / "jobs"
+    places = [Path(name), Path(name, "job.yaml"), jobs / name / "job.yaml"]
+    for place in places[0 if name.endswith((".yaml", ".yml")) else 1 :]:
+        if os.path.isfile(place):
+            return place
+    known = [file.parent.name for file in jobs.glob("*/job.yaml")]
+    near = did_you_mean(Path(name).parent.name if name.endswith("job.yaml") else Path(name).name, known)
+    raise InputError([Problem("job", shortened(name), "a job file, its folder, or the name of a job", near)])
+
+
+def list_jobs() -> list[dict[str, Any]]:
+    """The project's jobs by name.
+
+    Returns:
+        per folder of jobs/ with a job.yaml: name (of the folder), path (from the project's root), about (the first line
+        of its README.md, else the first comment of the job file), valid, num_problems.
+    """
+    root = project_root()
+    found: list[dict[str, Any]] = []
+    for path in sorted((root / "jobs").glob("*/job.yaml")):
+        try:
+            load_job(path)
+            num_problems = 0
+        except InputError as error:
+            num_problems = len(error.problems)
+        about = {"about": _about(path), "valid": not num_problems, "num_problems": num_problems}
+        found.append({"name": path.parent.name, "path": str(path.relative_to(root)), **about})
+    return found
+
+
+def _about(path: Path) -> str:
+    """What the job says of itself in one line; "" when it says nothing."""
+    readme = path.with_name("README.md")
+    source, mark = (readme, "") if readme.is_file() else (path, "#")
+    lines = source.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.strip("# ") for line in lines if line.strip() and line.startswith(mark)), "")
+
+
+def load_job(job: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
+    """Read and check a job. Runs none of its code.
+
+    Args:
+        job: what `find_job` takes.
+        overrides: "loop.epochs=1": a field path and a value in strict YAML; later ones win.
+
+    Raises:
+        InputError: with every problem of the file, the overrides and what they name, in the order of the file.
+    """
+    examined = examine_job(job, overrides)
+    if examined.problems:
+        raise InputError(examined.problems)
+    return examined
+
+
+def examine_job(job: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
+    """As `load_job`, but a job that is wrong in places is returned with its problems.
+
+    Raises:
+        InputError: when too little of the job is right to go on with it, or an override cannot be applied.
+    """
+    path = find_job(str(job))
+    packages = project_packages(project_root())
+    with path.open("rb") as file:
+        document = strict_yaml.parse(file.read(strict_yaml.MAX_BYTES + 1))
+    values, problems = document.value, list(document.problems)
+    if not isinstance(values, dict):
+        if "" not in document.unreadable:
+            fix = "Write one field a line, such as name: mnist."
+            problems.append(Problem("", shortened(values), "a mapping of fields to values", fix))
+        raise InputError(_placed(problems, path, document.lines, frozenset()))
+
+    overridden, override_problems = _override(values, overrides)
+    lines = {name: line for name, line in document.lines.items() if not _within(name, overridden)}
+    problems = [problem for problem in problems if not _within(problem.where, overridden)]
+    unreadable = {name for name in document.unreadable if not _within(name, overridden)}
+    spec, spec_problems = _validate(values)
+    judged = [*spec_problems, *check_names(values, packages), *_secret_problems(values)]
+    problems += [problem for problem in judged if problem.where not in unreadable]
+    placed = (*_placed(problems, path, lines, overridden), *override_problems)
+    faults = frozenset(problem.where for problem in problems)
+    if spec is None:
+        spec, _ = _validate(_without(values, {problem.where for problem in spec_problems}))
+    if spec is None or override_problems or "" in faults:
+        raise InputError(placed)
+    return LoadedJob(spec, path, lines, overridden, placed, faults)
+
+
+def import_pipeline(spec: JobSpec) -> Pipeline:
+    """Import the job's pipeline function and call it with `spec.data`. The job's own exceptions pass through.
+
+    Raises:
+        InputError: when it may not be imported, cannot be, or returns something else.
+    """
+    from raymill.task import Pipeline
+
+    made = _import_code(spec.pipeline, "pipeline", "function")(**spec.data)
+    if not isinstance(made, Pipeline):
+        fix = f"Let {spec.pipeline} return raymill.task.Pipeline(...)."
+        raise InputError([Problem("pipeline", f"a function that returned {shortened(made)}", "a Pipeline", fix)])
+    return made
+
+
+def import_task(spec: JobSpec, schema: Schema) -> Task:
+    """Import the job's task class and make it from `spec.model`, and from `schema` if it has such a parameter.
+
+    Raises:
+        InputError: when it may not be imported, cannot be, or lacks `build` or `evaluate`.
+    """
+    from raymill.task import Task
+
+    task_class = _import_code(spec.task, "task", "class")
+    missing = [name for name in ("build", "evaluate") if getattr(task_class, name, None) in (None, vars(Task)[name])]
+    if missing:
+        raise InputError(
+            [Problem("task", f"{spec.task} without {name}", f"a method {name}", f"Define {name}.") for name in missing]
+        )
+    given = {"schema": schema} if "schema" in inspect.signature(task_class).parameters else {}
+    return cast("Task", task_class(**spec.model, **given))
+
+
+def resolved(spec: JobSpec) -> dict[str, Any]:
+    """The job as JSON-ready values with every default written out; `JobSpec.model_validate` reads it back equal."""
+    return spec.model_dump(mode="json", by_alias=True)
+
+
+def _import_code(import_path: str, field: str, kind: str) -> Any:
+    """Import what an import path names, after the same checks as in `load_job`: a record may come from anywhere.
+
+    The project's folder is put on sys.path to stay, since workers look up the job's classes by name.
+    """
+    root = project_root()
+    packages = project_packages(root)
+    find_code(import_path, field, kind, packages)
+    name, _, attribute = import_path.partition(":")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        found = f"a module that cannot be imported: {error}"
+        raise InputError([Problem(field, found, "a module that imports", "Install or correct what it imports.")]) from error
+    checked, imported = packages.locate(name), getattr(module, "__file__", None)
+    if imported is None or checked is None or not os.path.samefile(imported, checked):
+        found = f"{name} already imported from {imported}"
+        raise InputError([Problem(field, found, f"the file {checked}", "Start a new Python process in this project.")])
+    return getattr(module, attribute)
+
+
+def _override(values: dict[str, Any], overrides: Sequence[str]) -> tuple[frozenset[str], list[Problem]]:
+    """Set the overrides in `values`; return the field paths that were set, and problems with their final place."""
+    done: set[str] = set()
+    problems = []
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        where = f"--set {name}"
+        if not equals or not _FIELD_PATH.fullmatch(name):
+            fix = "Write for example --set loop.epochs=1."
+            problems.append(Problem(f"--set {override}", shortened(override), "a field path, '=', a value", fix))
+            continue
+        document = strict_yaml.parse(text.encode("utf-8", "surrogateescape"))
+        problems += [replace(problem, where=where) for problem in document.problems]
+        if document.problems:
+            continue
+        problem = _set(values, name.split("."), document.value)
+        if problem is None:
+            done.add(name)
+        else:
+            problems.append(replace(problem, where=where))
+    return frozenset(done), problems
+
+
+def _set(values: dict[str, Any], parts: Sequence[str], value: Any) -> Problem | None:
+    """Set one value at a path, making the mappings on the way; a Problem when something else stands on the way."""
+    place: Any = values
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(place, dict):
+            if not last and place.get(part) is None:
+                place[part] = {}
+            key: Any = part
+        elif isinstance(place, list) and part.isdecimal() and int(part) < len(place):
+            key = int(part)
+        else:
+            above = ".".join(parts[:depth])
+            expected = f"a number below {len(place)} after {above}" if isinstance(place, list) else "no deeper field"
+            return Problem("", f"{part!r}, while {above} is {shortened(place)}", expected, f"Set {above} itself.")
+        if last:
+            place[key] = value
+        else:
+            place = place[key]
+    return None
+
+
+def _secret_problems(values: dict[str, Any]) -> list[Problem]:
+    fix = "A job is recorded in the run and the model: let the pipeline or the task read it from the environment instead."
+    return [Problem(where, "a literal secret", "no secrets in a job", fix) for where in find_secrets(values)]
+
+
+def _validate(values: dict[str, Any]) -> tuple[JobSpec | None, list[Problem]]:
+    """Types and ranges by the spec's models."""
+    try:
+        return JobSpec.model_validate(values), []
+    except ValidationError as error:
+        return None, [_translated(dict(details)) for details in error.errors(include_url=False)]
+
+
+def _without(values: dict[str, Any], faults: Collection[str]) -> dict[str, Any]:
+    """The values without those at these field paths; of a list that holds one, nothing is kept."""
+    kept = {}
+    for name, value in values.items():
+        inside = [fault.removeprefix(f"{name}.") for fault in faults if fault.startswith(f"{name}.")]
+        if name not in faults and (isinstance(value, dict) or not inside):
+            kept[name] = _without(value, inside) if inside else value
+    return kept
+
+
+def _translated(details: dict[str, Any]) -> Problem:
+    """One pydantic error in our terms."""
+    parts = [str(part) for part in details["loc"]]
+    if parts[0] in ("optimizer", "schedule"):
+        del parts[1:2]  # pydantic puts the tag of the chosen shape there
+    where, name, kind = ".".join(parts), parts[-1], details["type"]
+    fields = _fields_beside(parts)
+    info = fields.get(name)
+    meaning = f" ({info.description})" if info is not None and info.description else ""
+    if kind == "extra_forbidden":
+        return Problem(where, f"the unknown field {name!r}", "a known field", did_you_mean(name, fields))
+    if kind == "missing":
+        return Problem(where, "nothing", f"a value{meaning}", f"Add {where}.")
+    message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = message.replace("valid dictionary or instance of", "mapping of fields for").replace("dictionary", "mapping")
+    return Problem(where, shortened(details["input"]), f"{message}{meaning}", f"Change {where}.")
+
+
+def _fields_beside(parts: Sequence[str]) -> dict[str, FieldInfo]:
+    """The fields of the model that holds the last part of a field path, by the names used in the file."""
+    fields = _fields_of(JobSpec)
+    for part in parts[:-1]:
+        if part in fields:
+            fields = _fields_of(fields[part].annotation)
+    return fields
+
+
+def _fields_of(annotation: Any) -> dict[str, FieldInfo]:
+    """The fields of the first model in an annotation."""
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return {info.alias or name: info for name, info in annotation.model_fields.items()}
+    return next((fields for inner in get_args(annotation) if (fields := _fields_of(inner))), {})
+
+
+def _within(name: str, fields: Collection[str]) -> bool:
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
+
+
+def _nearest(field: str, known: Collection[str]) -> str | None:
+    """The field itself or the nearest one above it that is known; "" is above all."""
+    while field and field not in known:
+        field = field.rpartition(".")[0]
+    return field if field in known else None
+
+
+def _where(path: Path, lines: Mapping[str, int], overridden: Collection[str], field: str) -> str:
+    nearest = _nearest(field, {*lines, *overridden})
+    if nearest in overridden:
+        return f"--set {field}"
+    line = "" if nearest is None else f":{lines[nearest]}"
+    full = path.resolve()
+    file = full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else path
+    return f"{file}{line} {field}".rstrip()
+
+
+def _placed(problems: Sequence[Problem], path: Path, lines: Mapping[str, int], overridden: Collection[str]) -> list[Problem]:
+    """Problems with their field paths made into places, in the order of the file, those of overrides last."""
+
+    def line(problem: Problem) -> float:
+        nearest = _nearest(problem.where, {*lines, *overridden})
+        return float("inf") if nearest is None or nearest in overridden else lines[nearest]
+
+    return [replace(p, where=_where(path, lines, overridden, p.where)) for p in sorted(problems, key=line)]

@@ -1,0 +1,195 @@
+"""The typed job: what a job file may say. Frozen, closed, units in names, no torch, no Ray.
+
+`None` always means "derive it"; `raymill plan` prints what was derived and why. Types and ranges are checked here;
+whether the names of optimizers and arguments exist is checked in `load`, whether the numbers fit in `plan`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def _plain_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ValueError("a name is 1 to 100 letters, digits, '.', '_' or '-', and starts with a letter or digit")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_plain_name)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class StrictModel(BaseModel):
+    """Frozen and closed: an unknown key is an error, and so is a string where a number belongs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ClassSpec(StrictModel):
+    """A class of a library by name, with its arguments beside it: `{kind: AdamW, lr: 1e-3}`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    kind: str = Field(description="class name")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments given beside `kind` (and beside a subclass's own fields)."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class OptimizerSpec(ClassSpec):
+    """Any class of torch.optim; its arguments are checked against its signature."""
+
+    max_grad_norm: float | None = Field(default=None, gt=0, description="largest gradient norm; null: no clipping")
+
+
+class ScheduleSpec(ClassSpec):
+    """Any class of torch.optim.lr_scheduler, advanced at each optimizer step. `T_max` and `total_steps` are derived."""
+
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up before it")
+    steps: Positive | None = Field(default=None, description="steps it lasts, in a list of schedules; null: the rest")
+
+
+def _one_or_several(value: Any) -> str:
+    # A plain union would report every error once per member; the shape decides which member is meant.
+    many = isinstance(value, list) or (
+        isinstance(value, dict) and bool(value) and all(isinstance(item, dict | ClassSpec) for item in value.values())
+    )
+    return "several" if many else "one"
+
+
+OneOrSeveralOptimizers = Annotated[
+    Annotated[OptimizerSpec, Tag("one")] | Annotated[dict[str, OptimizerSpec], Tag("several")],
+    Discriminator(_one_or_several),
+]
+OneOrSeveralSchedules = Annotated[
+    Annotated[ScheduleSpec, Tag("one")] | Annotated[list[ScheduleSpec], Tag("several")],
+    Discriminator(_one_or_several),
+]
+
+
+class LoopSpec(StrictModel):
+    """The training loop."""
+
+    epochs: Positive = Field(default=1, description="passes over the training rows")
+    global_batch_rows: Positive = Field(default=64, description="rows between optimizer steps, all workers together")
+    gradient_accumulation_steps: Positive = Field(default=1, description="backward passes per optimizer step on each worker")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="type of the forward pass")
+    seed: int = Field(default=0, ge=0, description="seed of first weights, order, transforms and dropout")
+    window_rows: Positive | None = Field(default=None, description="rows that are read and shuffled together")
+    threads: Positive | None = Field(default=None, description="CPU threads per worker for tensor operations")
+    strict: bool = Field(default=False, description="the same weights to the bit at any number of workers; slower")
+    shards: Positive | None = Field(default=None, description="pieces a strict step is computed in")
+    on_nan: Literal["stop", "skip", "rollback"] = Field(
+        default="stop", description="a gradient is NaN: end the run, skip the batch, or go back and leave it out"
+    )
+    stall_timeout_s: float = Field(default=60, gt=0, description="seconds without a step before the run is restarted")
+    record_order: bool = Field(default=False, description="write the row ids of each step, for tests")
+
+
+class ScaleSpec(StrictModel):
+    """How many workers: a fixed number, or as many as there is room for, between a least and a most."""
+
+    workers: Positive | None = Field(default=None, description="worker processes; null: 1, or min_workers to max_workers")
+    min_workers: Positive | None = Field(default=None, description="least workers of an elastic job")
+    max_workers: Positive | None = Field(default=None, description="most workers of an elastic job")
+    resize_check_s: float = Field(default=60, gt=0, description="seconds between looks whether another number would fit")
+    strategy: Literal["ddp"] = Field(default="ddp", description="how the model is spread over workers")
+    gpus_per_worker: int = Field(default=0, ge=0, description="GPUs of each worker; whole ones, since each rank needs its own")
+    cpus_per_worker: float | None = Field(default=None, gt=0, description="CPUs reserved for each worker")
+
+    @model_validator(mode="after")
+    def _fixed_or_elastic(self) -> Self:
+        if (self.min_workers is None) != (self.max_workers is None):
+            raise ValueError("min_workers and max_workers go together")
+        if self.workers is not None and self.max_workers is not None:
+            raise ValueError("give workers, or min_workers and max_workers, not both")
+        if self.min_num_workers > self.max_num_workers:
+            raise ValueError(f"min_workers {self.min_num_workers} is more than max_workers {self.max_num_workers}")
+        return self
+
+    @property
+    def min_num_workers(self) -> int:
+        """Fewest workers it may run with."""
+        return self.min_workers or self.workers or 1
+
+    @property
+    def max_num_workers(self) -> int:
+        """Most workers it may run with."""
+        return self.max_workers or self.workers or 1
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change."""
+        return self.max_workers is not None
+
+
+class CheckpointSpec(StrictModel):
+    """When the state is saved and which saves are kept."""
+
+    every_steps: Positive | None = Field(default=None, description="optimizer steps between saves; null: each epoch")
+    keep: Positive = Field(default=2, description="checkpoints kept beside the best one")
+    metric: str | None = Field(default=None, description="decides which is best, such as validation/accuracy")
+    mode: Literal["max", "min"] = Field(default="max", description="whether more or less of the metric is better")
+
+
+class RetrySpec(StrictModel):
+    """How often a run goes on by itself after a failure. Progress, a newer checkpoint, makes each budget whole again."""
+
+    lost_processes: int = Field(
+        default=3, ge=0, description="deaths of a worker, controller, coordinator or driver; likewise machines taken away"
+    )
+    stalls: int = Field(default=1, ge=0, description="stalls without progress")
+    rollbacks: int = Field(default=3, ge=0, description="returns to a checkpoint after NaN, with loop.on_nan: rollback")
+    storage: int = Field(default=2, ge=0, description="checkpoints that could not be written or read")
+
+
+class BadRowsSpec(StrictModel):
+    """What becomes of rows that cannot be read, or that the pipeline's check refuses."""
+
+    policy: Literal["fail", "skip", "quarantine"] = Field(
+        default="fail", description="end the run, leave them out, or leave them out and list them in a file"
+    )
+    budget: int | None = Field(default=None, ge=0, description="different rows that may be bad; null: 1 % of the training rows")
+
+    @model_validator(mode="after")
+    def _budget_is_used(self) -> Self:
+        if self.policy == "fail" and self.budget:
+            raise ValueError("a budget goes with the policy skip or quarantine; with fail, the first bad row ends the run")
+        return self
+
+    @property
+    def lenient(self) -> bool:
+        """Whether a run goes on without them."""
+        return self.policy != "fail"
+
+
+class RegisterSpec(StrictModel):
+    """Under which name the best model is registered."""
+
+    model: Name = Field(description="registered model name")
+    alias: Name = Field(default="candidate", description="alias that is moved to the new version")
+
+
+class JobSpec(StrictModel):
+    """A whole job."""
+
+    name: Name = Field(description="also the name of the MLflow experiment")
+    task: str = Field(description="import path of the Task, package.module:Class")
+    pipeline: str = Field(description="import path of the function that makes the Pipeline, package.module:function")
+    model: dict[str, Any] = Field(default_factory=dict, description="arguments of the task")
+    data: dict[str, Any] = Field(default_factory=dict, description="arguments of the pipeline")
+    optimizer: OneOrSeveralOptimizers = Field(description="one, or one per objective by name")
+    schedule: OneOrSeveralSchedules | None = Field(default=None, description="learning-rate schedule")
+    loop: LoopSpec = Field(default_factory=LoopSpec)
+    scale: ScaleSpec = Field(default_factory=ScaleSpec)
+    checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
+    retry: RetrySpec = Field(default_factory=RetrySpec)
+    bad_rows: BadRowsSpec = Field(default_factory=BadRowsSpec)
+    register_: RegisterSpec | None = Field(default=None, alias="register", description="null: do not register")

@@ -1,0 +1,101 @@
+"""Bad rows: which they are.
+
+A row is bad when its source cannot read it, or when the pipeline's `check` says so. Under the policy "fail" the first one
+ends the run. Otherwise its place in the order stays, empty, so that all other rows meet in the same steps as without it,
+and rank 0 lists each bad row once (`runs.bad_row_ledger`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from raymill.data.rows import finite, num_rows, take
+from raymill.errors import DataError
+from raymill.task import Fragment, Pipeline, Rows, Schema
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """One bad row.
+
+    Attributes:
+        split: which rows.
+        row: its number in the split, as in ROW_ID.
+        file: the fragment's path.
+        part: the fragment's number in the file, such as the row group.
+        place: the row's number in the fragment.
+        reason: why it is bad.
+    """
+
+    split: str
+    row: int
+    file: str
+    part: int
+    place: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, part {self.part}, row {self.place} ({self.split} row {self.row}): {self.reason}"
+
+
+def read_good_rows(pipeline: Pipeline, split: str, fragment: Fragment, *, lenient: bool) -> tuple[Rows, dict[int, str]]:
+    """Read a fragment and set its bad rows apart.
+
+    Args:
+        lenient: False to raise at a bad row.
+
+    Returns:
+        (the good rows, place in the fragment -> why that row is bad). Without a good row there may be no columns.
+
+    Raises:
+        DataError: a row is bad, or the fragment has other rows than the manifest says.
+    """
+    try:
+        rows = pipeline.sources[split].read(fragment)
+    except DataError as error:
+        if not lenient:
+            raise
+        return {}, dict.fromkeys(range(fragment.num_rows), str(error))
+    where = f"{fragment.path} part {fragment.part}"
+    if num_rows(rows) != fragment.num_rows:
+        raise DataError(
+            f"{where}: {num_rows(rows)} rows were read, {fragment.num_rows} were there when "
+            "the run started. Restore the file, or start a new run on the changed data."
+        )
+    reasons = {int(place): reason for place, reason in pipeline.check(rows).items()} if pipeline.check else {}
+    if not reasons:
+        return rows, {}
+    first = min(reasons)
+    if first < 0 or max(reasons) >= fragment.num_rows:
+        raise DataError(f"{where}: the pipeline's check named rows {sorted(reasons)} of {fragment.num_rows}. Correct the check.")
+    if not lenient:
+        raise DataError(
+            f"{fragment.path}, part {fragment.part}, row {first}: {reasons[first]}. Repair or drop the row, or set "
+            "bad_rows.policy to skip or quarantine."
+        )
+    good = np.ones(fragment.num_rows, bool)
+    good[list(reasons)] = False
+    return take(rows, np.flatnonzero(good)), reasons
+
+
+def check_values(rows: Rows, schema: Schema, *, must_be_finite: bool = False) -> dict[int, str]:
+    """A check for pipelines, as in `check=partial(check_values, schema=SCHEMA)`.
+
+    Args:
+        must_be_finite: refuse NaN and infinity too. By default they are values like others.
+
+    Returns:
+        Place -> reason, for each row with a label outside its classes.
+    """
+    reasons: dict[int, str] = {}
+    for name, field in schema.items():
+        column = rows[name]
+        if field.classes is not None:
+            for place, value in enumerate(column):
+                if np.size(value) and not 0 <= np.min(value) <= np.max(value) < field.classes:
+                    reasons[place] = f"column {name!r} holds {np.asarray(value).tolist()}, not a label in 0..{field.classes - 1}"
+        if must_be_finite and field.dtype.startswith("float"):
+            reasons |= {int(place): f"column {name!r} holds NaN or infinity" for place in np.flatnonzero(~finite(column))}
+    return reasons

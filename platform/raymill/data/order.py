@@ -1,0 +1,283 @@
+"""The order of samples: a pure function of (manifest, seed, epoch, position), never the state of an iterator.
+
+The fragments of a split are put in an order drawn for the epoch and cut into windows of about `window_rows` rows; the
+rows of a window are shuffled among themselves. Global batch k of an epoch is rows [kB, (k+1)B) of that sequence; the last
+one of an epoch holds what is left. Of each global batch, shard s of S is cut out by arithmetic alone, and a rank owns a
+run of shards. So the same rows meet in the same step for any number of workers, and a resume needs one integer: the
+number of rows consumed since the start of training.
+
+A shuffle here is a sort by hash: the key of an element is SplitMix64 of its number and the epoch's key (Steele, Lea,
+Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014). It is defined here to the last bit, so no version of
+any library can change an order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from raymill.task import TRAIN, VALIDATION
+
+Ints = npt.NDArray[np.int64]
+
+
+def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Mix each 64-bit number to an independent-looking one, without collisions (a bijection)."""
+    with np.errstate(over="ignore"):
+        mixed = values + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return mixed ^ (mixed >> np.uint64(31))
+
+
+def key(*numbers: int) -> int:
+    """One 64-bit key of several whole numbers; a different order of the numbers gives a different key."""
+    mixed = np.zeros(1, np.uint64)
+    for number in numbers:
+        mixed = splitmix64(mixed ^ splitmix64(np.array([number % 2**64], np.uint64)))
+    return int(mixed[0])
+
+
+def shuffled(count_or_ids: int | Ints, epoch_key: int) -> Ints:
+    """A permutation of 0..n-1 that puts the elements (their numbers, or these ids) in the order of their hashes."""
+    ids = np.arange(count_or_ids, dtype=np.int64) if isinstance(count_or_ids, int) else count_or_ids
+    hashes = splitmix64(ids.astype(np.uint64) ^ np.uint64(epoch_key))
+    return np.argsort(hashes, kind="stable").astype(np.int64)
+
+
+# ---------------------------------------------------------------- one split
+
+
+@dataclass(frozen=True, eq=False)
+class SplitOrder:
+    """The rows of one split and how they are ordered.
+
+    Attributes:
+        split: "train" or "validation".
+        fragment_rows: rows of each fragment, in the order of the manifest, int64 [num_fragments].
+        num_windows: windows per epoch, the same in each epoch.
+        seed: seed of the order.
+        shuffle: False keeps the manifest's order in every epoch.
+    """
+
+    split: str
+    fragment_rows: Ints
+    num_windows: int
+    seed: int
+    shuffle: bool
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the split."""
+        return int(self.fragment_rows.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class EpochOrder:
+    """One epoch of a split, down to windows. Memory is a few numbers per fragment, nothing per row.
+
+    Attributes:
+        fragments: fragment numbers in this epoch's order, int64 [num_fragments].
+        starts: place of each of them in the epoch's sequence, and the end, int64 [num_fragments + 1].
+        window_starts: index into `fragments` of each window's first, and the end, int64 [num_windows + 1].
+    """
+
+    fragments: Ints
+    starts: Ints
+    window_starts: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Rows that are read and shuffled together.
+
+    Attributes:
+        fragments: the fragments to read, in this order.
+        start: place of its first row in the epoch's sequence.
+        stop: place behind its last row; equal to `start` for an empty window.
+    """
+
+    fragments: Ints
+    start: int
+    stop: int
+
+
+@lru_cache(maxsize=4)
+def epoch_order(order: SplitOrder, epoch: int) -> EpochOrder:
+    """Order the fragments for an epoch and cut them into windows."""
+    count = len(order.fragment_rows)
+    fragments = shuffled(count, key(order.seed, epoch, 1)) if order.shuffle else np.arange(count, dtype=np.int64)
+    starts = np.zeros(count + 1, np.int64)
+    np.cumsum(order.fragment_rows[fragments], out=starts[1:])
+    # A fragment belongs to the window in whose even share of the rows it starts; integers keep this exact.
+    shares = (np.arange(order.num_windows + 1, dtype=np.int64) * order.num_rows + order.num_windows - 1) // order.num_windows
+    window_starts = np.searchsorted(starts[:-1], shares, side="left").astype(np.int64)
+    return EpochOrder(fragments, starts, window_starts)
+
+
+def window(order: SplitOrder, epoch: int, index: int) -> Window:
+    """Window `index` of an epoch. It may be empty where single fragments are larger than a window."""
+    whole = epoch_order(order, epoch)
+    first, last = int(whole.window_starts[index]), int(whole.window_starts[index + 1])
+    return Window(whole.fragments[first:last], int(whole.starts[first]), int(whole.starts[last]))
+
+
+def window_at(order: SplitOrder, epoch: int, place: int) -> int:
+    """The window that holds this place of the epoch's sequence."""
+    whole = epoch_order(order, epoch)
+    fragment = int(np.searchsorted(whole.starts, place, side="right")) - 1
+    return int(np.searchsorted(whole.window_starts, fragment, side="right")) - 1
+
+
+def window_rows(order: SplitOrder, epoch: int, fragments: Ints) -> tuple[Ints, Ints]:
+    """The rows of a window in order.
+
+    Returns:
+        (row ids in the split, places of those rows in the fragments' rows laid end to end), both int64 [num_rows].
+    """
+    first_ids = np.zeros(len(order.fragment_rows) + 1, np.int64)
+    np.cumsum(order.fragment_rows, out=first_ids[1:])
+    ids = np.concatenate(
+        [np.arange(first_ids[f], first_ids[f + 1], dtype=np.int64) for f in fragments] or [np.zeros(0, np.int64)]
+    )
+    places = shuffled(ids, key(order.seed, epoch, 2)) if order.shuffle else np.arange(len(ids), dtype=np.int64)
+    return ids[places], places
+
+
+# ---------------------------------------------------------------- cutting batches
+
+
+def num_batches(num_rows: int, batch_rows: int) -> int:
+    """Global batches in an epoch; the last may be smaller."""
+    return -(-num_rows // batch_rows)
+
+
+def shard_bounds(batch_rows: int, num_shards: int) -> Ints:
+    """Where each shard of a global batch starts, and the end, int64 [num_shards + 1].
+
+    Shard sizes differ by at most one, and a batch with fewer rows than shards fills evenly spread ones, the first always.
+    """
+    return (np.arange(num_shards + 1, dtype=np.int64) * batch_rows + num_shards - 1) // num_shards
+
+
+def shard_ranks(num_shards: int, world_size: int) -> Ints:
+    """The rank that owns each shard: runs of equal length, or nearly, int64 [num_shards]."""
+    return np.arange(num_shards, dtype=np.int64) * world_size // num_shards
+
+
+@dataclass(frozen=True)
+class BatchSharding:
+    """How the batches of a split are dealt out.
+
+    Attributes:
+        num_rows: rows in an epoch of the split.
+        batch_rows: rows of a global batch.
+        num_shards: shards of each global batch.
+        world_size: ranks.
+    """
+
+    num_rows: int
+    batch_rows: int
+    num_shards: int
+    world_size: int
+
+    def batch_size(self, batch: int) -> int:
+        """True rows of a batch: less than `batch_rows` for an epoch's last one."""
+        return min(self.batch_rows, self.num_rows - batch * self.batch_rows)
+
+    def shards(self, batch: int, rank: int) -> list[tuple[int, int]]:
+        """The shards of a batch that a rank owns, as (shard number, rows)."""
+        bounds = shard_bounds(self.batch_size(batch), self.num_shards)
+        owned = np.flatnonzero(shard_ranks(self.num_shards, self.world_size) == rank)
+        return [(int(shard), int(bounds[shard + 1] - bounds[shard])) for shard in owned]
+
+    def ranks(self, places: Ints) -> Ints:
+        """The rank that gets the row at each of these places of the epoch's sequence."""
+        batches = places // self.batch_rows
+        sizes = np.minimum(self.batch_rows, self.num_rows - batches * self.batch_rows)
+        shards = (places - batches * self.batch_rows) * self.num_shards // sizes
+        return shards * self.world_size // self.num_shards
+
+
+# ---------------------------------------------------------------- a whole job
+
+
+@dataclass(frozen=True, eq=False)
+class JobOrder:
+    """The order of everything a job reads: training epochs, each followed by an evaluation where there is a split for it.
+
+    Attributes:
+        train: the training rows.
+        validation: the rows of the evaluation after each epoch, or None.
+        epochs: training epochs.
+        batch_rows: rows of a global batch.
+    """
+
+    train: SplitOrder
+    validation: SplitOrder | None
+    epochs: int
+    batch_rows: int
+
+    @property
+    def total_rows(self) -> int:
+        """Rows trained on in the whole job; the position at its end."""
+        return self.epochs * self.train.num_rows
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return num_batches(self.train.num_rows, self.batch_rows)
+
+    def step(self, position: int) -> int:
+        """Optimizer steps done at this position."""
+        epoch, place = divmod(position, self.train.num_rows)
+        return epoch * self.steps_per_epoch + num_batches(place, self.batch_rows)
+
+    def split(self, name: str) -> SplitOrder:
+        """The order of a split by name."""
+        if name == TRAIN:
+            return self.train
+        if name == VALIDATION and self.validation is not None:
+            return self.validation
+        raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One window of the stream.
+
+    Attributes:
+        split: which rows.
+        epoch: in which epoch.
+        window: which window.
+        skip: places of the epoch's sequence before this one were consumed already.
+    """
+
+    split: str
+    epoch: int
+    window: int
+    skip: int
+
+
+class Stream:
+    """All windows that are still to be read from a position on, as a sequence. Items are computed, not stored."""
+
+    def __init__(self, order: JobOrder, position: int) -> None:
+        """Start at `position` rows consumed; 0 <= position <= order.total_rows."""
+        self._order = order
+        self._per_epoch = order.train.num_windows + (order.validation.num_windows if order.validation else 0)
+        self._epoch, self._place = divmod(position, order.train.num_rows)
+        self._first = self._epoch * self._per_epoch + (window_at(order.train, self._epoch, self._place) if self._place else 0)
+
+    def __len__(self) -> int:
+        return self._order.epochs * self._per_epoch - self._first
+
+    def __getitem__(self, index: int) -> Item:
+        epoch, place = divmod(self._first + index, self._per_epoch)
+        num_train = self._order.train.num_windows
+        if place < num_train:
+            return Item(TRAIN, epoch, place, self._place if epoch == self._epoch else 0)
+        return Item(VALIDATION, epoch, place - num_train, 0)

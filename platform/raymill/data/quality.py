@@ -1,0 +1,141 @@
+"""Read every row of a data set once: what is wrong with it, and its statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from raymill.data.arrow import schema_problems
+from raymill.data.manifest import Manifest
+from raymill.data.rows import finite
+from raymill.errors import DataError, InputError, Problem, did_you_mean
+from raymill.task import Column, Field, Fragment, Pipeline, Rows
+
+
+def check_rows(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
+    """Read every row of every split once, before the transform, and look for all that is wrong.
+
+    Returns:
+        split -> fragments, rows and bytes, all of which are right.
+
+    Raises:
+        InputError: with each fragment that cannot be read or has other rows than its index says, and each column of a
+            fragment that does not fit the schema, has a label outside its classes, or holds NaN or infinity; and each
+            fragment with rows that the pipeline's check refuses.
+    """
+    problems: list[Problem] = []
+    for name, split in manifest.splits.items():
+        for fragment in split.fragments:
+            where = f"split {name!r}, {fragment.path}, part {fragment.part}"
+            try:
+                rows = pipeline.sources[name].read(fragment)
+            except DataError as error:
+                problems.append(Problem(where, str(error), "readable rows", "Correct or restore the data."))
+                continue
+            problems += schema_problems(rows, pipeline.schema, where) or _value_problems(rows, fragment, pipeline, where)
+            reasons = pipeline.check(rows) if pipeline.check else {}
+            if reasons:
+                found = f"{len(reasons)} bad rows, the first of them row {min(reasons)}: {reasons[min(reasons)]}"
+                problems.append(Problem(where, found, "rows that the pipeline's check lets pass", "Drop or correct these rows."))
+    if problems:
+        raise InputError(problems)
+    return {
+        name: {"fragments": len(split.fragments), "rows": split.num_rows, "bytes": split.num_bytes}
+        for name, split in manifest.splits.items()
+    }
+
+
+def _value_problems(rows: Rows, fragment: Fragment, pipeline: Pipeline, where: str) -> list[Problem]:
+    problems = []
+    for name, field in pipeline.schema.items():
+        place = f"{where}: column {name!r}"
+        if len(rows[name]) != fragment.num_rows:
+            fix = "Restore the data, or write them again."
+            problems.append(Problem(place, f"{len(rows[name])} rows", f"{fragment.num_rows}, as its index says", fix))
+        if field.dtype.startswith("float"):
+            wrong = np.flatnonzero(~finite(rows[name]))
+            if len(wrong):
+                found = f"NaN or infinity in {len(wrong)} of {len(rows[name])} rows, the first of them row {wrong[0]}"
+                problems.append(Problem(place, found, "finite numbers", "Drop or correct these rows."))
+    return problems
+
+
+# ---------------------------------------------------------------- measure
+
+
+@dataclass
+class _Measure:
+    """Running sums over the values of one column; for bytes and text, over their lengths."""
+
+    field: Field
+    num_values: int = 0
+    num_not_finite: int = 0
+    total: float = 0.0
+    low: float = float("inf")
+    high: float = float("-inf")
+
+    def __post_init__(self) -> None:
+        self.counts = np.zeros(self.field.classes or 0, np.int64)
+
+    def add(self, column: Column) -> None:
+        """Take in one fragment's values."""
+        for values in self._arrays(column):
+            finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+            self.num_values += values.size
+            self.num_not_finite += values.size - finite.size
+            if finite.size:
+                self.total += float(finite.sum(dtype=np.float64))
+                self.low, self.high = min(self.low, finite.min().item()), max(self.high, finite.max().item())
+            if self.field.classes:
+                self.counts += np.bincount(values.reshape(-1), minlength=self.field.classes)
+
+    def _arrays(self, column: Column) -> list[np.ndarray]:
+        if self.field.dtype in ("bytes", "text"):
+            return [np.array([len(value) for value in column])]
+        return [column] if isinstance(column, np.ndarray) else column
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready; min, max and mean are of the finite values, None without any."""
+        count = self.num_values - self.num_not_finite
+        numbers = {
+            "min": self.low if count else None,
+            "max": self.high if count else None,
+            "mean": self.total / count if count else None,
+        }
+        about: dict[str, Any] = {"dtype": self.field.dtype, "shape": list(self.field.shape)}
+        if self.field.dtype in ("bytes", "text"):
+            return {**about, "length": numbers}
+        about |= {**numbers, "num_not_finite": self.num_not_finite}
+        return {**about, "class_counts": self.counts.tolist()} if self.field.classes else about
+
+
+def statistics(pipeline: Pipeline, manifest: Manifest, split: str) -> dict[str, Any]:
+    """Read a whole split, a fragment at a time, and measure its columns before the transform.
+
+    Returns:
+        rows, bytes, fragments, and per column: dtype, shape, min, max, mean, count of NaN and infinite values, and
+        for labels the rows of each class; for bytes and text the min, max and mean of the length.
+
+    Raises:
+        InputError: no such split.
+        DataError: a fragment cannot be read or does not fit the schema.
+    """
+    if split not in manifest.splits:
+        fix = did_you_mean(split, manifest.splits)
+        raise InputError([Problem("split", repr(split), "a split of the pipeline", fix)])
+    measures = {name: _Measure(field) for name, field in pipeline.schema.items()}
+    found = manifest.splits[split]
+    for fragment in found.fragments:
+        rows = pipeline.sources[split].read(fragment)
+        if problems := schema_problems(rows, pipeline.schema, f"{fragment.path}, part {fragment.part}"):
+            raise DataError("\n".join(map(str, problems)))
+        for name, measure in measures.items():
+            measure.add(rows[name])
+    return {
+        "rows": found.num_rows,
+        "bytes": found.num_bytes,
+        "fragments": len(found.fragments),
+        "columns": {name: measure.as_dict() for name, measure in measures.items()},
+    }

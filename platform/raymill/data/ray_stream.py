@@ -1,0 +1,171 @@
+"""The windows through Ray Data. The only file that uses it.
+
+    Stream (which windows)  ->  Reader.read, in a Ray Data task  ->  streaming_split (packet r of each window to rank r)
+        ->  receive, on the worker  ->  Feed
+
+What a rank gets of a window is one packet: one indivisible Ray row of flat buffers, in a block of its own, so that Ray can
+neither split nor merge nor reorder rows; it can only deal packets, and each packet names the rank and the window it is for.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from raymill.data.bad_rows import BadRow
+from raymill.data.order import Item, Stream
+from raymill.data.reader import Packet, Reader
+from raymill.data.rows import pack, unpack
+from raymill.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from ray.data import DataIterator
+
+
+# ---------------------------------------------------------------- Ray Data
+
+_readers: dict[str, Reader] = {}
+
+
+def _read_block(block: pa.Table, reader: Reader, stream: Stream) -> Iterator[pa.Table]:
+    import pyarrow as pa
+
+    # One reader per process: its cache of epoch orders is what makes a window cheap to find.
+    cached = _readers.get(reader.run)
+    if cached is None:
+        _readers.clear()
+        cached = _readers[reader.run] = reader
+    for index in block["id"].to_pylist():
+        for packet in cached.read(stream[index]):
+            header, buffers = pack(packet.rows)
+            item = packet.item
+            yield pa.table(
+                {
+                    "rank": pa.array([packet.rank], pa.int32()),
+                    "index": pa.array([index], pa.int64()),
+                    "split": [item.split],
+                    "epoch": pa.array([item.epoch], pa.int64()),
+                    "window": pa.array([item.window], pa.int64()),
+                    "skip": pa.array([item.skip], pa.int64()),
+                    "present": pa.array([packet.present.tobytes()], pa.large_binary()),
+                    "bad": [json.dumps([asdict(row) for row in packet.bad])],
+                    "header": [header],
+                    "buffers": pa.array([buffers], pa.list_(pa.large_binary())),
+                }
+            )
+
+
+def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus: float, task_cpus: float) -> list[DataIterator]:
+    """Start the stream at a position and split it over the ranks.
+
+    Args:
+        reader: reads the windows; its shardings are for `world_size` ranks.
+        position: rows trained on already.
+        world_size: ranks.
+        data_cpus: CPUs that reading may use in all.
+        task_cpus: CPUs that one reading task asks for; 0: none are reserved, and `data_cpus` is the number of tasks at once.
+
+    Returns:
+        One iterator per rank, for `receive` in that rank's process.
+    """
+    import ray.data
+    from ray.data import DataContext, Dataset, ExecutionOptions, ExecutionResources, TaskPoolStrategy
+    from ray.data._internal.datasource.range_datasource import RangeDatasource
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options = ExecutionOptions(
+        preserve_order=True, resource_limits=ExecutionResources(cpu=data_cpus, object_store_memory=float("inf"))
+    )
+    # Every packet becomes a block of its own: a block is closed as soon as it holds a byte.
+    context.target_max_block_size = 1
+    stream = Stream(reader.order, position)
+    # Tasks that reserve no CPU are held back by their number.
+    most_tasks = None if task_cpus else TaskPoolStrategy(size=max(1, int(data_cpus)))
+    # Not `ray.data.range`, whose tasks reserve a whole CPU: the two operators are one only where they ask for the same.
+    items: Dataset = ray.data.read_datasource(
+        RangeDatasource(len(stream), column_name="id"),
+        num_cpus=task_cpus,
+        compute=most_tasks,
+        override_num_blocks=len(stream),
+    )
+    packets = items.map_batches(
+        _read_block,  # type: ignore[arg-type]  # Ray's stub forgets keyword arguments
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"reader": reader, "stream": stream},
+        num_cpus=task_cpus,
+        compute=most_tasks,
+    )
+    return packets.streaming_split(world_size, equal=False)
+
+
+def receive(iterator: DataIterator, rank: int) -> Iterator[Packet]:
+    """The packets of one rank in order, from Ray.
+
+    Raises:
+        DataError: when a packet is missing or is for somebody else, which would break the order.
+    """
+    # Ray takes None for "whole blocks", and its annotation forgets it.
+    blocks: Iterable[pa.Table] = iterator.iter_batches(
+        batch_size=None,  # type: ignore[arg-type]
+        batch_format="pyarrow",
+        prefetch_batches=2,
+    )
+    expected = 0
+    for block in blocks:
+        for place in range(block.num_rows):
+            row = {name: block[name][place] for name in block.column_names if name not in ("present", "buffers")}
+            values = {name: scalar.as_py() for name, scalar in row.items()}
+            if (values["rank"], values["index"]) != (rank, expected):
+                raise DataError(
+                    f"rank {rank} expected packet {expected} and was dealt packet {values['index']} of rank {values['rank']}. "
+                    "Ray Data changed how it deals blocks; the run cannot keep its order. Use the pinned version of Ray."
+                )
+            expected += 1
+            item = Item(values["split"], values["epoch"], values["window"], values["skip"])
+            rows = unpack(values["header"], _buffers(block, place))
+            present = np.frombuffer(block["present"][place].as_buffer(), bool)
+            yield Packet(item, rank, rows, present, [BadRow(**row) for row in json.loads(values["bad"])])
+
+
+def _buffers(block: pa.Table, place: int) -> list[Any]:
+    """The flat buffers of one row, as views of the block's memory."""
+    return [value.as_buffer() for value in block["buffers"][place].values]
+
+
+T = TypeVar("T")
+
+
+def prefetched(values: Iterator[T], depth: int) -> Iterator[T]:
+    """The same values, fetched up to `depth` ahead by a thread that starts at once."""
+    fetched: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
+
+    def fetch() -> None:
+        try:
+            for value in values:
+                fetched.put(("value", value))
+            fetched.put(("end", None))
+        except BaseException as error:  # it is raised again below, in the thread that asks for the value
+            fetched.put(("error", error))
+
+    threading.Thread(target=fetch, name="packets", daemon=True).start()
+
+    def hand_out() -> Iterator[T]:
+        while True:
+            kind, value = fetched.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+
+    return hand_out()

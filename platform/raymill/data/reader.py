@@ -1,0 +1,139 @@
+"""One window: read, shuffled, transformed, cut into one packet per rank. Knows no Ray.
+
+A window is read and transformed once, whatever the number of ranks. `ray_stream` reads windows in Ray Data's tasks,
+`read_locally` in this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from raymill import faults
+from raymill.data.bad_rows import BadRow, read_good_rows
+from raymill.data.order import BatchSharding, Item, JobOrder, Stream, key, window, window_rows
+from raymill.data.rows import ROW_ID, join, num_rows, pack, take, unpack
+from raymill.errors import DataError
+from raymill.task import TRAIN, Fragment, Pipeline, Rows
+
+TRANSFORM_STREAM = 3
+"""Keeps the random numbers of transforms apart from those of the order."""
+
+
+@dataclass(frozen=True)
+class Packet:
+    """What one rank gets of one window.
+
+    Attributes:
+        item: the window.
+        rank: for whom.
+        rows: its good rows, in order, with ROW_ID; without any, perhaps no other column.
+        present: for each of its places in the order, whether the row there is good, bool [num_places].
+        bad: all bad rows of the window, in order; for rank 0 only.
+    """
+
+    item: Item
+    rank: int
+    rows: Rows
+    present: np.ndarray
+    bad: Sequence[BadRow] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """Reads windows. Travels to the reading tasks.
+
+    Attributes:
+        run: tells readers of different runs and attempts apart, for the cache of each reading process.
+        order: the order of the job.
+        shardings: split -> how its batches are dealt out.
+        fragments: split -> its fragments, as in the manifest.
+        pipeline: where rows come from.
+        lenient: leave bad rows out, rather than raise.
+    """
+
+    run: str
+    order: JobOrder
+    shardings: Mapping[str, BatchSharding]
+    fragments: Mapping[str, Sequence[Fragment]]
+    pipeline: Pipeline
+    lenient: bool = False
+
+    def read(self, item: Item) -> list[Packet]:
+        """Read one window and cut it into a packet for each rank.
+
+        Raises:
+            DataError: when a row is bad (unless lenient), or the transform changes the number of rows.
+        """
+        faults.point("before_read")
+        split_order, cut = self.order.split(item.split), self.shardings[item.split]
+        opened = window(split_order, item.epoch, item.window)
+        ids, places = window_rows(split_order, item.epoch, opened.fragments)
+        parts, good, reasons = self._read_good_rows(item.split, opened.fragments, len(ids))
+        present = good[places]
+        kept = np.flatnonzero(present)
+        rows: Rows = {}
+        if parts:
+            # The good rows lie end to end: a row moves up by the bad ones before it.
+            rows = self._transformed(take(join(parts), (np.cumsum(good) - 1)[places[kept]]), item)
+        faults.point("after_transform")
+        rows[ROW_ID] = ids[kept]
+        sequence = np.arange(opened.start, opened.stop, dtype=np.int64)
+        ranks = np.where(sequence < item.skip, -1, cut.ranks(sequence))
+        bad = [BadRow(item.split, int(ids[at]), *reasons[int(places[at])]) for at in np.flatnonzero(~present)]
+        return [
+            Packet(item, rank, take(rows, np.flatnonzero(ranks[kept] == rank)), present[ranks == rank], () if rank else bad)
+            for rank in range(cut.world_size)
+        ]
+
+    def _read_good_rows(
+        self, split: str, fragments: Sequence[int] | np.ndarray, count: int
+    ) -> tuple[list[Rows], np.ndarray, dict[int, tuple[str, int, int, str]]]:
+        """Read fragments with `count` rows in all.
+
+        Returns:
+            (good rows of each fragment that has any, whether each row of the fragments laid end to end is good, place
+            there of each bad row -> its file, part, place in the part and reason).
+        """
+        parts: list[Rows] = []
+        good = np.ones(count, bool)
+        found: dict[int, tuple[str, int, int, str]] = {}
+        start = 0
+        for number in fragments:
+            fragment = self.fragments[split][int(number)]
+            rows, reasons = read_good_rows(self.pipeline, split, fragment, lenient=self.lenient)
+            if num_rows(rows):
+                parts.append(rows)
+            for place, reason in reasons.items():
+                good[start + place] = False
+                found[start + place] = (fragment.path, fragment.part, place, reason)
+            start += fragment.num_rows
+        return parts, good, found
+
+    def _transformed(self, rows: Rows, item: Item) -> Rows:
+        # The seed depends on the window alone, never on who reads it, so a resume draws the same numbers; and every
+        # evaluation draws the same, so that they differ by the weights alone.
+        epoch = item.epoch if item.split == TRAIN else 0
+        seed = key(self.order.train.seed, epoch, item.window, TRANSFORM_STREAM)
+        count = num_rows(rows)
+        changed = self.pipeline.transform(rows, item.split, np.random.Generator(np.random.Philox(key=seed)))
+        if num_rows(changed) != count:
+            raise DataError(
+                f"the pipeline's transform made {num_rows(changed)} rows of {count} ({item.split}, window {item.window}). "
+                "A transform may change rows, not their number; make other rows in the Source."
+            )
+        return dict(changed)
+
+
+def read_locally(reader: Reader, position: int, rank: int) -> Iterator[Packet]:
+    """The packets of one rank without Ray, for one process and for tests. Reads every window itself.
+
+    Rows are packed and unpacked as if they travelled, so that they come as from Ray to the last stride: how torch rounds depends
+    on how its input lies in memory.
+    """
+    stream = Stream(reader.order, position)
+    for index in range(len(stream)):
+        packet = reader.read(stream[index])[rank]
+        yield replace(packet, rows=unpack(*pack(packet.rows)))

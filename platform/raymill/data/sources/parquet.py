@@ -1,0 +1,289 @@
+"""Parquet: a folder of files as a source, what is wrong with one, one row group; and writing such a folder.
+
+Page checksums are written and verified, so that a flipped bit is an error and never a wrong number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raymill.data.arrow import arrow_type, columns_from_arrow, describe, digest_rows, fits, schema_problems, table_from_rows
+from raymill.data.rows import take
+from raymill.errors import DataError, InputError, Problem, did_you_mean
+from raymill.task import Field, Fragment, Rows, Schema
+
+# ---------------------------------------------------------------- Parquet
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """The rows of all Parquet files of a folder; a fragment is a row group.
+
+    A fragment's path is the file's path inside the folder, so that a data set keeps its identity when it is moved.
+
+    Attributes:
+        folder: holds the files.
+        schema: the columns to read; others are left alone.
+        pattern: which files, as in `Path.glob`; files are taken in the order of their names, hidden ones are not.
+    """
+
+    folder: str
+    schema: Schema
+    pattern: str = "*.parquet"
+
+    def fragments(self) -> Sequence[Fragment]:
+        """List the row groups from the files' footers.
+
+        Raises:
+            InputError: with every file that is damaged, of another schema, or has labels outside their classes.
+        """
+        fragments: list[Fragment] = []
+        problems: list[Problem] = []
+        files = self._files()
+        for file in files:
+            found, wrong = inspect_file(file, str(file.relative_to(self.folder)), self.schema)
+            fragments += found
+            problems += wrong
+        if not fragments and not problems:
+            found_rows = f"0 rows in {len(files)} files"
+            problems.append(Problem(self.folder, found_rows, "at least one row", "Write the data set again."))
+        if problems:
+            raise InputError(problems)
+        return fragments
+
+    def read(self, fragment: Fragment) -> Rows:
+        """Read one row group, only the schema's columns, page checksums verified. Arrays are read-only.
+
+        Raises:
+            DataError: the file is damaged, gone, or another one than when the fragment was listed.
+        """
+        path = str(Path(self.folder, fragment.path))
+        where = f"{path}, row group {fragment.part}"
+        try:
+            footer = read_footer(path)
+            if footer.identity != fragment.identity:
+                raise DataError(f"{where}: the file has changed since the run's manifest was taken. Start a new run.")
+            rows = columns_from_arrow(read_group(path, footer, fragment.part, list(self.schema)), self.schema)
+        except DAMAGE as error:
+            fix = "Restore this file from its source, then resume."
+            raise DataError(f"{where}: cannot be read: {error}. {fix}") from error
+        if problems := schema_problems(rows, self.schema, where):
+            raise DataError("\n".join(map(str, problems)))
+        return rows
+
+    def _files(self) -> list[Path]:
+        root = Path(self.folder)
+        files = sorted(
+            path
+            for path in root.glob(self.pattern)
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        )
+        if not files:
+            found = f"no file that matches {self.pattern!r}" if root.is_dir() else "no such folder"
+            fix = "Run `raymill data get`, or name the folder of your files in the job's `data:`."
+            raise InputError([Problem(self.folder, found, "a folder of Parquet files", fix)])
+        return files
+
+
+DAMAGE = (OSError, pa.ArrowException, ValueError)
+"""What opening or decoding a damaged file raises."""
+
+
+RESTORE = "Restore the file from its source, or delete the data set's folder and run `raymill data get`."
+
+
+@dataclass(frozen=True)
+class Footer:
+    """The index at the end of a Parquet file.
+
+    Attributes:
+        identity: of the file's size and the footer's bytes.
+    """
+
+    metadata: pq.FileMetaData
+    schema: pa.Schema
+    identity: str
+
+
+def read_footer(path: str) -> Footer:
+    """The footer of a file, parsed once for as long as the file does not change.
+
+    Raises:
+        OSError, pa.ArrowException: the file is gone, empty, cut, or not Parquet.
+    """
+    status = os.stat(path)
+    return _parse_footer(path, status.st_size, status.st_mtime_ns)
+
+
+# A file is opened once per row group; its footer, which grows with the number of row groups, is parsed once.
+@lru_cache(maxsize=64)
+def _parse_footer(path: str, size_bytes: int, mtime_ns: int) -> Footer:
+    try:
+        with pq.ParquetFile(path) as file:
+            metadata, schema = file.metadata, file.schema_arrow
+    except DAMAGE:
+        raise
+    except Exception as error:
+        # A column may claim a type of some library's own, whose code then fails on what it finds there.
+        raise ValueError(f"the types of its columns cannot be read: {type(error).__name__}: {error}") from error
+    with open(path, "rb") as raw:
+        raw.seek(-8 - metadata.serialized_size, os.SEEK_END)
+        digest = hashlib.sha256(raw.read())
+    digest.update(str(size_bytes).encode())
+    return Footer(metadata, schema, digest.hexdigest()[:16])
+
+
+def read_group(path: str, footer: Footer, group: int, columns: list[str]) -> pa.Table:
+    """One row group with these columns, page checksums verified.
+
+    Raises:
+        OSError, pa.ArrowException: a page is damaged.
+    """
+    with pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True) as file:
+        return file.read_row_group(group, columns=columns)
+
+
+def inspect_file(path: Path, name: str, schema: Schema) -> tuple[list[Fragment], list[Problem]]:
+    """List one file's row groups that hold rows, and all that is wrong with the file.
+
+    Args:
+        name: the path that the fragments get.
+    """
+    try:
+        footer = read_footer(str(path))
+    except DAMAGE as error:
+        return [], [Problem(str(path), str(error).rstrip("."), "a whole Parquet file", RESTORE)]
+    problems = _type_problems(path, footer.schema, schema)
+    problems += _value_problems(path, footer, schema)
+    metadata = footer.metadata
+    leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    wanted = [i for i, leaf in enumerate(leaves) if leaf in schema or leaf.split(".")[0] in schema]
+    fragments = []
+    for part in range(metadata.num_row_groups):
+        group = metadata.row_group(part)
+        if group.num_rows:
+            num_bytes = sum(group.column(i).total_compressed_size for i in wanted)
+            fragments.append(Fragment(name, part, group.num_rows, num_bytes, footer.identity))
+    return fragments, problems
+
+
+def _type_problems(path: Path, found: pa.Schema, schema: Schema) -> list[Problem]:
+    problems = []
+    for name, field in schema.items():
+        where = f"{path}: column {name!r}"
+        if name not in found.names:
+            problems.append(Problem(where, "no such column", describe(field), did_you_mean(name, found.names)))
+        elif not fits(found.field(name).type, field):
+            expected = f"{arrow_type(field)} ({describe(field)})"
+            fix = "Write the file again with this type, or change the pipeline's schema."
+            problems.append(Problem(where, str(found.field(name).type), expected, fix))
+    return problems
+
+
+def _value_problems(path: Path, footer: Footer, schema: Schema) -> list[Problem]:
+    """Nulls, and labels outside their classes, from the footer's statistics; without them the column is read."""
+    metadata = footer.metadata
+    problems = []
+    for i in range(metadata.num_columns):
+        name = metadata.schema.column(i).path
+        field = schema.get(name)
+        if field is None or not fits(footer.schema.field(name).type, field):
+            continue
+        statistics = [metadata.row_group(part).column(i).statistics for part in range(metadata.num_row_groups)]
+        if num_nulls := sum(found.null_count or 0 for found in statistics if found is not None):
+            where = f"{path}: column {name!r}"
+            problems.append(Problem(where, f"{num_nulls} nulls", describe(field), "Drop or fill these rows."))
+        elif field.classes is not None and not field.shape:
+            problems += _label_problems(path, footer, name, field, statistics)
+    return problems
+
+
+def _label_problems(path: Path, footer: Footer, name: str, field: Field, statistics: list[pq.Statistics | None]) -> list[Problem]:
+    ranges: dict[int, tuple[int, int]] = {}
+    for part, found in enumerate(statistics):
+        if found is not None and found.has_min_max:
+            ranges[part] = (found.min, found.max)
+        elif footer.metadata.row_group(part).num_rows:
+            try:
+                rows = columns_from_arrow(read_group(str(path), footer, part, [name]), {name: field})
+            except DAMAGE as error:
+                where = f"{path}, row group {part}: column {name!r}"
+                return [Problem(where, str(error).rstrip("."), describe(field), RESTORE)]
+            ranges[part] = (int(np.min(rows[name])), int(np.max(rows[name])))
+    num_classes = field.classes or 0
+    wrong = {part: (low, high) for part, (low, high) in ranges.items() if low < 0 or high >= num_classes}
+    if not wrong:
+        return []
+    where = f"{path}, row group {min(wrong)}: column {name!r}"
+    low, high = min(low for low, _ in wrong.values()), max(high for _, high in wrong.values())
+    fix = f"Correct the labels, or declare classes={high + 1} in the pipeline's schema."
+    return [Problem(where, f"labels from {low} to {high}", f"labels in 0..{num_classes - 1}", fix)]
+
+
+def write_parquet(folder: Path, rows: Rows, schema: Schema, *, num_shards: int, row_group_rows: int) -> None:
+    """Write rows, in their order, as `part-00000.parquet` and so on, with statistics and page checksums.
+
+    The files are staged in a hidden folder beside and renamed into place: `folder` is there whole or not at all.
+
+    Args:
+        folder: must not exist yet, or be empty.
+        num_shards: files, of nearly equal size.
+        row_group_rows: rows of a fragment; the last one of each file may have fewer.
+
+    Raises:
+        InputError: the rows do not fit the schema, are fewer than the shards, or the folder holds something.
+    """
+    problems = schema_problems(rows, schema, "rows")
+    count = min((len(column) for column in rows.values()), default=0)
+    if not 1 <= num_shards <= count:
+        fix = "Use at least one shard and at most one per row."
+        problems.append(Problem(str(folder), f"{num_shards} shards", f"1 to {count}", fix))
+    if row_group_rows < 1:
+        problems.append(Problem(str(folder), f"row groups of {row_group_rows} rows", "at least 1", "Use 1000 or so."))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        problems.append(Problem(str(folder), "something there already", "no folder, or an empty one", "Delete it first."))
+    if problems:
+        raise InputError(problems)
+    stage = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    stage.mkdir(parents=True)
+    try:
+        for shard in range(num_shards):
+            start, stop = count * shard // num_shards, count * (shard + 1) // num_shards
+            _write_file(stage / f"part-{shard:05d}.parquet", take(rows, slice(start, stop)), schema, row_group_rows)
+        stage.rename(folder)
+    except BaseException:
+        shutil.rmtree(stage)
+        raise
+
+
+def _write_file(path: Path, rows: Rows, schema: Schema, row_group_rows: int) -> None:
+    count = len(next(iter(rows.values())))
+    kinds = {name: arrow_type(field) for name, field in schema.items()}
+    # Smallest and largest of raw image bytes say nothing and would double a small footer; nor do they repeat.
+    plain = [name for name, kind in kinds.items() if not pa.types.is_fixed_size_binary(kind)]
+    numbers = [name for name, kind in kinds.items() if pa.types.is_primitive(kind)]
+    with open(path, "wb") as raw:
+        with pq.ParquetWriter(
+            raw,
+            pa.schema(kinds.items()),
+            compression="zstd",
+            use_dictionary=plain,
+            write_statistics=numbers,
+            write_page_checksum=True,
+        ) as writer:
+            for start in range(0, count, row_group_rows):
+                writer.write_table(table_from_rows(take(rows, slice(start, start + row_group_rows)), schema))
+            # Equal footers do not prove equal pages; with this entry they do.
+            writer.add_key_value_metadata({"raymill.digest": digest_rows(rows)})
+        os.fsync(raw.fileno())

@@ -1,0 +1,118 @@
+"""Small files that are there whole or not at all, the version that every record carries, and locks between processes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from raymill.errors import InputError, Problem, RunError
+
+FORMAT_VERSION = 1
+"""Of the files of runs, checkpoints and model versions. It goes up when an older raymill could not read them any more."""
+
+VERSION_FIELD = "format_version"
+
+STAGE = ".stage-"
+"""What the names of unfinished files and folders begin with."""
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Replace a small file so that a kill at any moment leaves the old or the new content."""
+    staged = path.with_name(f"{STAGE}{path.name}.{os.getpid()}")
+    with open(staged, "w") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the names in a folder are on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------- records
+
+
+def write_record(path: Path, values: Mapping[str, Any]) -> None:
+    """Replace a JSON file of a run, with the version of its format."""
+    replace_file(path, json.dumps(with_version(values), indent=1))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The values of a JSON file of a run.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, or not JSON.
+        InputError: this raymill does not know the version of its format.
+    """
+    return without_version(json.loads(path.read_text()), str(path))
+
+
+def with_version(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the version of their format."""
+    return {VERSION_FIELD: FORMAT_VERSION, **values}
+
+
+def without_version(record: Any, where: str) -> dict[str, Any]:
+    """The values of a record whose version this raymill knows.
+
+    Args:
+        record: what was parsed from JSON.
+        where: the file, for the message.
+
+    Raises:
+        InputError: the version is missing or another one; says what to do.
+    """
+    found = record.get(VERSION_FIELD) if isinstance(record, dict) else None
+    if found == FORMAT_VERSION:
+        return {name: value for name, value in record.items() if name != VERSION_FIELD}
+    if isinstance(found, int) and found > FORMAT_VERSION:
+        fix = "It was written by a newer raymill: use that version here too."
+    else:
+        fix = "It was written by a raymill older than 0.2, or is damaged: train again with this version."
+    expected = f"{VERSION_FIELD} {FORMAT_VERSION}, which this raymill reads"
+    raise InputError([Problem(where, f"{VERSION_FIELD} {found}", expected, fix)])
+
+
+# ---------------------------------------------------------------- locks
+
+
+@contextmanager
+def run_lock(path: Path) -> Iterator[None]:
+    """Hold a lock file of a run's folder, so that no two processes ever do at once what it stands for.
+
+    Raises:
+        RunError: when another process holds it; names the process.
+    """
+    holder = path.read_text() if path.exists() else ""
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RunError(
+            f"run {path.parent.name} is being trained by process {holder or 'unknown'}; wait for it, or stop it with SIGTERM"
+        ) from error
+    try:
+        path.write_text(str(os.getpid()))
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Hold a lock file, once whoever holds it now lets go of it."""
+    with FileLock(path):
+        yield

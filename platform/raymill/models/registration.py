@@ -1,0 +1,205 @@
+"""A finished run's best weights become a version of a registered model.
+
+A version holds the exported graph (pt2, batch size free), and beside it what is needed to train on or to rebuild the
+model: weights, spec, plan and data manifest, with the checksums of all four. Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raymill.checkpoint.directory import WEIGHTS, read_state, verify, write_checksums
+from raymill.config.load import import_pipeline, import_task
+from raymill.config.spec import JobSpec
+from raymill.data.bad_rows import read_good_rows
+from raymill.data.rows import ROW_ID, join, num_rows, take
+from raymill.errors import InputError, Problem, RunError
+from raymill.files import read_record, write_record
+from raymill.models.registry import DATA_TAG, METRICS_TAG, RUN_ID_TAG, WEIGHTS_TAG
+from raymill.redaction import redact
+from raymill.runs.catalog import data_digest
+from raymill.runs.events import RunFinished, read_events
+from raymill.runs.folder import RunFolder
+from raymill.task import TRAIN, VALIDATION, Pipeline, Task
+from raymill.tracking.mlflow_client import connect, store_failures
+from raymill.training.batch import default_collate
+
+if TYPE_CHECKING:
+    import torch
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion as MlflowVersion
+    from mlflow.models import ModelSignature
+
+MAX_EXAMPLE_ROWS = 8
+
+
+def register(folder: RunFolder) -> dict[str, Any]:
+    """Register the best weights of a finished run, and move the job's alias to the version.
+
+    Doing it again for the same weights finds the same version. The alias never moves back to an older version. To be called
+    within `mlflow_settings`.
+
+    Returns:
+        name, version and alias.
+
+    Raises:
+        InputError: when the job does not say `register`.
+        RunError: when the run has no best checkpoint, or its model cannot be exported, or the exported model does not
+            compute what the original does.
+        CheckpointError: when the checkpoint is damaged.
+        MlflowException, SQLAlchemyError, OSError: when the store cannot be reached; calling again goes on.
+    """
+    spec = JobSpec.model_validate(read_record(folder.spec))
+    if spec.register_ is None:
+        fix = "Add `register: {model: NAME}` to the job."
+        raise InputError([Problem("register", "nothing", "the name to register the model under", fix)])
+    name, alias = spec.register_.model, spec.register_.alias
+    events, _ = read_events(folder.events)
+    end = next((event for event in reversed(events) if isinstance(event, RunFinished)), None)
+    if end is None or not end.best_checkpoint:
+        raise RunError(f"run {folder.run_id} has no best checkpoint to register. Finish it: --resume {folder.run_id}")
+    checkpoint = folder.path / end.best_checkpoint
+    verify(checkpoint)
+    tags = {
+        RUN_ID_TAG: folder.run_id,
+        WEIGHTS_TAG: read_state(checkpoint)["weights_sha256"],
+        DATA_TAG: data_digest(folder),
+        METRICS_TAG: json.dumps(end.metrics),
+    }
+    client = connect()
+    same = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in (RUN_ID_TAG, WEIGHTS_TAG))
+    found = client.search_model_versions(f"name = '{name}' and {same}")
+    made = found[0] if found else _make_version(client, name, folder, spec, checkpoint, tags)
+    current = client.get_registered_model(name).aliases.get(alias)
+    if current is None or int(current) < int(made.version):
+        client.set_registered_model_alias(name, alias, made.version)
+    return {"name": name, "version": int(made.version), "alias": alias}
+
+
+def _make_version(
+    client: MlflowClient, name: str, folder: RunFolder, spec: JobSpec, checkpoint: Path, tags: dict[str, str]
+) -> MlflowVersion:
+    import mlflow
+
+    model, inputs = rebuild(spec, checkpoint)
+    run = client.get_run(read_record(folder.delivery)["mlflow_run_id"])
+    logged = client.create_logged_model(run.info.experiment_id, "model", source_run_id=run.info.run_id, tags=tags)
+    try:
+        with tempfile.TemporaryDirectory() as beside:
+            files = _files_beside(folder, checkpoint, Path(beside))
+            _log(model, inputs, logged.model_id, run.info.run_id, files)
+        difference = _difference(model, mlflow.pytorch.load_model(f"models:/{logged.model_id}"), inputs)
+    except store_failures():
+        raise
+    except Exception as error:  # torch.export runs the user's code and may raise anything
+        raise RunError(
+            f"the model of run {folder.run_id} was not registered: no export: {type(error).__name__}: {error}. "
+            "forward() must take tensors and must not branch on their values."
+        ) from error
+    if difference:
+        client.delete_logged_model(logged.model_id)
+        raise RunError(
+            f"the model of run {folder.run_id} was not registered: exported, it computes something else: {difference}. "
+            "Make forward() deterministic in eval mode and free of the batch size."
+        )
+    return mlflow.register_model(f"models:/{logged.model_id}", name, tags=tags)
+
+
+def rebuild(spec: JobSpec, checkpoint: Path) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    """The model of a checkpoint, in eval mode, and the inputs of a few rows [num_rows, ...] of its own data."""
+    from safetensors.torch import load_file
+
+    pipeline = import_pipeline(spec)
+    task = import_task(spec, pipeline.schema)
+    model = task.build()
+    model.load_state_dict(load_file(checkpoint / WEIGHTS), strict=True)
+    return model.eval(), example_inputs(task, pipeline)
+
+
+def example_inputs(task: Task, pipeline: Pipeline) -> tuple[torch.Tensor, ...]:
+    """What the model takes for the first 2 to 8 rows of the validation split, or else of the training split."""
+    split = VALIDATION if VALIDATION in pipeline.sources else TRAIN
+    parts = []
+    for fragment in pipeline.sources[split].fragments():
+        rows, _ = read_good_rows(pipeline, split, fragment, lenient=True)
+        if num_rows(rows):
+            parts.append(take(rows, slice(0, MAX_EXAMPLE_ROWS)))
+        if sum(map(num_rows, parts)) > 1:
+            break
+    rows = take(join(parts), slice(0, MAX_EXAMPLE_ROWS))
+    if num_rows(rows) == 1:
+        # torch.export takes an extent of 1 for a constant.
+        rows = join([rows, rows])
+    rows = pipeline.transform(rows, split, np.random.default_rng(0))
+    rows[ROW_ID] = np.arange(num_rows(rows))
+    return task.inputs((pipeline.collate or default_collate)(rows))
+
+
+def _files_beside(folder: RunFolder, checkpoint: Path, beside: Path) -> list[str]:
+    """Lay out what a version holds beside the graph, `VERSION_FILES` and their checksums, in a folder; returns the paths."""
+    for path in (folder.spec, folder.plan, folder.data_manifest):
+        write_record(beside / path.name, redact(read_record(path)))
+    shutil.copyfile(checkpoint / WEIGHTS, beside / WEIGHTS)
+    write_checksums(beside)
+    return [str(path) for path in sorted(beside.iterdir())]
+
+
+def _log(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], model_id: str, run_id: str, files: list[str]) -> None:
+    import mlflow
+    import torch
+    from mlflow.models import Model
+
+    arrays = tuple(value.numpy() for value in inputs)
+    # `mlflow.pytorch.log_model` without its active run: that belongs to whoever runs this process.
+    Model.log(
+        None,
+        mlflow.pytorch,
+        name="model",
+        run_id=run_id,
+        model_id=model_id,
+        pytorch_model=model,
+        input_example=arrays[0] if len(arrays) == 1 else arrays,
+        signature=_signature(model, inputs),
+        serialization_format="pt2",
+        pip_requirements=[
+            f"torch=={torch.__version__.partition('+')[0]}",
+            f"numpy=={np.__version__}",
+            f"mlflow=={mlflow.__version__}",
+        ],
+        extra_files=files,
+    )
+
+
+def _signature(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> ModelSignature:
+    import torch
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    def spec(value: torch.Tensor, name: str | None) -> TensorSpec:
+        return TensorSpec(value.numpy().dtype, (-1, *value.shape[1:]), name)
+
+    with torch.no_grad():
+        output = model(*inputs)
+    names = [None] if len(inputs) == 1 else [f"input_{number}" for number in range(len(inputs))]
+    taken = Schema([spec(value, name) for value, name in zip(inputs, names, strict=True)])
+    return ModelSignature(taken, Schema([spec(output, None)]) if isinstance(output, torch.Tensor) else None)
+
+
+def _difference(model: torch.nn.Module, loaded: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> str:
+    """How the outputs differ, for the example and for a batch of another size; "" when they do not."""
+    import torch
+
+    for batch in (inputs, tuple(torch.cat([value, value]) for value in inputs)):
+        with torch.no_grad():
+            expected, got = model(*batch), loaded(*batch)
+        try:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        except AssertionError as error:
+            return str(error)
+    return ""

@@ -1,0 +1,153 @@
+"""The model versions there are: MLflow's registry, as raymill reads it. `registration` makes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raymill.checkpoint.directory import WEIGHTS
+from raymill.config.spec import NAME
+from raymill.errors import InputError, Problem, TrackingError, did_you_mean
+from raymill.tracking.mlflow_client import connect, mlflow_settings, store_failures
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion as MlflowVersion
+
+RUN_ID_TAG, WEIGHTS_TAG, DATA_TAG, METRICS_TAG = (
+    f"raymill.{name}" for name in ("run_id", "weights_sha256", "data_digest", "metrics")
+)
+
+VERSION_FILES = (WEIGHTS, "spec.json", "plan.json", "data_manifest.json")
+"""What a version holds beside the exported graph, all of it named in its `checksums.json`."""
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A registered version.
+
+    Attributes:
+        name: the registered model.
+        version: 1, 2, ...
+        alias: the alias it was found by or given; else one that points to it, or None.
+        run_id: the raymill run that trained it.
+        metrics: the run's final metrics.
+        weights_sha256: of its weights, as the registry has it.
+    """
+
+    name: str
+    version: int
+    alias: str | None
+    run_id: str
+    metrics: Mapping[str, float]
+    weights_sha256: str
+
+    @property
+    def uri(self) -> str:
+        """What MLflow's own functions take."""
+        return f"models:/{self.name}/{self.version}"
+
+
+def list_models() -> list[dict[str, Any]]:
+    """All registered models: name, aliases (alias -> version), versions (newest first) and updated_s (Unix seconds).
+
+    Raises:
+        TrackingError: when the registry cannot be reached.
+    """
+    with _registry() as client:
+        return [
+            {
+                "name": model.name,
+                "aliases": {alias: int(version) for alias, version in model.aliases.items()},
+                "versions": [int(found.version) for found in _versions(client, f"name = '{model.name}'")],
+                "updated_s": model.last_updated_timestamp / 1000,
+            }
+            for model in client.search_registered_models()
+        ]
+
+
+def show_model(reference: str) -> dict[str, Any]:
+    """What is known of one version: name, version, aliases, run_id, metrics, weights_sha256, data_digest, created_s.
+
+    Raises:
+        InputError: when there is no such model.
+        TrackingError: when the registry cannot be reached.
+    """
+    found = resolve(reference)
+    with _registry() as client:
+        version = client.get_model_version(found.name, str(found.version))
+        return {
+            "name": found.name,
+            "version": found.version,
+            "aliases": sorted(version.aliases),
+            "run_id": found.run_id,
+            "metrics": dict(found.metrics),
+            "weights_sha256": version.tags.get(WEIGHTS_TAG),
+            "data_digest": version.tags.get(DATA_TAG),
+            "created_s": version.creation_timestamp / 1000,
+        }
+
+
+def resolve(reference: str) -> ModelVersion:
+    """Find a version by `name@alias`, `name/version` or the id of the run that trained it.
+
+    Raises:
+        InputError: when there is none; names the nearest.
+        TrackingError: when the registry cannot be reached.
+    """
+    with _registry() as client:
+        aliases = {model.name: model.aliases for model in client.search_registered_models()}
+        name, at, alias = reference.partition("@")
+        number = aliases.get(name, {}).get(alias) if at else None
+        if not at:
+            name, _, number = reference.rpartition("/")
+        if name in aliases and number is not None:
+            found = [made for made in _versions(client, f"name = '{name}'") if str(made.version) == str(number)]
+        elif NAME.fullmatch(reference):
+            found = _versions(client, f"tags.`{RUN_ID_TAG}` = '{reference}'")
+        else:
+            found = []
+        if found:
+            made = found[0]
+            pointing = sorted(key for key, to in aliases[made.name].items() if str(to) == str(made.version))
+            metrics = json.loads(made.tags.get(METRICS_TAG, "{}"))
+            shown = alias or next(iter(pointing), None)
+            return ModelVersion(
+                made.name, int(made.version), shown, made.tags.get(RUN_ID_TAG, ""), metrics, made.tags.get(WEIGHTS_TAG, "")
+            )
+        valid = [f"{made.name}/{made.version}" for made in _versions(client, None)]
+        valid += [f"{model}@{key}" for model, keys in aliases.items() for key in keys]
+    expected = "name@alias, name/version or the id of a run whose model is registered"
+    raise InputError([Problem("model", repr(reference), expected, did_you_mean(reference, valid))])
+
+
+def model_files(version: ModelVersion) -> Path:
+    """The local folder with the files of a version, those of `VERSION_FILES`.
+
+    Downloads them when the store keeps its files elsewhere.
+
+    Raises:
+        TrackingError: when the registry cannot be reached.
+    """
+    with _registry():
+        from mlflow.artifacts import download_artifacts
+
+        return Path(download_artifacts(artifact_uri=version.uri)) / "extra_files"
+
+
+def _versions(client: MlflowClient, where: str | None) -> list[MlflowVersion]:
+    """Newest first."""
+    return sorted(client.search_model_versions(where), key=lambda made: int(made.version), reverse=True)
+
+
+@contextmanager
+def _registry() -> Iterator[MlflowClient]:
+    try:
+        with mlflow_settings():
+            yield connect()
+    except store_failures() as error:
+        raise TrackingError(f"the model registry cannot be reached: {error}. Check MLFLOW_TRACKING_URI.") from error

@@ -1,0 +1,71 @@
+"""Attempt after attempt, until a run is finished, stopped, or cannot go on; the same for every executor.
+
+Nothing of a dead attempt is used but what stands in the run's folder, so it does not matter what died.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from raymill.checkpoint.directory import read_pointer, read_state
+from raymill.config.spec import JobSpec
+from raymill.errors import Interrupted, RaymillError
+from raymill.orchestration import retry
+from raymill.orchestration.retry import Failure
+from raymill.runs.events import AttemptFailed, Event
+from raymill.runs.folder import RunFolder
+
+Show = Callable[[Event], None]
+"""Is given every event of a run as it happens, for people to see."""
+
+
+def run_attempts(folder: RunFolder, spec: JobSpec, attempt: Callable[[], RaymillError | None], show: Show) -> None:
+    """Call `attempt` until it returns None, for a run that is finished.
+
+    Args:
+        attempt: makes one attempt; returns why it failed.
+
+    Raises:
+        Interrupted: from an attempt that was asked to stop, its state saved.
+        RaymillError: the cause of the last attempt's end, once its budget is spent.
+    """
+    failures: list[Failure] = []
+    while (error := attempt()) is not None:
+        failures.append(Failure(retry.cause_of(error), committed_step(folder)))
+        if folder.stop_request.exists() or not retry.go_on(failures, retry.budgets(spec)):
+            raise error
+        show(AttemptFailed(cause=failures[-1].cause, message=str(error), step=failures[-1].step))
+
+
+def committed_step(folder: RunFolder) -> int:
+    """The step of the newest checkpoint that is pointed at, or 0."""
+    pointer = read_pointer(folder.checkpoints)
+    try:
+        return int(read_state(folder.checkpoints / pointer.latest)["step"]) if pointer else 0
+    except (FileNotFoundError, json.JSONDecodeError):
+        return 0
+
+
+@contextmanager
+def stop_on_signal(folder: RunFolder) -> Iterator[None]:
+    """Within this, SIGINT and SIGTERM ask the workers to save and stop; a second SIGINT stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if folder.stop_request.exists() and number == signal.SIGINT:
+            raise Interrupted(folder.run_id, committed_step(folder))
+        folder.stop_request.touch()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,132 @@
+"""What there is to run on, before anything is started: the cluster that RAY_ADDRESS names, or else this machine.
+
+python -m raymill.orchestration.cluster_facts   prints the facts of the cluster, in a process that may wait for it and fail
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+
+from raymill import ray_internals
+from raymill.config.plan import ClusterFacts
+from raymill.errors import InputError, Problem
+
+CONNECT_TIMEOUT_S = 120.0
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+
+
+def address() -> str | None:
+    """The cluster to run on, from RAY_ADDRESS; None: a Ray of our own."""
+    named = os.environ.get("RAY_ADDRESS", "")
+    return None if named in ("", "local") else named
+
+
+def ask_cluster() -> ClusterFacts:
+    """What the cluster that RAY_ADDRESS names has now.
+
+    Raises:
+        InputError: when the cluster cannot be reached, or lets in whoever asks.
+    """
+    if problem := _token_problem(os.environ):
+        raise InputError([problem])
+    asked = [sys.executable, "-m", "raymill.orchestration.cluster_facts"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=CONNECT_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise InputError([_unreachable(f"no answer within {CONNECT_TIMEOUT_S:g} s")]) from error
+    found = done.stdout.strip().splitlines()[-1:] or ["{}"]
+    record = json.loads(found[0]) if done.returncode == 0 else {}
+    if "num_cpus" in record:
+        return ClusterFacts(**record)
+    if record.get("open"):
+        fix = "Start it with RAY_AUTH_MODE=token, or set RAY_AUTH_MODE=disabled to say that its network is closed."
+        found_there = "a cluster that runs code for whoever can reach it"
+        raise InputError([Problem("environment variable RAY_ADDRESS", found_there, "a cluster that asks for a token", fix)])
+    raise InputError([_unreachable((done.stderr.strip().splitlines() or ["no answer"])[-1])])
+
+
+def _token_problem(variables: Mapping[str, str]) -> Problem | None:
+    """What is wrong with how the user wants to identify himself to a cluster."""
+    mode = variables.get("RAY_AUTH_MODE", "token").lower()
+    named = variables.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+    if mode == "disabled" or named or (Path.home() / ".ray" / "auth_token").is_file():
+        return None
+    fix = "Set RAY_AUTH_TOKEN_PATH to the file with the cluster's token, or RAY_AUTH_MODE=disabled if it has none."
+    return Problem("environment variable RAY_AUTH_TOKEN", "not set", "the token of the cluster that RAY_ADDRESS names", fix)
+
+
+def _unreachable(why: str) -> Problem:
+    fix = "Run on a machine of the cluster, with its token in RAY_AUTH_TOKEN; or unset RAY_ADDRESS to use this machine alone."
+    return Problem("environment variable RAY_ADDRESS", f"{address()!r}: {why}", "host:port of a running Ray cluster", fix)
+
+
+def visible_gpus(installed: int, visible: str | None) -> int:
+    """How many GPUs a process may use.
+
+    Args:
+        installed: on this machine.
+        visible: CUDA_VISIBLE_DEVICES: numbers or identifiers, separated by commas; CUDA stops at the first that is none.
+            None: not set, so all.
+    """
+    if visible is None:
+        return installed
+    named: list[str] = []
+    for name in (part.strip() for part in visible.split(",")):
+        known = name.startswith(("GPU-", "MIG-")) or (name.isdigit() and int(name) < installed)
+        if not known or name in named:
+            break
+        named.append(name)
+    return min(len(named), installed) if not any(name.startswith("MIG-") for name in named) else len(named)
+
+
+def local_facts() -> ClusterFacts:
+    """What this machine has, as an embedded Ray would offer it."""
+    installed = len(list(NVIDIA_GPUS.glob("*"))) if NVIDIA_GPUS.is_dir() else 0
+    return ClusterFacts(
+        num_cpus=float(len(os.sched_getaffinity(0))),
+        num_gpus=float(visible_gpus(installed, os.environ.get("CUDA_VISIBLE_DEVICES"))),
+        memory_bytes=psutil.virtual_memory().total,
+    )
+
+
+# ---------------------------------------------------------------- asking a cluster
+
+
+def main() -> int:
+    """Print the facts of the cluster that RAY_ADDRESS names as JSON, or that it is open to everybody."""
+    named = address() or "auto"
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "disabled":
+        if _lets_anybody_in(named):
+            print(json.dumps({"open": True}))
+            return 0
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    ray.init(address=named, log_to_driver=False, logging_level=logging.ERROR)
+    found = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    ray.shutdown()
+    memory_bytes = psutil.virtual_memory().total
+    facts = ClusterFacts(num_cpus=found.get("CPU", 0.0), num_gpus=found.get("GPU", 0.0), memory_bytes=memory_bytes)
+    print(json.dumps(asdict(facts)))
+    return 0
+
+
+def _lets_anybody_in(named: str) -> bool:
+    """Whether the cluster answers somebody without a token."""
+    nobody = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    asked = [sys.executable, "-c", ray_internals.ASK_WITHOUT_TOKEN, named]
+    done = subprocess.run(asked, env=nobody | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, check=False)
+    return done.returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The process that drives one attempt on Ray: Ray itself, Ray Train, and the end of the run's story in its folder.
+
+    python -m raymill.orchestration.driver RUN_FOLDER
+
+It is a process of its own so that its death, whatever the cause, is only one more reason to start another; `supervisor`
+does that. All that it has to say stands in the run's folder: events, summary, and `failure.json` for why it ended.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from pathlib import Path
+
+from raymill import errors, faults, startup_gc
+from raymill.config.plan import Plan
+from raymill.config.spec import JobSpec
+from raymill.errors import RaymillError, RunError
+from raymill.files import read_record, run_lock, write_record
+from raymill.orchestration import ray_session
+from raymill.orchestration.summary import conclude
+from raymill.runs.folder import RunFolder
+
+FINISHED, FAILED, INTERRUPTED = 0, 1, 3
+
+
+def main(arguments: list[str]) -> int:
+    """Drive one attempt; returns 0 finished, 3 interrupted, 1 anything else, with the reason in `failure.json`."""
+    folder = RunFolder(Path(arguments[0]))
+    _stop_on_sigterm(folder)
+    try:
+        with run_lock(folder.driver_lock):
+            faults.point("driver_start")
+            return _drive(folder)
+    except RaymillError as error:
+        write_record(folder.failure, errors.as_record(error))
+        return FAILED
+    except Exception as error:
+        # A fault of our own: its traceback goes to the log, its text to the user.
+        write_record(folder.failure, errors.as_record(RunError(f"{type(error).__name__}: {error}")))
+        raise
+
+
+def _stop_on_sigterm(folder: RunFolder) -> None:
+    """Answer SIGTERM by asking the workers to save and stop."""
+    signal.signal(signal.SIGTERM, lambda number, frame: folder.stop_request.touch())
+
+
+def _drive(folder: RunFolder) -> int:
+    spec = JobSpec.model_validate(read_record(folder.spec))
+    planned = Plan.from_record(read_record(folder.plan))
+    # Importing what is needed next while the cluster starts saves its time.
+    with ray_session.ray_for(planned, meanwhile=lambda: importlib.import_module("raymill.orchestration.ray_trainer")):
+        # Imported here: `ray_for` sets what Ray reads when it is imported.
+        from raymill.orchestration import ray_trainer
+
+        startup_gc.finish()
+        # Ray has put its own handler there, which ends the process at once.
+        _stop_on_sigterm(folder)
+        faults.point("ray_started")
+        outcome = ray_trainer.fit(folder, planned, spec)
+    conclude(folder, planned, spec, outcome)
+    return INTERRUPTED if outcome.status == "interrupted" else FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,42 @@
+"""Who executes a run: this process, a supervised driver on this machine, or a Ray cluster. All train in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from raymill.config.plan import ClusterFacts
+from raymill.orchestration import cluster_facts, in_process, supervisor
+from raymill.orchestration.attempts import Show
+from raymill.orchestration.prepare import Prepared
+from raymill.runs.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Executor:
+    """One way to execute a run.
+
+    Attributes:
+        name: what people call it.
+        find_facts: what there is to run on; raises InputError where it cannot be reached.
+        execute: trains a prepared run in its folder to the end and returns the summary; the last argument is shown every event.
+        only_one_worker: whether it has one worker, whatever the job says.
+    """
+
+    name: str
+    find_facts: Callable[[], ClusterFacts]
+    execute: Callable[[RunFolder, Prepared, Show], dict[str, Any]]
+    only_one_worker: bool = False
+
+
+IN_PROCESS = Executor("in this process", cluster_facts.local_facts, in_process.execute, only_one_worker=True)
+SUPERVISED = Executor("supervised on this machine", cluster_facts.local_facts, supervisor.supervise)
+CLUSTER = Executor("on a Ray cluster", cluster_facts.ask_cluster, supervisor.supervise)
+
+
+def choose(*, this_process: bool) -> Executor:
+    """The executor for a run: this process where asked for, else the cluster that RAY_ADDRESS names, else this machine."""
+    if this_process:
+        return IN_PROCESS
+    return SUPERVISED if cluster_facts.address() is None else CLUSTER

@@ -1,0 +1,107 @@
+"""The executor in this process: one worker, no Ray, no other process but what the job's own code starts.
+
+The order, the weights and the run's folder are those of one worker on Ray, so either can go on with the other's runs. What the
+job's code raises comes out as it is, with its own traceback, and `breakpoint()` stops where it stands. Nothing of the process is
+changed for the caller: not its environment, not torch's threads or random state.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from raymill import faults
+from raymill.data.reader import read_locally
+from raymill.errors import Interrupted, RaymillError
+from raymill.files import read_record, run_lock
+from raymill.orchestration.attempts import Show, committed_step, run_attempts, stop_on_signal
+from raymill.orchestration.prepare import Prepared
+from raymill.orchestration.summary import conclude
+from raymill.orchestration.tracker import tracking_summary
+from raymill.runs.events import DeliveryStarted, Event, RunStopped, append_event
+from raymill.runs.folder import RunFolder
+from raymill.runs.store import LocalRunStore
+from raymill.training.assembly import Job, WorkerContext, assemble, attempt_started
+
+
+def execute(folder: RunFolder, prepared: Prepared, show: Show) -> dict[str, Any]:
+    """Train to the end, then deliver to MLflow and register.
+
+    Raises:
+        Interrupted: stopped on request, with its state saved.
+        RaymillError: the run cannot go on.
+        Exception: whatever the job's code raises.
+    """
+    job = assemble(prepared.spec, prepared.plan, prepared.manifest, prepared.pipeline, world_size=1)
+    try:
+        with run_lock(folder.driver_lock), stop_on_signal(folder):
+            run_attempts(folder, prepared.spec, partial(_attempt, folder, job, show), show)
+    except Interrupted:
+        raise
+    except Exception as error:
+        append_event(folder, RunStopped(reason="failed", message=f"{type(error).__name__}: {error}"))
+        _deliver(folder, show)
+        raise
+    return read_record(folder.summary) | _deliver(folder, show)
+
+
+def _attempt(folder: RunFolder, job: Job, show: Show) -> RaymillError | None:
+    """Train from the last commit; returns why it failed, or None when the run is finished."""
+    import torch
+
+    from raymill.training import loop
+
+    store = LocalRunStore(folder)
+
+    def report(event: Event) -> None:
+        store.report(event)
+        show(event)
+
+    try:
+        with _unchanged_caller():
+            point = store.begin_attempt()
+            faults.point("run_taken")
+            device = torch.device("cuda", 0) if job.spec.scale.gpus_per_worker else torch.device("cpu")
+            context = WorkerContext(rank=0, world_size=1, device=device, store=store)
+            report(attempt_started(job, point, 1, os.getpid()))
+            packets = read_locally(job.reader(f"{folder.run_id}.{point.attempt}"), point.position, rank=0)
+            outcome = loop.train(job, context, point, packets, report, store.wants_stop)
+    except RaymillError as error:
+        return error
+    finally:
+        store.close()
+    conclude(folder, job.plan, job.spec, outcome)
+    if outcome.status == "interrupted":
+        raise Interrupted(folder.run_id, committed_step(folder))
+    return None
+
+
+@contextmanager
+def _unchanged_caller() -> Iterator[None]:
+    """Give the caller back its number of threads and its random state."""
+    import torch
+
+    threads = torch.get_num_threads()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _deliver(folder: RunFolder, show: Show) -> dict[str, Any]:
+    """Deliver the run's events to MLflow, and register its model, in this process."""
+    from raymill.models.registration import register
+    from raymill.tracking.mlflow_sync import deliver_all
+
+    show(DeliveryStarted())
+    return tracking_summary(folder, delivered=deliver_all(folder, register))

@@ -1,0 +1,88 @@
+"""A job is held against its data and against what there is to run on, before anything starts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from raymill.config import load, plan
+from raymill.config.plan import ClusterFacts, Plan
+from raymill.config.spec import JobSpec
+from raymill.data import manifest
+from raymill.data.manifest import Manifest
+from raymill.errors import InputError, Problem
+from raymill.files import read_record
+from raymill.orchestration.ray_session import unsafe_variables
+from raymill.runs.catalog import find_run, show_run
+from raymill.runs.folder import RunFolder
+from raymill.task import Pipeline
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that was found right, with everything that is derived from it.
+
+    Attributes:
+        spec: the resolved job.
+        pipeline: its data.
+        manifest: what the data hold now.
+        plan: every derived number.
+    """
+
+    spec: JobSpec
+    pipeline: Pipeline
+    manifest: Manifest
+    plan: Plan
+
+
+def prepare(job: load.LoadedJob, facts: ClusterFacts) -> Prepared:
+    """Check a job against its data and what there is to run on. Starts nothing.
+
+    Args:
+        job: from `load.examine_job`: what is right of it is checked further, also when some of it is wrong.
+        facts: what there is to run on.
+
+    Raises:
+        InputError: with everything that is wrong, the job's own problems included.
+    """
+    problems = [*unsafe_variables(os.environ), *job.problems]
+    pipeline = taken = None
+    if job.is_sound("pipeline", "data"):
+        try:
+            pipeline = load.import_pipeline(job.spec)
+            taken = manifest.take_manifest(pipeline, lenient=job.spec.bad_rows.lenient)
+        except InputError as error:
+            problems += error.problems
+    if job.is_sound(*plan.JUDGED):
+        problems += plan.find_problems(job.spec, taken, facts, job.where)
+    if problems or pipeline is None or taken is None:
+        raise InputError(problems)
+    return Prepared(job.spec, pipeline, taken, plan.make_plan(job.spec, taken, facts, job.where))
+
+
+def prepare_resume(run_id: str, num_workers: int | None, facts: ClusterFacts) -> tuple[RunFolder, Prepared]:
+    """Check whether a run can go on, with its data as they were.
+
+    Args:
+        num_workers: another number of workers, or None for the same.
+
+    Raises:
+        InputError: when there is no such run, it is finished, or its data changed.
+    """
+    if problems := unsafe_variables(os.environ):
+        raise InputError(problems)
+    folder = find_run(run_id)
+    recorded = read_record(folder.spec)
+    if num_workers is not None:
+        recorded["scale"] |= {"workers": num_workers, "min_workers": None, "max_workers": None}
+    spec = JobSpec.model_validate(recorded)
+    if show_run(run_id)["status"] == "finished":
+        raise InputError(
+            [Problem(f"--resume {run_id}", "a run that is finished", "an interrupted or failed run", "Start a new run.")]
+        )
+    pipeline = load.import_pipeline(spec)
+    taken = manifest.take_manifest(pipeline, lenient=spec.bad_rows.lenient)
+    if changed := manifest.differences(manifest.from_record(read_record(folder.data_manifest)), taken):
+        raise InputError(changed)
+    planned = plan.make_plan(spec, taken, facts, lambda field: f"run {run_id} {field}")
+    return folder, Prepared(spec, pipeline, taken, planned)

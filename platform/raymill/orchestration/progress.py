@@ -1,0 +1,179 @@
+"""What a person sees of a run while it goes: a live panel on a terminal and in a notebook, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from raymill.runs.events import (
+    AttemptFailed,
+    AttemptStarted,
+    BadRowsFound,
+    DeliveryStarted,
+    DrainNoticed,
+    EvaluationDone,
+    Event,
+    FirstStepDone,
+    ResizeStarted,
+    StepDone,
+    StepRefused,
+    StragglerFound,
+)
+
+PLAIN_INTERVAL_S = 2.0
+"""Seconds between plain lines about steps."""
+
+
+def describe(event: Event) -> list[str]:
+    """What people are told of an event, in lines; none for those that the panel shows, or that need no word."""
+    match event:
+        case AttemptStarted():
+            how = f"resumed at step {event.step}" if event.resumed else "started"
+            workers = "1 worker" if event.num_workers == 1 else f"{event.num_workers} workers"
+            return [f"attempt {event.attempt}: {workers}, {how}", *(f"note: {note}" for note in event.notes)]
+        case FirstStepDone():
+            return ["first step done"]
+        case EvaluationDone():
+            return [f"epoch {event.epoch}: " + "  ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())]
+        case StepRefused():
+            return [f"step {event.step} was not taken: its gradient was not a number (loop.on_nan: {event.policy})"]
+        case BadRowsFound():
+            return [f"{len(event.rows)} bad rows left out, the first of them {event.rows[0]}"]
+        case ResizeStarted():
+            return [f"going on with {event.num_workers} workers; saving first"]
+        case DrainNoticed():
+            when = f" in {event.left_s:.0f} s" if event.left_s is not None else ""
+            then = "to go on elsewhere" if event.goes_on else "to stop"
+            return [f"nodes {', '.join(event.nodes)} are to leave the cluster{when}; saving, {then}"]
+        case StragglerFound():
+            return [
+                f"warning: rank {event.rank} computes {event.factor:.2g} times slower than the others, which wait "
+                f"{event.lost_s:.2f} s for it in each step; look what else runs on its machine"
+            ]
+        case AttemptFailed():
+            return [f"{event.cause} at step {event.step}: {event.message}; going on from there"]
+        case DeliveryStarted():
+            return ["delivering the run to MLflow"]
+    return []
+
+
+class Progress:
+    """Shows events. Use as a context manager."""
+
+    def __init__(self, console: Console, *, live: bool = True) -> None:
+        """Show on this console.
+
+        Args:
+            live: whether a panel may be drawn and redrawn; not where the job's own code may ask or print in between.
+        """
+        self._console = console
+        self._panel: Panel | None = None
+        if live and console.is_jupyter:
+            self._panel = NotebookPanel()
+        elif live and console.is_terminal:
+            self._panel = TerminalPanel(console)
+        self._total_steps = 0
+        self._started_s: float | None = None
+        self._first_step = 0
+        self._last_plain_s = 0.0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._panel:
+            self._panel.close()
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, AttemptStarted):
+            self._total_steps, self._first_step = event.num_total_steps, event.step
+        elif isinstance(event, FirstStepDone):
+            self._started_s = time.monotonic()
+        elif isinstance(event, StepDone):
+            self._show_step(event)
+        for line in describe(event):
+            self._say(line)
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _show_step(self, event: StepDone) -> None:
+        loss = next((value for name, value in event.metrics.items() if name.endswith("loss")), float("nan"))
+        values = {
+            "step": f"{event.step} / {self._total_steps}",
+            "epoch": str(event.epoch),
+            "loss": f"{loss:.4f}",
+            "rows/s": f"{event.rows_per_s or 0:,.0f}",
+            "waiting for data": f"{event.data_wait_share or 0:.0%}",
+            "ETA": self._eta(event.step),
+        }
+        if self._panel:
+            self._panel.update(values)
+        elif time.monotonic() - self._last_plain_s >= PLAIN_INTERVAL_S:
+            self._last_plain_s = time.monotonic()
+            self._say("  ".join(f"{name} {value}" for name, value in values.items()))
+
+    def _eta(self, done: int) -> str:
+        if self._started_s is None or done <= self._first_step + 1:
+            return "?"
+        per_step_s = (time.monotonic() - self._started_s) / (done - self._first_step - 1)
+        return f"{per_step_s * (self._total_steps - done):.0f} s"
+
+
+class TerminalPanel:
+    """Values that are redrawn at the bottom of a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+        self._live.start()
+
+    def update(self, values: dict[str, str]) -> None:
+        """Show these values instead."""
+        self._live.update(_table(values))
+
+    def close(self) -> None:
+        """Take the panel away."""
+        self._live.stop()
+
+
+class NotebookPanel:
+    """Values that are redrawn in the output of a notebook's cell."""
+
+    def __init__(self) -> None:
+        self._update: Callable[..., Any] | None = None
+        self._last_s = 0.0
+
+    def update(self, values: dict[str, str]) -> None:
+        """Show these values instead, at most four times a second."""
+        if time.monotonic() - self._last_s < 0.25:
+            return
+        self._last_s = time.monotonic()
+        from IPython.display import display
+
+        text = io.StringIO()
+        Console(file=text, width=60, force_jupyter=False).print(_table(values))
+        data = {"text/plain": text.getvalue()}
+        if self._update is None:
+            self._update = display(data, raw=True, display_id=True).update  # type: ignore[no-untyped-call]
+        else:
+            self._update(data, raw=True)
+
+    def close(self) -> None:
+        """The last values stay."""
+
+
+Panel = TerminalPanel | NotebookPanel
+
+
+def _table(values: dict[str, str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value in values.items():
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,186 @@
+"""The Ray that an attempt runs on: the cluster that RAY_ADDRESS names, or one of this process's own, and its end.
+
+The embedded Ray listens on this machine alone, asks for a token that only this process and its children know, keeps its
+session in a private temporary folder, and is gone, folder and all, when the command ends. Of a cluster only the processes
+of the run end; it must ask for a token too, unless the user says RAY_AUTH_MODE=disabled.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import raymill
+from raymill import ray_internals
+from raymill.config.plan import ClusterFacts, Plan
+from raymill.errors import Problem, RunError, WorkerError
+from raymill.orchestration.cluster_facts import address, local_facts
+from raymill.orchestration.retry import Cause
+from raymill.paths import home, project_root
+
+SESSION_PREFIX = "raymill-"
+SESSION_VARIABLE = "RAYMILL_SESSION"
+KILL_TIMEOUT_S = 10.0
+
+NOT_SENT_TO_CLUSTER = ["/.raymill"]
+"""Folders of the project that do not travel to a cluster, beside .git, .venv and what .gitignore names."""
+
+UNSAFE_VARIABLES = (
+    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
+    "RAY_DATA_ARROW_EXTENSION_SERIALIZATION_CLOUDPICKLE",
+    "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR",
+    "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
+    "RAY_DATA_EXECUTION_CALLBACKS",
+    "RAY_TRAIN_CALLBACKS",
+)
+"""Variables that make Ray run code found in data files, or import code by name."""
+
+
+def unsafe_variables(variables: Mapping[str, str]) -> list[Problem]:
+    """The environment variables that would let data or names run code; raymill does not run with them."""
+    return [
+        Problem(f"environment variable {name}", "set", "not set: it lets data or names run code", f"Run `unset {name}`.")
+        for name in UNSAFE_VARIABLES
+        if name in variables
+    ]
+
+
+def remove_stale_sessions() -> None:
+    """Remove what is left of drivers that were killed together with their supervisor."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SESSION_PREFIX}*"):
+        pid = folder.name.removeprefix(SESSION_PREFIX)
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            end_session(int(pid), timeout_s=0)
+
+
+def end_session(pid: int, timeout_s: float) -> None:
+    """Wait until nothing is left of the Ray of a driver that ended, and end what stays; then remove its folder.
+
+    Args:
+        pid: the driver's process id.
+        timeout_s: seconds to wait before killing what is left.
+    """
+    folder = session_folder(pid)
+    left = [process for process in psutil.process_iter() if _belongs(process, pid, folder)]
+    _, left = psutil.wait_procs(left, timeout=timeout_s)
+    for process in left:
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            process.kill()
+    psutil.wait_procs(left, timeout=KILL_TIMEOUT_S)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _belongs(process: psutil.Process, pid: int, folder: Path) -> bool:
+    # A driver leads a session of its own. Ray's agents show neither their environment nor the folder, and outlive it.
+    try:
+        return os.getsid(process.pid) == pid or process.environ().get(SESSION_VARIABLE) == str(folder)
+    except (OSError, psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return False
+
+
+def session_folder(pid: int) -> Path:
+    """Where the Ray of this process keeps its session. Short, because the sockets in it have a length limit."""
+    return Path(tempfile.gettempdir()) / f"{SESSION_PREFIX}{pid}"
+
+
+@contextmanager
+def ray_for(plan: Plan, meanwhile: Callable[[], object]) -> Iterator[None]:
+    """The Ray that RAY_ADDRESS names, or one of this process's own, for as long as the context lasts.
+
+    This changes the environment of the process, which must be one of raymill's own (a driver).
+
+    Args:
+        meanwhile: is called in a thread while Ray starts; imports what is needed next.
+    """
+    named = address()
+    settings = ray_internals.RAY_SETTINGS
+    settings |= {} if named else ray_internals.EMBEDDED_SETTINGS
+    settings |= ray_internals.ELASTIC_SETTINGS if plan.min_workers < plan.num_workers else {}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    remove_stale_sessions()
+    session = session_folder(os.getpid())
+    session.mkdir(mode=0o700)
+    # Every process of this run on this machine inherits it, and so can be found when the driver is gone.
+    os.environ[SESSION_VARIABLE] = str(session)
+    if not named:
+        # Before Ray is imported anywhere: it reads them once.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    imports = threading.Thread(target=meanwhile, name="imports")
+    imports.start()
+    try:
+        if named:
+            _connect(named)
+        else:
+            _start(plan, local_facts(), session)
+        imports.join()
+        yield
+    finally:
+        _stop()
+        shutil.rmtree(session, ignore_errors=True)
+
+
+def _start(plan: Plan, facts: ClusterFacts, session: Path) -> None:
+    import ray
+    import ray.exceptions
+
+    settings: dict[str, Any] = {
+        # Not the session's folder itself: Ray lets everybody into the one that it is given.
+        **ray_internals.private_session(str(session / "ray")),
+        "num_cpus": facts.num_cpus,
+        "num_gpus": facts.num_gpus,
+        "object_store_memory": plan.object_store_bytes,
+    }
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+            **settings,
+        )
+    except ValueError as error:
+        # What is asked for is not there, such as GPUs that CUDA_VISIBLE_DEVICES hides; it would not be there next time either.
+        raise RunError(f"Ray does not start on this machine as it is: {error}") from error
+    except (ray.exceptions.RayError, RuntimeError, ConnectionError, TimeoutError) as error:
+        raise WorkerError(f"Ray did not start on this machine: {error}", cause=Cause.LOST_PROCESS) from error
+
+
+def _connect(named: str) -> None:
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    package = Path(raymill.__file__).parent
+    # The project and raymill itself travel, so that every machine runs the code that is here. Data do not.
+    travels = {
+        "working_dir": str(project_root()),
+        "excludes": NOT_SENT_TO_CLUSTER,
+        "py_modules": [str(package)],
+        "env_vars": {name: os.environ[name] for name in ray_internals.RAY_SETTINGS} | _own_variables(),
+    }
+    try:
+        ray.init(address=named, log_to_driver=True, logging_level=logging.WARNING, runtime_env=travels)
+    except (ConnectionError, ray.exceptions.RayError) as error:
+        raise RunError(f"the Ray cluster at {named} could not be reached: {error}") from error
+
+
+def _own_variables() -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if name.startswith("RAYMILL_") and name != SESSION_VARIABLE}
+    # Without RAY_ADDRESS, Ray's own actors guess which of the clusters of a machine they belong to.
+    return own | {"RAYMILL_HOME": str(home()), "RAY_ADDRESS": os.environ["RAY_ADDRESS"]}
+
+
+def _stop() -> None:
+    import ray
+
+    ray.shutdown()

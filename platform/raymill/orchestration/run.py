@@ -1,0 +1,73 @@
+"""A run from the command to its summary: made or taken up again, handed to an executor."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+from raymill.config import load
+from raymill.data import manifest
+from raymill.files import run_lock, write_record
+from raymill.orchestration.attempts import Show
+from raymill.orchestration.executors import Executor
+from raymill.orchestration.prepare import Prepared, prepare_resume
+from raymill.runs.environment import environment
+from raymill.runs.folder import RunFolder, run_folder
+
+Watch = Callable[[RunFolder], Show]
+"""Is given a run's folder before anything starts; what it returns is given every event as it happens."""
+
+
+def train(prepared: Prepared, executor: Executor, watch: Watch, started_s: float) -> dict[str, Any]:
+    """Start a new run and train it to the end.
+
+    Args:
+        prepared: what to do.
+        executor: who does it.
+        watch: shows the run to people.
+        started_s: when the command was given, Unix seconds.
+
+    Returns:
+        The summary, which is also written to the run's folder.
+
+    Raises:
+        Interrupted: stopped on request, to be resumed.
+        RunError: the run could not go on.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    folder = run_folder(f"{prepared.spec.name}-{stamp}-{secrets.token_hex(3)}")
+    folder.path.mkdir(parents=True, mode=0o700)
+    write_record(folder.data_manifest, manifest.as_record(prepared.manifest))
+    write_record(folder.environment, environment())
+    return _execute(folder, prepared, executor, watch, started_s)
+
+
+def resume(run_id: str, num_workers: int | None, executor: Executor, watch: Watch, started_s: float) -> dict[str, Any]:
+    """Go on with an interrupted or failed run from its last checkpoint; arguments and errors as those of `train`.
+
+    Args:
+        run_id: which run.
+        num_workers: another number of workers, or None for the same.
+
+    Raises:
+        InputError: when there is no such run, it is finished, or its data changed.
+    """
+    if executor.only_one_worker:
+        num_workers = 1
+    folder, prepared = prepare_resume(run_id, num_workers, executor.find_facts())
+    return _execute(folder, prepared, executor, watch, started_s)
+
+
+def _execute(folder: RunFolder, prepared: Prepared, executor: Executor, watch: Watch, started_s: float) -> dict[str, Any]:
+    with run_lock(folder.command_lock):
+        # A driver may have outlived the command that started it.
+        with run_lock(folder.driver_lock):
+            write_record(folder.spec, load.resolved(prepared.spec))
+            write_record(folder.plan, prepared.plan.as_record())
+            write_record(folder.command, {"started_s": started_s, "executor": executor.name})
+            folder.stop_request.unlink(missing_ok=True)
+        summary = executor.execute(folder, prepared, watch(folder))
+        write_record(folder.summary, summary)
+    return summary

@@ -1,0 +1,165 @@
+"""One attempt on one rank of a Ray Train worker group.
+
+Rank 0 finds where the run is, opens the stream there and tells the other ranks. So every start of a group, be it the first,
+after a failure or after a resize, goes on from the last commit by itself, and no rank can be at another position than its data.
+The workers join their process group themselves, so that neither the driver nor Ray's controller has to import torch.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.train
+
+from raymill import faults
+from raymill.config import load
+from raymill.config.plan import Plan
+from raymill.config.spec import JobSpec
+from raymill.data import ray_stream
+from raymill.data.manifest import Manifest
+from raymill.data.reader import Packet
+from raymill.runs.folder import RunFolder
+from raymill.runs.remote_store import RemoteRunStore, RunStore
+from raymill.runs.store import LocalRunStore, ResumePoint
+from raymill.training.assembly import Job, WorkerContext, assemble, attempt_started
+from raymill.training.outcome import Outcome
+
+if TYPE_CHECKING:
+    from ray.data import DataIterator
+
+GROUP_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """What the driver tells every worker.
+
+    Attributes:
+        folder: the run's folder, as the driver sees it.
+        spec: the resolved job.
+        plan: every derived number.
+        manifest: the input when the run began.
+        driver_pid: the process that drives the run.
+        driver_node: the Ray node where the folder is.
+        store_actor: does what workers on other nodes ask of the folder; None: there are no other nodes.
+    """
+
+    folder: str
+    spec: JobSpec
+    plan: Plan
+    manifest: Manifest
+    driver_pid: int
+    driver_node: str
+    store_actor: Any
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return Path(self.folder).name
+
+
+@dataclass(frozen=True)
+class GroupStart:
+    """What rank 0 tells the other ranks of a group.
+
+    Attributes:
+        point: where the attempt begins.
+        iterators: the stream from there on, by rank.
+        address: host and port where rank 0 listens.
+    """
+
+    point: ResumePoint
+    iterators: list[DataIterator]
+    address: tuple[str, int]
+
+
+def work(config: dict[str, WorkerConfig]) -> Outcome:
+    """The train function of Ray Train. Its argument has one entry, "worker"."""
+    worker = config["worker"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    faults.here(rank=rank)
+    faults.point("worker_start")
+    store = _open_store(worker, rank)
+    store.announce()
+    try:
+        job = assemble(worker.spec, worker.plan, worker.manifest, load.import_pipeline(worker.spec), world_size)
+        listener = socket.create_server((_own_address(), 0)) if rank == 0 else None
+        start = _start_together(worker, job, store, world_size, listener)
+        # Packets are on their way while torch is still being imported.
+        packets = ray_stream.prefetched(ray_stream.receive(start.iterators[rank], rank), depth=2)
+        return _train(worker, job, store, rank, world_size, start, packets, listener)
+    finally:
+        store.close()
+
+
+def _open_store(worker: WorkerConfig, rank: int) -> RunStore:
+    if ray.get_runtime_context().get_node_id() == worker.driver_node:
+        return LocalRunStore(RunFolder(Path(worker.folder)), rank)
+    return RemoteRunStore(worker.store_actor, rank)
+
+
+def _start_together(
+    worker: WorkerConfig, job: Job, store: RunStore, world_size: int, listener: socket.socket | None
+) -> GroupStart:
+    """Rank 0 (which has a listener) begins the attempt and opens the stream; all ranks get the same."""
+    from ray.train.collective import broadcast_from_rank_zero
+
+    opened = None
+    if listener is not None:
+        point = store.begin_attempt()
+        faults.point("run_taken")
+        iterators = ray_stream.split_with_ray(
+            job.reader(f"{worker.run_id}.{point.attempt}"),
+            point.position,
+            world_size,
+            data_cpus=worker.plan.data_cpus,
+            task_cpus=worker.plan.read_task_cpus,
+        )
+        # By reference: what Ray Train broadcasts is meant to be small.
+        opened = [ray.put(GroupStart(point, iterators, listener.getsockname()))]
+    start: GroupStart = ray.get(broadcast_from_rank_zero(opened)[0])
+    return start
+
+
+def _train(
+    worker: WorkerConfig,
+    job: Job,
+    store: RunStore,
+    rank: int,
+    world_size: int,
+    start: GroupStart,
+    packets: Iterator[Packet],
+    listener: socket.socket | None,
+) -> Outcome:
+    import torch
+
+    from raymill.parallel import process_group
+    from raymill.training import loop
+
+    device = torch.device("cuda", 0) if worker.spec.scale.gpus_per_worker else torch.device("cpu")
+    context = WorkerContext(rank=rank, world_size=world_size, device=device, store=store)
+    # Before the group is joined: what the job's own module raises is then raised by itself.
+    _ = job.task
+    process_group.join_group(start.address, listener, rank, world_size, device, GROUP_TIMEOUT_S)
+    report = store.report if rank == 0 else lambda event: None
+    report(attempt_started(job, start.point, world_size, worker.driver_pid))
+    together = False
+    try:
+        outcome = loop.train(job, context, start.point, packets, report, store.wants_stop)
+        together = True
+        if rank == 0:
+            store.confirm_saved()
+        return outcome
+    finally:
+        process_group.leave_group(together=together)
+
+
+def _own_address() -> str:
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address

@@ -1,0 +1,158 @@
+"""A project of one's own: `raymill init` copies a job of the catalogue, with the data code that it needs, into a new folder.
+
+The catalogue is a project like any other; the wheel carries its files as data, under `raymill/catalogue`, and in a checkout of
+raymill they are `jobs/` and `pipelines/` at its root. The new project has packages named `jobs` and `pipelines` of its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from pathlib import Path
+
+import raymill
+from raymill.config import strict_yaml
+from raymill.config.spec import NAME
+from raymill.errors import InputError, Problem, did_you_mean
+from raymill.files import STAGE
+
+DEMO = "demo"
+"""The job that `raymill init` makes unless told otherwise: the catalogue's `smoke`."""
+
+PYPROJECT = """\
+[project]
+name = "{name}"
+version = "0.1.0"
+requires-python = ">=3.11"
+dependencies = ["raymill", "pytest"]
+
+[tool.raymill]
+# Packages beside `jobs` and `pipelines` that a job's `task:` and `pipeline:` may name.
+packages = []
+
+[tool.pytest]
+testpaths = ["tests"]
+pythonpath = ["."]
+"""
+
+README = """\
+# {name}
+
+A raymill project. `jobs/` has one folder per job, `pipelines/` the data code that they share.
+
+    raymill check {job}                    # everything that is wrong, before anything starts
+    raymill plan {job}                     # every derived number, with its reason
+    raymill train {job} --in-process       # one worker in this process: print, breakpoint(), your own traceback
+    raymill train {job}                    # on Ray, with the workers that the job file says
+    raymill ui                             # the runs, in MLflow's page
+    pytest                                 # the tests of this project
+
+The data: `pipelines/{pipeline}`. The model and the loss: `jobs/{job}/task.py`. The numbers: `jobs/{job}/job.yaml`.
+"""
+
+TEST = '''\
+"""The job {job} is right, and trains."""
+
+import raymill
+
+
+def test_{identifier}_trains(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYMILL_HOME", str(tmp_path))
+    run = raymill.load("{job}", loop__epochs=1, register=None).train(in_process=True, quiet=True)
+    assert run.status == "finished"
+    assert run.summary["rows"]["used"] > 0
+'''
+
+GITIGNORE = "__pycache__/\n*.py[cod]\n.venv/\n.pytest_cache/\n.raymill/\n"
+
+
+def init_project(folder: Path, job: str = DEMO) -> dict[str, str]:
+    """Make a project in a new or empty folder, whole or not at all.
+
+    Args:
+        job: "demo", or the name of a job in the catalogue.
+
+    Returns:
+        folder, job, and catalogue_job, which it is a copy of.
+
+    Raises:
+        InputError: the folder holds something, its name is no name, or there is no such job.
+    """
+    catalogue = catalogue_folder()
+    template = "smoke" if job == DEMO else job
+    known = sorted(path.parent.name for path in (catalogue / "jobs").glob("*/job.yaml"))
+    problems = []
+    if template not in known:
+        problems.append(Problem("--from", repr(job), "a job of the catalogue", did_you_mean(job, [DEMO, *known])))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        problems.append(Problem(str(folder), "something there already", "a new or empty folder", "Name another one."))
+    if not NAME.fullmatch(folder.resolve().name):
+        expected = "letters, digits, '.', '_' or '-', beginning with a letter or digit"
+        problems.append(Problem(str(folder), f"the name {folder.resolve().name!r}", expected, "Name another one."))
+    if problems:
+        raise InputError(problems)
+    stage = folder.resolve().with_name(f"{STAGE}{folder.resolve().name}")
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    try:
+        _fill(stage, catalogue, template, job, folder.resolve().name)
+        if folder.exists():
+            folder.rmdir()
+        stage.rename(folder.resolve())
+    except BaseException:
+        shutil.rmtree(stage)
+        raise
+    return {"folder": str(folder), "job": job, "catalogue_job": template}
+
+
+def catalogue_folder() -> Path:
+    """The folder with the catalogue's `jobs/` and `pipelines/`: in the installed package, or at the root of a checkout."""
+    package = Path(raymill.__file__).parent
+    packed = package / "catalogue"
+    return packed if packed.is_dir() else package.parents[1]
+
+
+def _fill(project: Path, catalogue: Path, template: str, job: str, name: str) -> None:
+    source = catalogue / "jobs" / template
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+    shutil.copytree(source, project / "jobs" / job, ignore=ignored)
+    values = strict_yaml.parse((source / "job.yaml").read_bytes()).value
+    pipeline_module = str(values["pipeline"]).partition(":")[0]
+    for file in _pipeline_files(catalogue, pipeline_module):
+        target = project / file.relative_to(catalogue)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    for package in ("jobs", "pipelines"):
+        (project / package).mkdir(exist_ok=True)
+        (project / package / "__init__.py").write_text("")
+    if job != template:
+        for file in (project / "jobs" / job).rglob("*"):
+            if file.suffix in (".py", ".yaml", ".md"):
+                text = file.read_text(encoding="utf-8")
+                text = text.replace(f"jobs.{template}", f"jobs.{job}").replace(f"jobs/{template}", f"jobs/{job}")
+                file.write_text(text.replace(f"name: {template}\n", f"name: {job}\n"), encoding="utf-8")
+    (project / "pyproject.toml").write_text(PYPROJECT.format(name=name))
+    (project / ".gitignore").write_text(GITIGNORE)
+    pipeline = f"{pipeline_module.partition('.')[2].replace('.', '/')}.py"
+    (project / "README.md").write_text(README.format(name=name, job=job, pipeline=pipeline))
+    (project / "tests").mkdir()
+    identifier = "".join(letter if letter.isalnum() else "_" for letter in job)
+    (project / "tests" / f"test_{identifier}.py").write_text(TEST.format(job=job, identifier=identifier))
+
+
+def _pipeline_files(catalogue: Path, module: str) -> list[Path]:
+    """The files of `pipelines` that a module of it needs, itself first, by reading their imports."""
+    files: list[Path] = []
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        file = catalogue.joinpath(*name.split(".")).with_suffix(".py")
+        if file in files or not name.startswith("pipelines.") or not file.is_file():
+            continue
+        files.append(file)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+    return files

@@ -1,0 +1,126 @@
+"""The runs of a project: which there are, and what their files say of each. Asks no process and no server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from raymill.errors import InputError, Problem, did_you_mean
+from raymill.files import read_record
+from raymill.runs.events import AttemptStarted, Event, RunFinished, RunStopped, read_events
+from raymill.runs.folder import RunFolder, run_folder, runs_folder
+
+
+def find_run(run_id: str) -> RunFolder:
+    """The folder of a run that exists.
+
+    Raises:
+        InputError: when there is none; names the nearest.
+    """
+    known = [folder.run_id for folder in _all_folders()]
+    if run_id not in known:
+        raise InputError([Problem("run", repr(run_id), "the id of a run of this project", did_you_mean(run_id, known))])
+    return run_folder(run_id)
+
+
+def list_runs() -> list[dict[str, Any]]:
+    """All runs of this project, newest first; see `show_run` for the keys."""
+    runs = [_facts(folder) for folder in _all_folders()]
+    return sorted(runs, key=lambda facts: (facts["started_s"] or 0.0, facts["run_id"]), reverse=True)
+
+
+def show_run(run_id: str) -> dict[str, Any]:
+    """What is known of one run.
+
+    Returns:
+        run_id, name (of the job), status ("starting", "running", "finished", "interrupted", "failed", or "unreadable" for one of
+        another version of raymill), message (why it stopped, or None), started_s (Unix seconds, or None), attempts, step,
+        num_total_steps, metrics (name -> latest value), mlflow_run_id and version ("name/1"), both None until they exist.
+
+    Raises:
+        InputError: when there is no such run.
+    """
+    return _facts(find_run(run_id))
+
+
+def history(run_id: str) -> list[dict[str, Any]]:
+    """The metrics of a run by step, in order: step, epoch, time_s, and each metric that was measured there.
+
+    A step that was trained again after a failure is there once. Training and evaluation at one step share an entry.
+
+    Raises:
+        InputError: when there is no such run.
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    for event in read_events(find_run(run_id).events)[0]:
+        metrics = getattr(event, "metrics", None)
+        step, epoch = getattr(event, "step", None), getattr(event, "epoch", None)
+        if metrics is not None and step is not None:
+            by_step.setdefault(step, {"step": step, "epoch": epoch, "time_s": event.time_s}).update(metrics)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def data_digest(folder: RunFolder) -> str:
+    """What the run's input was: the digest in its data manifest, SHA-256 in hex."""
+    return str(read_record(folder.data_manifest)["digest"])
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _all_folders() -> list[RunFolder]:
+    return [RunFolder(path) for path in runs_folder().glob("*/") if (path / "spec.json").is_file()]
+
+
+def _facts(folder: RunFolder) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "run_id": folder.run_id,
+        "name": None,
+        "status": "starting",
+        "message": None,
+        "started_s": None,
+        "attempts": 0,
+        "step": 0,
+        "num_total_steps": None,
+        "metrics": {},
+        "mlflow_run_id": None,
+        "version": None,
+    }
+    try:
+        facts["name"] = read_record(folder.spec)["name"]
+        facts["mlflow_run_id"] = _record(folder.delivery).get("mlflow_run_id")
+        if made := _record(folder.model_version):
+            facts["version"] = f"{made['name']}/{made['version']}"
+        events, _ = read_events(folder.events)
+    except InputError as error:
+        return facts | {"status": "unreadable", "message": str(error.problems[0])}
+    facts["started_s"] = events[0].time_s if events else None
+    for event in events:
+        _take_in(facts, event)
+    return facts
+
+
+def _take_in(facts: dict[str, Any], event: Event) -> None:
+    facts["step"] = getattr(event, "step", facts["step"])
+    facts["metrics"] |= getattr(event, "metrics", {})
+    if isinstance(event, AttemptStarted):
+        alive = event.pid is None or process_lives(event.pid)
+        facts |= {"status": "running" if alive else "interrupted", "message": None}
+        facts |= {"attempts": event.attempt, "num_total_steps": event.num_total_steps}
+    elif isinstance(event, RunStopped):
+        facts |= {"status": event.reason, "message": event.message}
+    elif isinstance(event, RunFinished):
+        facts["status"] = "finished"
+
+
+def _record(path: Path) -> dict[str, Any]:
+    return read_record(path) if path.exists() else {}

@@ -1,0 +1,45 @@
+"""What a run ran with: versions, the machine, the commit. Imports none of the libraries; holds no environment variables."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from raymill.paths import project_root
+from raymill.redaction import redact_arguments
+
+# ---------------------------------------------------------------- what it ran with
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran with, as JSON-ready values. Imports none of the libraries; holds no environment variables."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "num_cpus": os.cpu_count(),
+        "versions": {name: _version(name) for name in ("torch", "ray", "mlflow", "numpy", "pyarrow")},
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if (changes := _git("status", "--porcelain")) is None else bool(changes),
+        "command": redact_arguments(sys.argv),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(project_root()), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,343 @@
+"""What happens in a run, as frozen types, and the file that they are appended to: `events.jsonl`, one JSON object a line.
+
+Every line carries the version of its format. Lines are parsed here alone; whoever wants to know about a run reads the types.
+Training never talks to MLflow: this file is the durable queue that `tracking` delivers from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError
+
+from raymill.data.bad_rows import BadRow
+from raymill.errors import InputError, Problem
+from raymill.files import with_version, without_version
+from raymill.runs.folder import RunFolder
+
+WRITE_INTERVAL_S = 0.25
+
+Metrics = dict[str, float]
+"""Name -> value, as "train/loss"."""
+
+
+class Event(BaseModel):
+    """Something that happened in a run.
+
+    Attributes:
+        time_s: when, Unix seconds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    time_s: float = Field(default_factory=time.time)
+
+
+class AttemptStarted(Event):
+    """The workers of an attempt are about to train.
+
+    Attributes:
+        attempt: its number, from 1.
+        num_workers: how many there are.
+        step: optimizer steps done before.
+        num_total_steps: of the whole job.
+        resumed: whether it goes on from a checkpoint.
+        notes: what a person should know, such as a checkpoint that was passed over.
+        pid: the process that drives it.
+    """
+
+    kind: Literal["start"] = "start"
+    attempt: int
+    num_workers: int
+    step: int
+    num_total_steps: int
+    resumed: bool
+    notes: tuple[str, ...] = ()
+    pid: int | None = None
+
+
+class FirstStepDone(Event):
+    """The attempt's first optimizer step is done."""
+
+    kind: Literal["first_step"] = "first_step"
+    step: int
+
+
+class StepDone(Event):
+    """An optimizer step is done.
+
+    Attributes:
+        rows: rows trained on since the job began.
+        metrics: of the whole global batch.
+        rows_per_s: rows per second since the attempt's first step.
+        data_wait_share: share of that time in which rank 0 waited for rows.
+    """
+
+    kind: Literal["step"] = "step"
+    step: int
+    epoch: int
+    rows: int
+    metrics: Metrics
+    rows_per_s: float | None = None
+    data_wait_share: float | None = None
+
+
+class EvaluationDone(Event):
+    """All validation rows were measured.
+
+    Attributes:
+        rows: rows measured.
+        totals: name -> nested lists, such as a confusion matrix.
+    """
+
+    kind: Literal["evaluation"] = "evaluation"
+    step: int
+    epoch: int
+    rows: int
+    metrics: Metrics
+    totals: dict[str, Any] = {}
+
+
+class CheckpointSaved(Event):
+    """A checkpoint is safe on disk.
+
+    Attributes:
+        path: from the run's folder.
+        best: whether it is the best so far.
+    """
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    step: int
+    path: str
+    best: bool
+
+
+class StepRefused(Event):
+    """A step was not taken because its gradient was not a number.
+
+    Attributes:
+        position: rows trained on after the step.
+        rows: ids of the batch's rows.
+        policy: what `loop.on_nan` says.
+    """
+
+    kind: Literal["refused"] = "refused"
+    step: int
+    epoch: int
+    position: int
+    rows: list[int]
+    policy: Literal["stop", "skip", "rollback"]
+
+
+class BadRowsFound(Event):
+    """Rows were left out that had not been met before."""
+
+    kind: Literal["bad_rows"] = "bad_rows"
+    rows: list[BadRow]
+
+
+class ResizeStarted(Event):
+    """An elastic run is to go on with another number of workers."""
+
+    kind: Literal["resize"] = "resize"
+    num_workers: int
+
+
+class DrainNoticed(Event):
+    """Nodes that the run uses are to leave the cluster.
+
+    Attributes:
+        nodes: their ids.
+        left_s: seconds until the first of them goes; None: not said.
+        goes_on: whether the run has room on the others.
+    """
+
+    kind: Literal["drain"] = "drain"
+    nodes: tuple[str, ...]
+    left_s: float | None
+    goes_on: bool
+
+
+class StragglerFound(Event):
+    """A rank computes slower than the others.
+
+    Attributes:
+        factor: how many times longer its forward passes take.
+        lost_s: seconds that the others wait for it in each step.
+    """
+
+    kind: Literal["straggler"] = "straggler"
+    step: int
+    rank: int
+    factor: float
+    lost_s: float
+
+
+class RunStopped(Event):
+    """The run ended before its last step."""
+
+    kind: Literal["stop"] = "stop"
+    reason: Literal["interrupted", "failed"]
+    message: str
+
+
+class RunFinished(Event):
+    """All epochs are done.
+
+    Attributes:
+        best_checkpoint: from the run's folder; None: none was saved.
+    """
+
+    kind: Literal["end"] = "end"
+    best_checkpoint: str | None
+    metrics: Metrics
+
+
+class AttemptFailed(Event):
+    """An attempt failed and another one follows. Shown to people; the next attempt's start is what is recorded."""
+
+    kind: Literal["restart"] = "restart"
+    cause: str
+    message: str
+    step: int
+
+
+class DeliveryStarted(Event):
+    """Training is over; MLflow is getting the rest. Shown to people, not recorded."""
+
+    kind: Literal["delivering"] = "delivering"
+
+
+AnyEvent = (
+    AttemptStarted
+    | FirstStepDone
+    | StepDone
+    | EvaluationDone
+    | CheckpointSaved
+    | StepRefused
+    | BadRowsFound
+    | ResizeStarted
+    | DrainNoticed
+    | StragglerFound
+    | RunStopped
+    | RunFinished
+    | AttemptFailed
+    | DeliveryStarted
+)
+
+_PARSER: TypeAdapter[Event] = TypeAdapter(Annotated[AnyEvent, Discriminator("kind")])
+
+
+def parse_event(values: Any, where: str = "event") -> Event:
+    """The event of a line's JSON object.
+
+    Raises:
+        InputError: it is of another version, or is none.
+    """
+    try:
+        return _PARSER.validate_python(without_version(values, where))
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False))
+        fix = "The file was changed or damaged: remove this line, or start a new run."
+        raise InputError([Problem(where, found, "an event of raymill", fix)]) from error
+
+
+def as_record(event: Event) -> dict[str, Any]:
+    """The event as JSON-ready values; `parse_event` makes an equal one."""
+    return with_version(event.model_dump(mode="json"))
+
+
+# ---------------------------------------------------------------- the file
+
+
+def append_event(folder: RunFolder, event: Event) -> None:
+    """Append one event to the run's file and wait until it is on disk."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with EventWriter(folder.events) as writer:
+        writer.write(event)
+
+
+class EventWriter:
+    """Appends events of one process, from any thread. Step events wait up to `every_s` for company, others for nothing.
+
+    Args:
+        path: the run's events; made where it is not there yet.
+        every_s: least seconds between two writes of step events.
+    """
+
+    def __init__(self, path: Path, every_s: float = WRITE_INTERVAL_S) -> None:
+        # O_APPEND, and whole lines in one write: lines of the driver and of rank 0 never mix.
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._every_s = every_s
+        self._lock = threading.Lock()
+        self._lines: list[str] = []
+        self._flushed_s = 0.0
+
+    def write(self, event: Event) -> None:
+        """Add one event."""
+        line = json.dumps(as_record(event), separators=(",", ":")) + "\n"
+        with self._lock:
+            self._lines.append(line)
+            if not isinstance(event, StepDone) or time.monotonic() - self._flushed_s >= self._every_s:
+                self._flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        with self._lock:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._lines:
+            # A line that a killed process left torn is ended first, so that only it is lost.
+            size = os.fstat(self._file).st_size
+            torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
+            data = memoryview((("\n" if torn else "") + "".join(self._lines)).encode())
+            while data:
+                data = data[os.write(self._file, data) :]
+            self._lines.clear()
+        self._flushed_s = time.monotonic()
+
+    def close(self) -> None:
+        """Write what waits and wait until it is on disk."""
+        self.flush()
+        os.fsync(self._file)
+        os.close(self._file)
+
+    def __enter__(self) -> EventWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def read_events(path: Path, offset: int = 0, limit: int | None = None) -> tuple[list[Event], int]:
+    """Read the whole lines from `offset` (bytes) on, at most `limit` of them.
+
+    Returns:
+        (events, the offset after the last line read). A last line without its end is left for later; a torn line that
+        a later one follows is passed over: its writer died before anything depended on it. No file: no events.
+
+    Raises:
+        InputError: a line is of another version of raymill, or was changed.
+    """
+    if not path.exists():
+        return [], offset
+    events = []
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in islice(file, limit):
+            if not line.endswith(b"\n"):
+                break
+            offset += len(line)
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue
+            events.append(parse_event(values, f"{path}, the line before byte {offset}"))
+    return events, offset

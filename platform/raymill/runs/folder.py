@@ -1,0 +1,139 @@
+"""The files of a run, by name. Paths only: what stands in each is the business of whoever writes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from raymill.paths import home
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run. Whoever wants to know about a run reads them; nobody asks a process.
+
+    Attributes:
+        path: `.raymill/runs/RUN`.
+    """
+
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        """The run's id, which is the folder's name."""
+        return self.path.name
+
+    @property
+    def spec(self) -> Path:
+        """The resolved job, as JSON."""
+        return self.path / "spec.json"
+
+    @property
+    def plan(self) -> Path:
+        """Every derived number, as JSON."""
+        return self.path / "plan.json"
+
+    @property
+    def data_manifest(self) -> Path:
+        """The input's fragments with rows, bytes and identities, as JSON."""
+        return self.path / "data_manifest.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, machine, git commit and dirty state, as JSON."""
+        return self.path / "environment.json"
+
+    @property
+    def events(self) -> Path:
+        """What happened, one JSON object a line, appended by rank 0 and the driver: the durable queue to MLflow."""
+        return self.path / "events.jsonl"
+
+    @property
+    def delivery(self) -> Path:
+        """How far the events were delivered to MLflow, and the MLflow run's id, as JSON."""
+        return self.path / "delivery.json"
+
+    @property
+    def summary(self) -> Path:
+        """The result of the run, as JSON."""
+        return self.path / "summary.json"
+
+    @property
+    def command(self) -> Path:
+        """When the command was given that the current attempts belong to, and who executes it, as JSON."""
+        return self.path / "command.json"
+
+    @property
+    def failure(self) -> Path:
+        """Why the last driver ended without finishing, as JSON."""
+        return self.path / "failure.json"
+
+    @property
+    def driver_lock(self) -> Path:
+        """Locked by the process that drives the run; holds its pid."""
+        return self.path / "driver.lock"
+
+    @property
+    def command_lock(self) -> Path:
+        """Locked by the command that keeps the run going; holds its pid."""
+        return self.path / "command.lock"
+
+    @property
+    def stop_request(self) -> Path:
+        """There while the workers are asked to save and stop."""
+        return self.path / "stop"
+
+    @property
+    def handover_request(self) -> Path:
+        """There while the workers are asked to save and end, because others go on: another number, or elsewhere."""
+        return self.path / "handover"
+
+    @property
+    def attempt(self) -> Path:
+        """The number of the attempt that trains, or trained last."""
+        return self.path / "attempt"
+
+    @property
+    def model_version(self) -> Path:
+        """The registered model version, as JSON."""
+        return self.path / "model_version.json"
+
+    @property
+    def quarantine(self) -> Path:
+        """The bad rows of the run, one JSON object a line, with bad_rows.policy: quarantine."""
+        return self.path / "quarantine.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def ray_log(self) -> Path:
+        """What Ray and the workers printed."""
+        return self.path / "ray.log"
+
+    @property
+    def delivery_lock(self) -> Path:
+        """Locked by the process that delivers to MLflow."""
+        return self.path / "delivery.lock"
+
+    @property
+    def tracking_failure(self) -> Path:
+        """Why MLflow did not take everything, as JSON."""
+        return self.path / "tracking_failure.json"
+
+    @property
+    def tracking_log(self) -> Path:
+        """What the tracking process printed."""
+        return self.path / "tracking.log"
+
+
+def runs_folder() -> Path:
+    """The folder of all runs."""
+    return home() / "runs"
+
+
+def run_folder(run_id: str) -> RunFolder:
+    """The folder of one run, which may not exist yet."""
+    return RunFolder(runs_folder() / run_id)

@@ -1,0 +1,110 @@
+"""Where MLflow is, and how it is opened: pickles forbidden, the store made whole or not at all, the caller's settings left alone.
+
+Importing this file imports no MLflow.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raymill.files import waiting_lock
+from raymill.paths import home
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+SETTINGS = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+"""Environment variables under which raymill uses MLflow."""
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, else a SQLite file in the state folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+@contextmanager
+def mlflow_settings() -> Iterator[None]:
+    """Within this, MLflow reads no pickles and uses the project's store; afterwards everything is as the caller had it."""
+    changed = {*SETTINGS, "MLFLOW_TRACKING_URI"}
+    before = {name: os.environ.get(name) for name in changed}
+    uri = tracking_uri()
+    os.environ |= SETTINGS
+    import mlflow
+
+    uri_before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None  # type: ignore[no-untyped-call]
+    # This also sets MLFLOW_TRACKING_URI.
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(uri_before)  # type: ignore[arg-type]  # None takes it back
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def connect() -> MlflowClient:
+    """Open the store, making it where it is not there yet. To be called within `mlflow_settings`.
+
+    Takes seconds: MLflow is slow to import. Raises what MLflow raises when the store cannot be reached.
+    """
+    import mlflow
+
+    uri = tracking_uri()
+    if uri.startswith("sqlite:///"):
+        _make_store(Path(uri.removeprefix("sqlite:///")))
+    client = mlflow.MlflowClient(uri)
+    client.search_experiments(max_results=1)
+    return client
+
+
+def store_failures() -> tuple[type[Exception], ...]:
+    """What an unreachable, slow or locked store raises."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, OSError)
+
+
+def _make_store(path: Path) -> None:
+    """Make a SQLite store where there is none, whole or not at all.
+
+    MLflow makes its tables in many steps. A store that was locked, or whose maker was killed, between two of them could
+    never be opened again; and several makers at once would get in each other's way.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with waiting_lock(path.with_name(f"{path.name}.lock")):
+        if path.exists():
+            return
+        stage = path.with_name(f"{path.name}.stage")
+        for left in path.parent.glob(f"{stage.name}*"):
+            left.unlink()
+        store = SqlAlchemyStore(f"sqlite:///{stage}", (home() / "artifacts").as_uri())  # type: ignore[no-untyped-call]
+        # Closed, so that all of it is in the one file.
+        store.engine.dispose()
+        stage.rename(path)
+
+
+def experiment_id(client: MlflowClient, name: str) -> str:
+    """The experiment of this name, made where it is not there yet."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    served = tracking_uri().startswith(("http:", "https:"))
+    try:
+        return client.create_experiment(name, None if served else (home() / "artifacts" / name).as_uri())
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return experiment_id(client, name)

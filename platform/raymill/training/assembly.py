@@ -1,0 +1,120 @@
+"""A job's parts put together, once, for every executor: order, batch sharding, reader, task.
+
+Whoever runs a job (a Ray worker, this process, an evaluation, a test) calls `assemble`, so that none can read other rows than
+another. This file imports no torch: rank 0 opens the stream while torch is still being imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from raymill.config import load
+from raymill.config.plan import Plan, batch_sharding, job_order
+from raymill.config.spec import JobSpec
+from raymill.data.manifest import Manifest
+from raymill.data.order import BatchSharding, JobOrder
+from raymill.data.reader import Reader
+from raymill.runs.events import AttemptStarted
+from raymill.runs.store import ResumePoint
+from raymill.task import TRAIN, VALIDATION, Batch, Fragment, Pipeline, Rows, Task
+
+if TYPE_CHECKING:
+    import torch
+
+    from raymill.runs.remote_store import RunStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerContext:
+    """Where a worker is.
+
+    Attributes:
+        rank: 0..world_size-1.
+        world_size: ranks.
+        device: where the model lives.
+        store: the run's folder.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    store: RunStore
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """What a worker is to do.
+
+    Attributes:
+        spec: the resolved job.
+        plan: every derived number.
+        pipeline: its data.
+        make_task: makes the user's Task; imports torch.
+        order: the order of samples.
+        shardings: split -> how batches are dealt out to the ranks.
+        fragments: split -> its fragments, as in the manifest.
+    """
+
+    spec: JobSpec
+    plan: Plan
+    pipeline: Pipeline
+    make_task: Callable[[], Task]
+    order: JobOrder
+    shardings: Mapping[str, BatchSharding]
+    fragments: Mapping[str, Sequence[Fragment]]
+
+    @cached_property
+    def task(self) -> Task:
+        """The user's Task."""
+        return self.make_task()
+
+    @cached_property
+    def collate(self) -> Callable[[Rows], Batch]:
+        """Rows -> batch."""
+        from raymill.training.batch import default_collate
+
+        return self.pipeline.collate or default_collate
+
+    def reader(self, name: str) -> Reader:
+        """Reads the windows of the job's stream; `name` tells readers of different runs and attempts apart."""
+        return Reader(name, self.order, self.shardings, self.fragments, self.pipeline, self.spec.bad_rows.lenient)
+
+
+def assemble(
+    spec: JobSpec,
+    plan: Plan,
+    manifest: Manifest,
+    pipeline: Pipeline,
+    world_size: int,
+    make_task: Callable[[], Task] | None = None,
+) -> Job:
+    """Put a job together for this many ranks.
+
+    Args:
+        make_task: makes the Task; None: the one that the spec names.
+    """
+    return Job(
+        spec=spec,
+        plan=plan,
+        pipeline=pipeline,
+        make_task=make_task or (lambda: load.import_task(spec, pipeline.schema)),
+        order=job_order(spec, plan, manifest),
+        shardings={split: batch_sharding(plan, split, world_size) for split in (TRAIN, VALIDATION)},
+        fragments={split: part.fragments for split, part in manifest.splits.items()},
+    )
+
+
+def attempt_started(job: Job, point: ResumePoint, world_size: int, driver_pid: int) -> AttemptStarted:
+    """The event that tells of a new attempt."""
+    return AttemptStarted(
+        attempt=point.attempt,
+        num_workers=world_size,
+        step=job.order.step(point.position),
+        num_total_steps=job.plan.total_steps,
+        resumed=point.checkpoint is not None,
+        notes=point.notes,
+        pid=driver_pid,
+    )

@@ -1,0 +1,150 @@
+"""One optimizer step of one objective: gradients of the global batch, checked, clipped, applied.
+
+The gradient is computed in one of two ways. Averaged by DistributedDataParallel, which is fast, and the same to the bit at
+the same number of workers. Or in order (`loop.strict`): the batch is cut into a fixed number of shards, each shard's gradient
+is computed by itself, and all are added up in the order of their numbers, whichever ranks they were computed on, so that the
+sum is the same to the bit at any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from raymill.parallel.ddp import DistributedObjective
+from raymill.parallel.process_group import broadcast_buffers, rank_and_world_size
+from raymill.task import Batch
+
+Seed = Callable[[int], None]
+"""Seeds all generators for a shard."""
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """One shard of a global batch that this rank owns.
+
+    Attributes:
+        shard: its number.
+        count: its rows; not 0.
+        batch: the rows, on the device.
+    """
+
+    shard: int
+    count: int
+    batch: Batch
+
+
+def averaged_gradients(distributed: DistributedObjective, microbatches: Sequence[Microbatch], rows: int, seed: Seed) -> float:
+    """Leave the gradient of the mean loss over `rows` rows on the parameters; returns this rank's sum of losses."""
+    _, world_size = rank_and_world_size()
+    if not microbatches:
+        torch.autograd.backward(distributed.loss(None))
+        return 0.0
+    loss_sum = 0.0
+    for number, microbatch in enumerate(microbatches):
+        seed(microbatch.shard)
+        with distributed.accumulating(last=number == len(microbatches) - 1):
+            loss = distributed.loss(microbatch.batch)
+            # DDP averages over ranks; this makes it the mean over the rows of the global batch.
+            torch.autograd.backward(loss * (microbatch.count * world_size / rows))
+        loss_sum += float(loss.detach()) * microbatch.count
+    return loss_sum
+
+
+def ordered_gradients(distributed: DistributedObjective, microbatches: Sequence[Microbatch], rows: int, seed: Seed) -> float:
+    """As `averaged_gradients`, but the same to the bit for any number of ranks.
+
+    Every shard starts from the same buffers (running statistics); afterwards they are the mean over the shards, weighted by
+    rows, added up in the same order as the gradients.
+    """
+    buffers = [buffer for buffer in distributed.model.buffers() if buffer.is_floating_point()]
+    before = [buffer.clone() for buffer in buffers]
+    counters = [(buffer, buffer.clone()) for buffer in distributed.model.buffers() if not buffer.is_floating_point()]
+    own: list[torch.Tensor] = []
+    loss_sum = 0.0
+    for microbatch in microbatches:
+        _restore(zip(buffers, before, strict=True))
+        _restore(counters)
+        seed(microbatch.shard)
+        loss = distributed.loss(microbatch.batch)
+        share = microbatch.count / rows
+        grads = torch.autograd.grad(loss * share, distributed.parameters, allow_unused=True)
+        known = [torch.zeros_like(p) if g is None else g for p, g in zip(distributed.parameters, grads, strict=True)]
+        own.append(torch.cat([*(g.reshape(-1) for g in known), *(b.reshape(-1) * share for b in buffers), loss.new_zeros(1)]))
+        loss_sum += float(loss.detach()) * microbatch.count
+    size = sum(p.numel() for p in distributed.parameters) + sum(b.numel() for b in buffers) + 1
+    summed = add_in_order(own, size, distributed.device)
+    start = 0
+    for parameter in distributed.parameters:
+        parameter.grad = summed[start : start + parameter.numel()].view_as(parameter).clone()
+        start += parameter.numel()
+    with torch.no_grad():
+        for buffer in buffers:
+            buffer.copy_(summed[start : start + buffer.numel()].view_as(buffer))
+            start += buffer.numel()
+    # Counters went up by one on every rank that had a shard; not every rank has one.
+    for buffer, _ in counters:
+        if dist.is_initialized():
+            dist.all_reduce(buffer, dist.ReduceOp.MAX)
+    return loss_sum
+
+
+def _restore(pairs: Any) -> None:
+    with torch.no_grad():
+        for buffer, before in pairs:
+            buffer.copy_(before)
+
+
+def add_in_order(own: Sequence[torch.Tensor], size: int, device: torch.device) -> torch.Tensor:
+    """The sum of all ranks' vectors [size], added one after the other in the order of ranks, and of each rank's own.
+
+    The running sum travels from rank to rank and then back to all: W - 1 messages in a chain. The order of the additions,
+    and so each rounding, does not depend on where the vectors were.
+    """
+    rank, world_size = rank_and_world_size()
+    running = torch.zeros(size, device=device)
+    if rank > 0:
+        dist.recv(running, src=rank - 1)
+    for vector in own:
+        running += vector
+    if rank < world_size - 1:
+        dist.send(running, dst=rank + 1)
+    if world_size > 1:
+        dist.broadcast(running, src=world_size - 1)
+    return running
+
+
+def apply(distributed: DistributedObjective, optimizer: Optimizer, norm: torch.Tensor, max_grad_norm: float | None) -> None:
+    """Clip the gradient to a norm, if one is given, and let the optimizer step."""
+    if max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(distributed.parameters, max_grad_norm, norm)
+    optimizer.step()
+
+
+@dataclass(frozen=True)
+class SavedBuffers:
+    """Buffers as they were before a step, to undo what a refused forward pass did to them."""
+
+    buffers: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> SavedBuffers:
+        """Copy them."""
+        broadcast_buffers(model)
+        return cls([(buffer, buffer.clone()) for buffer in model.buffers()])
+
+    def restore(self) -> None:
+        """Put them back."""
+        _restore(self.buffers)
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """The 2-norm of all gradients together, a scalar; the same on all ranks once gradients are exchanged."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return nn.utils.get_total_norm(grads) if grads else torch.zeros(())

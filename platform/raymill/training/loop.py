@@ -1,0 +1,422 @@
+"""What each worker runs, in time order: restore, step, evaluate, checkpoint, stop. It knows no Ray: packets and reporter are
+given.
+
+The steps come from `steps.remaining_steps`, a pure function of the position; the rows from a `Feed`; what happened goes to the
+reporter as events. With one rank the same code runs without a process group.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import assert_never
+
+import numpy as np
+import torch
+
+from raymill import faults, startup_gc
+from raymill.checkpoint.commit import better
+from raymill.checkpoint.snapshot import weights_sha256
+from raymill.data.bad_rows import BadRow
+from raymill.data.feed import Feed
+from raymill.data.reader import Packet
+from raymill.data.rows import ROW_ID
+from raymill.errors import CheckpointError, NumberError, RunError
+from raymill.parallel.ddp import DistributedObjective
+from raymill.parallel.process_group import all_gather, all_gather_integers, all_gather_lines, broadcast_buffers
+from raymill.runs.events import EvaluationDone, FirstStepDone, StepDone, StepRefused, StragglerFound
+from raymill.runs.store import Report, ResumePoint
+from raymill.task import TRAIN, VALIDATION
+from raymill.training.assembly import Job, WorkerContext
+from raymill.training.batch import to_device
+from raymill.training.evaluation import Evaluation, evaluate_batch
+from raymill.training.gradients import Microbatch, SavedBuffers, apply, averaged_gradients, gradient_norm, ordered_gradients
+from raymill.training.optimizers import optimizer_spec
+from raymill.training.outcome import Outcome
+from raymill.training.pending_step import PendingStep
+from raymill.training.seeds import STEP, seed_everything
+from raymill.training.state import TrainState, broken_weights, build_state, capture, restore
+from raymill.training.steps import EpochEnd, EvalEnd, EvalStep, Step, TrainStep, may_stop_after, remaining_steps
+from raymill.training.stragglers import StragglerDetector
+
+
+@dataclass
+class Clock:
+    """Where the time goes, in seconds, since the first step was done."""
+
+    first_step_s: float | None = None
+    rows_before: int = 0
+    wait_before_s: float = 0.0
+    evaluation_s: float = 0.0
+
+
+@dataclass
+class StepMetrics:
+    """What one rank measures of a step.
+
+    Attributes:
+        losses: metric -> this rank's part of a sum over ranks.
+        known: metric -> value that all ranks know.
+    """
+
+    losses: dict[str, float]
+    known: dict[str, float]
+
+
+def train(
+    job: Job,
+    context: WorkerContext,
+    point: ResumePoint,
+    packets: Iterator[Packet],
+    report: Report,
+    should_stop: Callable[[], bool],
+) -> Outcome:
+    """Train from a point on to the end, or until asked to stop.
+
+    Args:
+        job: what to do.
+        context: which worker this is.
+        point: where the attempt begins; the packets were opened at the same.
+        packets: this rank's packets from the point's position on.
+        report: takes events; only rank 0's are used.
+        should_stop: whether to stop after this step; asked on rank 0 only.
+
+    Raises:
+        RunError: and its kinds, when the run cannot go on.
+    """
+    state = build_state(job, context)
+    if point.checkpoint is not None:
+        restore(state, context.store.load(point.checkpoint))
+    if state.position != point.position:
+        raise CheckpointError(
+            f"checkpoint {point.checkpoint} is of position {state.position}, but its stream was opened at {point.position}: a "
+            "fault in raymill. Nothing was trained; please report it."
+        )
+    faults.here(rank=context.rank, attempt=point.attempt, step=job.order.step(state.position))
+    faults.point("restored")
+    loop = _Loop(job, context, state, point, packets, report, should_stop)
+    try:
+        return loop.run()
+    finally:
+        loop.close()
+
+
+class _Loop:
+    """One attempt at a job on one rank."""
+
+    def __init__(
+        self,
+        job: Job,
+        context: WorkerContext,
+        state: TrainState,
+        point: ResumePoint,
+        packets: Iterator[Packet],
+        report: Report,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.job, self.context, self.state, self.point = job, context, state, point
+        self.feed = Feed(packets, _bad_row_listener(job, context, report))
+        self.report, self.should_stop = report, should_stop
+        self.clock = Clock(rows_before=state.position)
+        self.evaluation = Evaluation()
+        self.checkpoint_writer = context.store.checkpoint_writer(point.attempt, job.spec.checkpoint.keep, report)
+        self.last_saved_position = state.position
+        self.warmed_up = False
+        self.stopping = False
+        self.pending: PendingStep | None = None
+        self.straggler_detector = StragglerDetector()
+
+    def run(self) -> Outcome:
+        """Take step after step."""
+        for step in remaining_steps(self.job.order, self.point.position):
+            self.take(step)
+            if self.stopping and may_stop_after(step, self.job.order):
+                self.save()
+                break
+        self.finish_pending_step()
+        self.checkpoint_writer.wait()
+        broadcast_buffers(self.state.model)
+        return self.outcome()
+
+    def take(self, step: Step) -> None:
+        """Do what a step says."""
+        match step:
+            case TrainStep():
+                self.train_step(step)
+            case EvalStep():
+                self.eval_step(step)
+            case EvalEnd():
+                self.end_evaluation(step)
+            case EpochEnd():
+                self.end_epoch(step)
+            case _:
+                assert_never(step)
+
+    def close(self) -> None:
+        """Release the thread that saves."""
+        self.checkpoint_writer.close()
+
+    # ------------------------------------------------------------ a training step
+
+    def train_step(self, step: TrainStep) -> None:
+        """Train on one global batch, or pass over it if it is one that spoiled the numbers before."""
+        number = self.job.order.step(step.position)
+        faults.here(step=number)
+        ids: list[np.ndarray] = []
+        microbatches = self.take_microbatches(step, ids)
+        batch_rows = self.job.shardings[TRAIN].batch_size(step.batch)
+        rows = self.count_good_rows(microbatches, batch_rows)
+        if rows:
+            self.warm_up(microbatches)
+        skipped = step.position in self.point.skipped_positions or not rows
+        metrics = StepMetrics({}, {})
+        for index, objective in enumerate(self.state.distributed):
+            if not skipped:
+                skipped = not self.minimise(index, objective, microbatches, rows, step, ids, metrics)
+            if objective.name in self.state.schedules:
+                self.state.schedules[objective.name].step()
+        self.state.position = step.position
+        self.state.rows_skipped += batch_rows - (0 if skipped else rows)
+        self.finish_pending_step()
+        used = 0 if skipped else sum(microbatch.count for microbatch in microbatches)
+        wants_stop = self.context.rank == 0 and self.should_stop()
+        forward_s = sum(objective.take_forward_s() for objective in self.state.distributed)
+        event = self.step_event(number, step, metrics.known)
+        self.pending = PendingStep(event, metrics.losses, used, forward_s, wants_stop=wants_stop)
+        if self.clock.first_step_s is None:
+            self.finish_first_step()
+        faults.point("step_done")
+        if number % self.job.plan.checkpoint_every_steps == 0 and may_stop_after(step, self.job.order):
+            self.save()
+
+    def warm_up(self, microbatches: list[Microbatch]) -> None:
+        """Before an attempt's first step: let DDP fix what it otherwise fixes during that step."""
+        if not self.warmed_up:
+            batch = microbatches[0].batch if microbatches else None
+            if batch is None and self.context.rank == 0:
+                # Rank 0 decides the order of DDP's buckets, and a pass over no rows would decide otherwise.
+                rows = self.feed.peek(TRAIN, self.job.plan.global_batch_rows // self.job.shardings[TRAIN].num_shards)
+                batch = to_device(self.job.collate(rows), self.context.device) if rows else None
+            for objective in self.state.distributed:
+                objective.warm_up(batch)
+            self.warmed_up = True
+
+    def take_microbatches(self, step: TrainStep, ids: list[np.ndarray]) -> list[Microbatch]:
+        """The next training rows of this rank by shard, on its device; their row ids are added to `ids`."""
+        found = []
+        for shard, count in self.job.shardings[TRAIN].shards(step.batch, self.context.rank):
+            rows = self.feed.take(TRAIN, step.epoch, count)
+            ids.append(np.asarray(rows[ROW_ID]))
+            if self.job.spec.loop.record_order and count:
+                record = {"attempt": self.point.attempt, "position": step.position, "rows": ids[-1].tolist()}
+                self.context.store.record_order(record)
+            if len(ids[-1]):
+                found.append(Microbatch(shard, len(ids[-1]), to_device(self.job.collate(rows), self.context.device)))
+        return found
+
+    def count_good_rows(self, microbatches: list[Microbatch], batch_rows: int) -> int:
+        """The rows of a global batch on all ranks: all of them, unless bad ones may be left out."""
+        if not self.job.spec.bad_rows.lenient:
+            return batch_rows
+        own = sum(microbatch.count for microbatch in microbatches)
+        return sum(int(count) for count in all_gather(torch.tensor(own)))
+
+    def minimise(
+        self,
+        index: int,
+        objective: DistributedObjective,
+        microbatches: list[Microbatch],
+        rows: int,
+        step: TrainStep,
+        ids: list[np.ndarray],
+        metrics: StepMetrics,
+    ) -> bool:
+        """One optimizer step of one objective; adds to the metrics. Returns False for a step that was refused."""
+        name, spec = objective.name, self.job.spec
+        optimizer = self.state.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        self.state.model.train()
+        saved = SavedBuffers.of(self.state.model) if spec.loop.on_nan == "skip" else None
+        compute_gradients = ordered_gradients if spec.loop.strict else averaged_gradients
+        with objective.only_own():
+            loss_sum = compute_gradients(
+                objective,
+                microbatches,
+                rows,
+                lambda shard: seed_everything(spec.loop.seed, STEP, step.position, shard, index),
+            )
+        faults.point("after_backward")
+        norm = gradient_norm(objective.parameters)
+        if not bool(torch.isfinite(norm)):
+            self.refuse(step, name, float(norm), ids)
+            if saved is not None:
+                saved.restore()
+            return False
+        max_grad_norm = optimizer_spec(spec, name, [one.name for one in self.state.distributed]).max_grad_norm
+        rate = optimizer.param_groups[0]["lr"]
+        apply(objective, optimizer, norm, max_grad_norm)
+        faults.point("after_optimizer")
+        metrics.losses[f"train/{_label(name, 'loss')}"] = loss_sum / rows
+        metrics.known[f"train/{_label(name, 'gradient_norm')}"] = float(norm)
+        metrics.known[f"train/{_label(name, 'learning_rate')}"] = float(rate)
+        return True
+
+    def refuse(self, step: TrainStep, name: str, norm: float, ids: list[np.ndarray]) -> None:
+        """Do not take a step whose gradient is not a number; the weights are as before. All ranks see the same norm.
+
+        Raises:
+            NumberError: unless the policy is to skip the batch.
+        """
+        number, policy = self.job.order.step(step.position), self.job.spec.loop.on_nan
+        row_ids = all_gather_integers(np.concatenate(ids) if ids else np.zeros(0, np.int64))
+        self.report(StepRefused(step=number, epoch=step.epoch, position=step.position, rows=row_ids, policy=policy))
+        if policy != "skip":
+            raise NumberError(
+                f"step {number} (epoch {step.epoch}, batch {step.batch}): the gradient of objective {name!r} has norm {norm}. "
+                f"Its step was not taken. Rows of the batch: {row_ids}. Lower optimizer.lr, set optimizer.max_grad_norm, "
+                "look for NaN in the rows with `raymill data check`, or set loop.on_nan to skip or rollback."
+            )
+
+    def step_event(self, number: int, step: TrainStep, known: dict[str, float]) -> StepDone:
+        """A step event without what other ranks still have to add."""
+        event = StepDone(step=number, epoch=step.epoch, rows=step.position, metrics=known)
+        if self.clock.first_step_s is None:
+            return event
+        elapsed_s = time.perf_counter() - self.clock.first_step_s - self.clock.evaluation_s
+        speeds = {
+            "rows_per_s": (step.position - self.clock.rows_before) / max(elapsed_s, 1e-9),
+            "data_wait_share": min(1.0, (self.feed.wait_s - self.clock.wait_before_s) / max(elapsed_s, 1e-9)),
+        }
+        return event.model_copy(update=speeds)
+
+    def finish_first_step(self) -> None:
+        """Start the clock for speeds after the first step, and say that it is done."""
+        startup_gc.finish()
+        self.clock.first_step_s = time.perf_counter()
+        self.clock.rows_before = self.state.position
+        self.clock.wait_before_s = self.feed.wait_s
+        self.report(FirstStepDone(step=self.job.order.step(self.state.position)))
+
+    def finish_pending_step(self) -> None:
+        """Wait for the sums of the step before: report it, and hear whether rank 0 wants to stop."""
+        if self.pending is None:
+            return
+        done = self.pending.finish()
+        self.state.rows_used += done.rows
+        self.report(done.event)
+        # Only rank 0's reports are used.
+        if self.context.rank == 0 and (straggler := self.straggler_detector.add(done.forward_s)):
+            self.report(StragglerFound(step=done.event.step, **asdict(straggler)))
+        self.pending = None
+        self.stopping |= done.wants_stop
+
+    # ------------------------------------------------------------ evaluation and epochs
+
+    def eval_step(self, step: EvalStep) -> None:
+        """Measure this rank's part of one batch."""
+        start_s = time.perf_counter()
+        if step.batch == 0:
+            # Each rank has its own running statistics since the last forward pass; the model is rank 0's.
+            broadcast_buffers(self.state.model)
+        faults.point("evaluation_batch")
+        evaluate_batch(self.job, self.context, self.state.model, self.feed, step.epoch, step.batch, self.evaluation)
+        self.clock.evaluation_s += time.perf_counter() - start_s
+
+    def end_evaluation(self, step: EvalEnd) -> None:
+        """Add up all ranks and report."""
+        self.feed.finish(VALIDATION, step.epoch, self.job.plan.validation_windows)
+        if self.job.spec.bad_rows.lenient:
+            # A rank may have had bad rows only.
+            measured = map(json.loads, all_gather_lines(json.dumps(self.evaluation.quantities())))
+            self.evaluation.expect(next(filter(None, measured), {"means": [], "totals": {}}))
+        values, totals, rows = self.evaluation.reduce(all_gather)
+        self.evaluation = Evaluation()
+        self.state.metrics = {f"{VALIDATION}/{name}": value for name, value in values.items()}
+        self.finish_pending_step()
+        self.report(
+            EvaluationDone(
+                step=self.job.order.step(step.position),
+                epoch=step.epoch,
+                rows=rows,
+                metrics=self.state.metrics,
+                totals={f"{VALIDATION}/{name}": total for name, total in totals.items()},
+            )
+        )
+
+    def end_epoch(self, step: EpochEnd) -> None:
+        """Close the epoch's pass and save."""
+        self.feed.finish(TRAIN, step.epoch, self.job.plan.train_windows)
+        faults.point("epoch_end")
+        self.save(epoch_ended=True)
+
+    # ------------------------------------------------------------ saving
+
+    def save(self, *, epoch_ended: bool = False) -> None:
+        """Save the state, once per position. Only rank 0 writes: DDP keeps the same state on all ranks."""
+        if self.last_saved_position == self.state.position:
+            return
+        self.finish_pending_step()
+        self.check_weights()
+        self.last_saved_position = self.state.position
+        best = epoch_ended and self.is_best()
+        if self.context.rank == 0:
+            self.checkpoint_writer.save(capture(self.state, self.job.order.step(self.state.position)), best=best)
+
+    def is_best(self) -> bool:
+        """Whether the last evaluation is the best so far, by the job's checkpoint metric; remembers its value if it is.
+
+        Raises:
+            RunError: nobody measured that metric.
+        """
+        checkpoint = self.job.spec.checkpoint
+        if checkpoint.metric is None:
+            return False
+        if checkpoint.metric not in self.state.metrics:
+            raise RunError(
+                f"checkpoint.metric {checkpoint.metric!r} was not measured; evaluate() gave {sorted(self.state.metrics)}. "
+                "Name one of these in the job file."
+            )
+        value = self.state.metrics[checkpoint.metric]
+        if not better(value, self.state.best, checkpoint.mode):
+            return False
+        self.state.best = value
+        return True
+
+    def check_weights(self) -> None:
+        """Refuse to save weights that are not numbers. All ranks see the same ones."""
+        if broken := broken_weights(self.state.model):
+            raise NumberError(
+                f"step {self.job.order.step(self.state.position)}: the weights {broken} hold NaN or infinite numbers; they were "
+                "not saved. Lower optimizer.lr, or set optimizer.max_grad_norm, and resume from the last checkpoint."
+            )
+
+    def outcome(self) -> Outcome:
+        """The result of this attempt."""
+        elapsed_s = time.perf_counter() - (self.clock.first_step_s or time.perf_counter()) - self.clock.evaluation_s
+        trained = self.state.position - self.clock.rows_before
+        return Outcome(
+            status="finished" if self.state.position == self.job.order.total_rows else "interrupted",
+            step=self.job.order.step(self.state.position),
+            position=self.state.position,
+            rows_used=self.state.rows_used,
+            rows_skipped=self.state.rows_skipped,
+            metrics=dict(self.state.metrics),
+            weights_sha256=weights_sha256(self.state.model.state_dict()),
+            rows_per_s=trained / elapsed_s if elapsed_s > 0 and trained else 0.0,
+            data_wait_share=(self.feed.wait_s - self.clock.wait_before_s) / elapsed_s if elapsed_s > 0 else 0.0,
+        )
+
+
+def _bad_row_listener(job: Job, context: WorkerContext, report: Report) -> Callable[[Sequence[BadRow]], None]:
+    """Who takes note of bad rows: rank 0, where the run goes on without them."""
+    spec = job.spec.bad_rows
+    if context.rank > 0 or not spec.lenient:
+        return lambda rows: None
+    return context.store.bad_row_ledger(spec.policy, job.plan.bad_rows_budget, report)
+
+
+def _label(objective: str, quantity: str) -> str:
+    """Metric names: plain for the objective called "loss", "name_quantity" for others."""
+    return quantity if objective == "loss" else f"{objective}_{quantity}"
