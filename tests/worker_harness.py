@@ -248,9 +248,9 @@ def run_rank(rank: int, world_size: int, port: int, experiment: Experiment, star
     from raymill.data.manifest import take_manifest
     from raymill.data.reader import read_locally
     from raymill.parallel import ddp, process_group
-    from raymill.runs.events import Event, as_record
-    from raymill.runs.folder import RunFolder
-    from raymill.runs.store import LocalRunStore, ResumePoint
+    from raymill.record.events import Event, as_record
+    from raymill.record.folder import RunFolder
+    from raymill.record.store import LocalRunStore, ResumePoint
     from raymill.training import loop
     from raymill.training.assembly import WorkerContext, assemble
 

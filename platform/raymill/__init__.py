@@ -18,9 +18,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raymill.api import Job, Model, Run, load, model, models, resume, run, runs
+    from raymill.api import Job, Model, Run, load, model, registered_models, resume, run, runs
 
-__all__ = ["Job", "Model", "Run", "load", "model", "models", "resume", "run", "runs"]
+__all__ = ["Job", "Model", "Run", "load", "model", "registered_models", "resume", "run", "runs"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,8 +18,8 @@ from raymill.orchestration import executors
 from raymill.orchestration import run as runner
 from raymill.orchestration.attempts import Show
 from raymill.orchestration.prepare import Prepared, prepare
-from raymill.runs import catalog
-from raymill.runs.folder import RunFolder, run_folder
+from raymill.record import catalog
+from raymill.record.folder import RunFolder, run_folder
 from raymill.task import Rows
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def train_job(
         overrides = [*overrides, *ONE_WORKER]
     prepared = prepare(job_files.examine_job(job, overrides), executor.find_facts())
     with ExitStack() as stack:
-        return runner.train(prepared, executor, _watch(stack, console, live=not in_process), started_s)
+        return runner.train(prepared, executor, _watch(stack, console, in_process), started_s)
 
 
 def _refuse_workers(asked: str | None) -> None:
@@ -168,7 +168,7 @@ def resume_run(
     if executor.only_one_worker and workers is not None:
         _refuse_workers(f"scale.workers={workers}")
     with ExitStack() as stack:
-        return runner.resume(run_id, workers, executor, _watch(stack, console, live=not in_process), started_s)
+        return runner.resume(run_id, workers, executor, _watch(stack, console, in_process), started_s)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Run:
         return read_record(path) if path.exists() else None
 
     def facts(self) -> dict[str, Any]:
-        """What is known of the run; see `raymill.runs.catalog.show_run`."""
+        """What is known of the run; see `raymill.record.catalog.show_run`."""
         return catalog.show_run(self.run_id)
 
     def history(self) -> pd.DataFrame:
@@ -219,7 +219,7 @@ class Run:
 # ---------------------------------------------------------------- models
 
 
-def models() -> list[dict[str, Any]]:
+def registered_models() -> list[dict[str, Any]]:
     """The registered models: name, aliases (alias -> version), versions (newest first), updated_s.
 
     Raises:
@@ -286,7 +286,7 @@ def _console(quiet: bool) -> Console | None:
     return Console(stderr=True)
 
 
-def _watch(stack: ExitStack, console: Console | None, *, live: bool) -> runner.Watch:
+def _watch(stack: ExitStack, console: Console | None, in_process: bool) -> runner.Watch:
     def watch(folder: RunFolder) -> Show:
         if console is None:
             return lambda event: None
@@ -294,6 +294,7 @@ def _watch(stack: ExitStack, console: Console | None, *, live: bool) -> runner.W
 
         console.print(f"run {folder.run_id}", highlight=False)
         console.print(f"its files: {folder.path}", highlight=False, soft_wrap=True)
-        return stack.enter_context(Progress(console, live=live)).show
+        # On a terminal, the job's own code may print or stop at a breakpoint in between.
+        return stack.enter_context(Progress(console, live=console.is_jupyter or not in_process)).show
 
     return watch

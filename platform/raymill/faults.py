@@ -1,4 +1,4 @@
-"""ClassSpec places in the engine where a test can make something go wrong.
+"""Named places in the engine where a test can make something go wrong.
 
     RAYMILL_FAULT="after_forward:kill:rank=1:step=17"   what goes wrong, several separated by commas
     RAYMILL_FAULT=count                                 nothing; each pass of a point is written down instead

@@ -12,6 +12,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+ENGINE = Path(__file__).parent
+"""Where the engine itself is."""
+
 
 def project_root(start: Path | None = None) -> Path:
     """The nearest folder at or above `start` that holds `jobs/` and `pyproject.toml`; else `start` itself."""

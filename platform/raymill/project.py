@@ -10,11 +10,11 @@ import ast
 import shutil
 from pathlib import Path
 
-import raymill
 from raymill.config import strict_yaml
 from raymill.config.spec import NAME
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.files import STAGE
+from raymill.paths import ENGINE
 
 DEMO = "demo"
 """The job that `raymill init` makes unless told otherwise: the catalogue's `smoke`."""
@@ -53,7 +53,6 @@ The data: `pipelines/{pipeline}`. The model and the loss: `jobs/{job}/task.py`. 
 TEST = '''\
 """The job {job} is right, and trains."""
 
-import raymill
 
 
 def test_{identifier}_trains(tmp_path, monkeypatch):
@@ -107,9 +106,8 @@ def init_project(folder: Path, job: str = DEMO) -> dict[str, str]:
 
 def catalogue_folder() -> Path:
     """The folder with the catalogue's `jobs/` and `pipelines/`: in the installed package, or at the root of a checkout."""
-    package = Path(raymill.__file__).parent
-    packed = package / "catalogue"
-    return packed if packed.is_dir() else package.parents[1]
+    packed = ENGINE / "catalogue"
+    return packed if packed.is_dir() else ENGINE.parents[1]
 
 
 def _fill(project: Path, catalogue: Path, template: str, job: str, name: str) -> None:

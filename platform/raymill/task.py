@@ -102,7 +102,7 @@ validation rows by seed and window, so that every evaluation sees the same."""
 
 
 Check = Callable[[Rows], Mapping[int, str]]
-"""The rows of one fragment -> place among them -> why that row is bad; empty where all are good."""
+"""The rows of one fragment -> index among them -> why that row is bad; empty where all are good."""
 
 
 def unchanged(rows: Rows, split: str, generator: np.random.Generator) -> Rows:

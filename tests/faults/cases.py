@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from faults.harness import Live, Provoke, interrupt, kill, lock_store, pause, server_gone
 from raymill.checkpoint.directory import POINTER, read_pointer
 from raymill.data.sources import write_parquet
-from raymill.runs.folder import RunFolder
+from raymill.record.folder import RunFolder
 from raymill.task import Field
 
 Prepare = Callable[[Live], None]
@@ -454,7 +454,7 @@ CASES = [
     Case(
         16,
         "disk full while saving, once",
-        "ENOSPC before the manifest of the second checkpoint",
+        "ENOSPC before the checksums of the second checkpoint",
         survives("before_checksums:disk_full:hit=2"),
     ),
     Case(

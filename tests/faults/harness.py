@@ -28,9 +28,9 @@ import psutil
 
 from raymill.checkpoint.directory import names, read_pointer, verify
 from raymill.errors import CheckpointError
-from raymill.files import STAGE
-from raymill.runs.events import read_events
-from raymill.runs.folder import RunFolder
+from raymill.files import STAGE, read_record
+from raymill.record.events import AttemptStarted, Event, StepDone, read_events
+from raymill.record.folder import RunFolder
 
 PROJECT = Path(__file__).parents[2]
 POLL_S = 0.05
@@ -45,8 +45,8 @@ KINDS = {
     "reader": "ray::MapBatches",
     "raylet": "raylet/raylet",
     "gcs": "gcs/gcs_server",
-    "driver": "raymill.driver",
-    "tracking": "raymill.tracking",
+    "driver": "raymill.orchestration.on_ray.driver",
+    "tracking": "raymill.orchestration.tracker",
 }
 """What the command line of each kind of process holds."""
 
@@ -113,7 +113,7 @@ class Live:
     def step(self) -> int:
         """The last step that rank 0 has reported."""
         events = read_events(self.folder.events)[0] if self.folder else []
-        return max((event["step"] for event in events if event["kind"] == "step"), default=0)
+        return max((event.step for event in events if isinstance(event, StepDone)), default=0)
 
     def look(self) -> None:
         """Remember the command's children: some of Ray's hide their environment, and would not be found later."""
@@ -269,13 +269,13 @@ def collect(place: Live, number: int, exit_code: int | None, provoked: bool, sha
     left = left_over(place) + [f"/dev/shm/{name}" for name in sorted(shared)]
     printed, folder = place.printed(number), place.folder
     events = read_events(folder.events)[0] if folder else []
-    done = json.loads(folder.summary.read_text()) if folder and folder.summary.exists() else {}
+    done = read_record(folder.summary) if folder and folder.summary.exists() else {}
     return Result(
         exit_code=exit_code,
         message=printed.get("message", ""),
         weights=done.get("weights_sha256"),
         order=order_of(folder) if folder else {},
-        attempts=sum(event["kind"] == "start" for event in events),
+        attempts=sum(isinstance(event, AttemptStarted) for event in events),
         fired=[event["point"] for event in place.fired()],
         provoked=provoked,
         broken=broken_checkpoints(folder) if folder else [],
@@ -332,10 +332,10 @@ def left_over(place: Live) -> list[str]:
     return found
 
 
-def wrong_metrics(place: Live, events: list[dict[str, Any]]) -> list[str]:
+def wrong_metrics(place: Live, events: list[Event]) -> list[str]:
     """Whether MLflow has one run, finished, with each step's loss once, and no other."""
     # A step whose batch was left out has no loss.
-    steps = sorted({event["step"] for event in events if event["kind"] == "step" and "train/loss" in event["metrics"]})
+    steps = sorted({event.step for event in events if isinstance(event, StepDone) and "train/loss" in event.metrics})
     with sqlite3.connect(f"file:{place.home / 'mlflow.db'}?mode=ro", uri=True) as store:
         runs = store.execute("select run_uuid, status from runs").fetchall()
         found = Counter(step for (step,) in store.execute("select step from metrics where key = 'train/loss'"))

@@ -27,7 +27,7 @@ def test_a_run_survives_or_says_why_not(case: Case) -> None:
 
 def test_every_point_is_passed_somewhere_and_has_a_description() -> None:
     passed = set()
-    for file in ENGINE.glob("*.py"):
+    for file in ENGINE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "faults.point":
                 assert isinstance(node.args[0], ast.Constant)

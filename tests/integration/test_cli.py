@@ -20,9 +20,9 @@ from typing import Any
 import psutil
 import pytest
 
-from raymill.orchestration.ray_session import session_folder
-from raymill.runs.events import read_events
-from raymill.runs.folder import RunFolder
+from raymill.orchestration.on_ray.ray_session import session_folder
+from raymill.record.events import StepDone, read_events
+from raymill.record.folder import RunFolder
 
 pytestmark = pytest.mark.integration
 
@@ -75,8 +75,8 @@ class Home:
 
     def sessions(self) -> list[Path]:
         """Session folders of this home's drivers that are still there."""
-        leases = self.path.glob("runs/*/lease")
-        folders = [session_folder(int(run_lock.read_text())) for run_lock in leases]
+        locks = self.path.glob("runs/*/driver.lock")
+        folders = [session_folder(int(lock.read_text())) for lock in locks]
         return [folder for folder in folders if folder.exists()]
 
 
@@ -172,7 +172,7 @@ def test_ctrl_c_saves_the_run_and_a_resume_ends_as_if_nothing_had_been(
 
     def has_stepped() -> bool:
         events = [event for path in home.path.glob("runs/*/events.jsonl") for event in read_events(path)[0]]
-        return any(event["kind"] == "step" for event in events)
+        return any(isinstance(event, StepDone) for event in events)
 
     wait_until(has_stepped, process)
     process.send_signal(signal.SIGINT)

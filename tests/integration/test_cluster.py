@@ -87,7 +87,7 @@ class Nodes:
 
     def facts(self) -> dict[str, Any]:
         """What raymill finds there."""
-        asked = [sys.executable, "-m", "raymill.cluster"]
+        asked = [sys.executable, "-m", "raymill.orchestration.cluster_facts"]
         done = subprocess.run(asked, env=self.variables, capture_output=True, text=True, check=False)
         return json.loads(done.stdout) if done.returncode == 0 and done.stdout else {}
 

@@ -18,8 +18,8 @@ from raymill.checkpoint.snapshot import Snapshot
 from raymill.config.spec import JobSpec
 from raymill.errors import CheckpointError, InputError, RunError
 from raymill.models import registry
-from raymill.runs.events import append_event
-from raymill.runs.folder import RunFolder, run_folder
+from raymill.record.events import append_event
+from raymill.record.folder import RunFolder, run_folder
 from raymill.tracking.mlflow_client import connect, experiment_id
 
 # MLflow warns of a type hint of its own where it infers signatures.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
 import shutil
@@ -20,10 +19,11 @@ import pytest
 
 from faults.cases import SLOWED
 from faults.harness import Live, live
-from raymill.checkpoint import directory, snapshot
+from raymill.checkpoint import directory
 from raymill.data.sources import ParquetSource
 from raymill.errors import CheckpointError, InputError
-from raymill.runs.catalog import find_run
+from raymill.files import write_record
+from raymill.record.catalog import find_run
 from raymill.task import Field
 
 CANARY = "canary-5f0c9a7e"
@@ -115,24 +115,24 @@ def test_a_parquet_file_with_a_pickle_for_its_column_type_runs_no_code(tmp_path:
 def test_a_pickle_in_the_place_of_a_checkpoints_tensors_is_refused_unread(tmp_path: Path) -> None:
     import torch
 
-    from raymill.checkpoint.snapshot import Snapshot
+    from raymill.checkpoint import snapshot
 
-    record = {"step": 1, "position": 10}
-    directory.save(tmp_path, "step-00000001.1", Snapshot({"w": torch.ones(2)}, {}, record), best=False)
+    taken = snapshot.Snapshot({"w": torch.ones(2)}, {}, {"step": 1, "position": 10})
+    directory.save(tmp_path, "step-00000001.1", snapshot.content(taken, best=False))
     path = tmp_path / "step-00000001.1"
     (path / "weights.safetensors").write_bytes(pickle.dumps(Touch(tmp_path / "marker")))
     with pytest.raises(CheckpointError, match=r"weights\.safetensors"):
-        directory.load(path)
-    # Also when the manifest was made to fit.
+        snapshot.load(path)
+    # Also when the checksums were made to fit.
     for name in ("weights.safetensors", "optimizer.safetensors"):
         (path / name).write_bytes(pickle.dumps(Touch(tmp_path / "marker")))
-    contents = {name: (path / name).read_bytes() for name in snapshot.FILES}
+    contents = {name: (path / name).read_bytes() for name in directory.FILES}
     fitting = {
         name: {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in contents.items()
     }
-    (path / "manifest.json").write_text(json.dumps(fitting))
+    write_record(path / directory.CHECKSUMS, {"files": fitting})
     with pytest.raises(CheckpointError, match=r"weights\.safetensors: is no safetensors"):
-        directory.load(path)
+        snapshot.load(path)
     assert not (tmp_path / "marker").exists()
 
 
@@ -143,7 +143,7 @@ def test_a_pointer_out_of_the_folder_of_checkpoints_is_not_followed(tmp_path: Pa
     folder.mkdir()
     (folder / "step-00000002.1").symlink_to(tmp_path / "step-00000001.1")
     for latest in (name, "step-00000002.1"):
-        (folder / directory.POINTER).write_text(json.dumps({"latest": latest, "best": None, "attempt": 1}))
+        write_record(folder / directory.POINTER, {"latest": latest, "best": None, "attempt": 1})
         assert directory.read_pointer(folder) is None
 
 

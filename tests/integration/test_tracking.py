@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import sqlite3
@@ -11,14 +10,27 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from raymill.runs.catalog import show_run
-from raymill.runs.events import EventWriter, append_event
-from raymill.runs.folder import RunFolder, run_folder
-from raymill.tracking.mlflow_client import connect, experiment_id, tracking_uri
+from raymill.files import read_record, write_record
+from raymill.record.catalog import show_run
+from raymill.record.events import (
+    AttemptStarted,
+    CheckpointSaved,
+    EvaluationDone,
+    EventWriter,
+    RunFinished,
+    RunStopped,
+    StepDone,
+    append_event,
+)
+from raymill.record.folder import RunFolder, run_folder
+from raymill.tracking.mlflow_client import connect, experiment_id, mlflow_settings, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 NUM_STEPS = 300
 SPEC = {"name": "job", "pipeline": "jobs.a:b", "loop": {"seed": 3}, "data": {"password": "hunter2"}, "register": None}
@@ -28,36 +40,38 @@ SPEC = {"name": "job", "pipeline": "jobs.a:b", "loop": {"seed": 3}, "data": {"pa
 def folder() -> RunFolder:
     made = run_folder("run-1")
     made.path.mkdir(parents=True)
-    made.spec.write_text(json.dumps(SPEC))
-    made.plan.write_text(json.dumps({"num_workers": 2, "reasons": {"num_workers": "given"}}))
-    made.manifest.write_text(json.dumps({"digest": "d" * 64}))
-    made.environment.write_text(json.dumps({"git_commit": "c" * 40, "versions": {"torch": "2.14.1"}}))
+    write_record(made.spec, SPEC)
+    write_record(made.plan, {"num_workers": 2, "reasons": {"num_workers": "given"}})
+    write_record(made.data_manifest, {"digest": "d" * 64})
+    write_record(made.environment, {"git_commit": "c" * 40, "versions": {"torch": "2.14.1"}})
     return made
 
 
-def start(attempt: int = 1) -> dict[str, Any]:
-    event = {"kind": "start", "attempt": attempt, "num_workers": 2, "step": 0, "num_total_steps": NUM_STEPS}
-    return {**event, "resumed": attempt > 1, "pid": os.getpid()}
+def start(attempt: int = 1, pid: int | None = None) -> AttemptStarted:
+    """The start of an attempt that this process drives, unless another one is named."""
+    return AttemptStarted(
+        attempt=attempt, num_workers=2, step=0, num_total_steps=NUM_STEPS, resumed=attempt > 1, pid=pid or os.getpid()
+    )
 
 
 def write_steps(folder: RunFolder, first: int, last: int) -> None:
     with EventWriter(folder.events) as writer:
         for step in range(first, last + 1):
             metrics = {"train/loss": 1 / step, "train/learning_rate": 0.1}
-            writer.write({"kind": "step", "step": step, "epoch": 0, "rows": step, "metrics": metrics})
+            writer.write(StepDone(step=step, epoch=0, rows=step, metrics=metrics))
 
 
 def write_end(folder: RunFolder) -> None:
     totals = {"validation/confusion": [[5, 1], [2, 4]]}
     metrics = {"validation/accuracy": 0.75}
-    append_event(folder, {"kind": "evaluation", "step": NUM_STEPS, "metrics": metrics, "totals": totals})
-    append_event(folder, {"kind": "end", "best_checkpoint": "checkpoints/step-00000300.1", "metrics": metrics})
+    append_event(folder, EvaluationDone(step=NUM_STEPS, epoch=0, rows=12, metrics=metrics, totals=totals))
+    append_event(folder, RunFinished(best_checkpoint="checkpoints/step-00000300.1", metrics=metrics))
 
 
 def deliver(folder: RunFolder, *options: str) -> subprocess.Popen[bytes]:
     # Its output goes to a file: MLflow reports a locked store with long tracebacks, which would fill a pipe.
     with folder.tracking_log.open("ab") as output:
-        command = [sys.executable, "-m", "raymill.tracking", str(folder.path), *options]
+        command = [sys.executable, "-m", "raymill.orchestration.tracker", str(folder.path), *options]
         return subprocess.Popen(command, stdout=output, stderr=output)
 
 
@@ -65,28 +79,37 @@ def deliver_all(folder: RunFolder) -> None:
     assert deliver(folder).wait(timeout=120) == 0, folder.tracking_log.read_text()
 
 
+@contextlib.contextmanager
+def store() -> Iterator[MlflowClient]:
+    with mlflow_settings():
+        yield connect()
+
+
 def the_run(run_id: str = "run-1") -> Any:
-    client = connect()
-    (run,) = client.search_runs([experiment_id(client, "job")], f"tags.`raymill.run_id` = '{run_id}'")
+    with store() as client:
+        (run,) = client.search_runs([experiment_id(client, "job")], f"tags.`raymill.run_id` = '{run_id}'")
     return run
 
 
 def rows(key: str) -> list[tuple[int, float]]:
     """(step, value) of every stored point of a metric, in the order of the steps, repeated ones included."""
-    with contextlib.closing(sqlite3.connect(tracking_uri().removeprefix("sqlite:///"))) as store:
-        return store.execute("select step, value from metrics where key = ? order by step", [key]).fetchall()
+    with contextlib.closing(sqlite3.connect(tracking_uri().removeprefix("sqlite:///"))) as opened:
+        return opened.execute("select step, value from metrics where key = ? order by step", [key]).fetchall()
 
 
 def test_a_whole_run_arrives_once_in_order_with_all_that_belongs_to_it(folder: RunFolder) -> None:
     append_event(folder, start())
     write_steps(folder, 1, NUM_STEPS)
-    append_event(folder, {"kind": "checkpoint", "step": 300, "path": "checkpoints/step-00000300.1", "best": True})
+    append_event(folder, CheckpointSaved(step=300, path="checkpoints/step-00000300.1", best=True))
     write_end(folder)
     deliver_all(folder)
 
     assert rows("train/loss") == [(step, 1 / step) for step in range(1, NUM_STEPS + 1)]
-    run, client = the_run(), connect()
-    history = client.get_metric_history(run.info.run_id, "train/learning_rate")
+    run = the_run()
+    with store() as client:
+        history = client.get_metric_history(run.info.run_id, "train/learning_rate")
+        files = {file.path for file in client.list_artifacts(run.info.run_id)}
+        drawn = {file.path for file in client.list_artifacts(run.info.run_id, "pictures")}
     assert [point.step for point in history] == list(range(1, NUM_STEPS + 1))
     assert (run.info.status, run.info.run_name) == ("FINISHED", "run-1")
     assert run.data.metrics["final/validation/accuracy"] == 0.75
@@ -94,11 +117,9 @@ def test_a_whole_run_arrives_once_in_order_with_all_that_belongs_to_it(folder: R
     assert expected.items() <= run.data.params.items()
     assert run.data.tags["raymill.data_digest"] == "d" * 64
     assert run.data.tags["mlflow.source.git.commit"] == "c" * 40
-    assert run.data.tags["raymill.checkpoint.directory.best"] == "checkpoints/step-00000300.1"
+    assert run.data.tags["raymill.checkpoint.best"] == "checkpoints/step-00000300.1"
     assert run.inputs.dataset_inputs[0].dataset.digest == "d" * 36
-    files = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert files == {"spec.json", "plan.json", "manifest.json", "environment.json", "pictures"}
-    drawn = {file.path for file in client.list_artifacts(run.info.run_id, "pictures")}
+    assert files == {"spec.json", "plan.json", "data_manifest.json", "environment.json", "pictures"}
     assert drawn == {"pictures/curves.png", "pictures/validation_confusion.png"}
     shown = show_run("run-1")
     assert (shown["status"], shown["mlflow_run_id"]) == ("finished", run.info.run_id)
@@ -140,23 +161,24 @@ def wait_for_change(path: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 def test_a_store_whose_making_was_killed_is_made_anew(folder: RunFolder) -> None:
-    start = "from raymill.tracking import connect; connect()"
-    store = folder.path.parent.parent / "mlflow.db"
-    with subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as maker:
+    make = "from raymill.tracking.mlflow_client import connect, mlflow_settings\nwith mlflow_settings(): connect()"
+    path = folder.path.parent.parent / "mlflow.db"
+    with subprocess.Popen([sys.executable, "-c", make], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as maker:
         # Between its first table and its last one.
-        while num_tables(store.with_name("mlflow.db.stage")) < 5:
+        while num_tables(path.with_name("mlflow.db.stage")) < 5:
             assert maker.poll() is None
         maker.kill()
-    assert not store.exists()
-    assert connect().search_experiments()
-    assert num_tables(store) > 20
-    assert not store.with_name("mlflow.db.stage").exists()
+    assert not path.exists()
+    with store() as client:
+        assert client.search_experiments()
+    assert num_tables(path) > 20
+    assert not path.with_name("mlflow.db.stage").exists()
 
 
-def num_tables(store: Path) -> int:
-    if not store.exists():
+def num_tables(path: Path) -> int:
+    if not path.exists():
         return 0
-    with contextlib.closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True, timeout=10)) as opened:
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as opened:
         try:
             return len(opened.execute("select name from sqlite_master where type = 'table'").fetchall())
         except sqlite3.OperationalError:
@@ -178,10 +200,11 @@ def test_a_locked_store_delays_delivery_and_nothing_else(folder: RunFolder, lock
 
 @pytest.fixture
 def locked(folder: RunFolder) -> Iterator[sqlite3.Connection]:
-    connect()
-    with contextlib.closing(sqlite3.connect(tracking_uri().removeprefix("sqlite:///"), isolation_level=None)) as store:
-        store.execute("begin exclusive")
-        yield store
+    with store():
+        pass
+    with contextlib.closing(sqlite3.connect(tracking_uri().removeprefix("sqlite:///"), isolation_level=None)) as held:
+        held.execute("begin exclusive")
+        yield held
 
 
 def test_once_the_run_is_over_an_unreachable_server_ends_in_exit_code_1_and_the_queue_stays(
@@ -193,8 +216,11 @@ def test_once_the_run_is_over_an_unreachable_server_ends_in_exit_code_1_and_the_
     with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
         assert deliver(folder, "--give-up-s", "1").wait(timeout=120) == 1
-    assert "gave up" in folder.tracking_log.read_text()
+    why = read_record(folder.tracking_failure)["message"]
+    assert "127.0.0.1" in why
+    assert f"ERROR {why}" in folder.tracking_log.read_text()
     deliver_all(folder)
+    assert not folder.tracking_failure.exists()
     assert len(rows("train/loss")) == 3
 
 
@@ -203,13 +229,13 @@ def test_a_torn_line_and_repeated_steps_of_a_second_attempt_go_into_the_same_run
     write_steps(folder, 1, 40)
     with folder.events.open("a") as file:
         file.write('{"kind":"step","step":41,"metr')
-    append_event(folder, {"kind": "stop", "reason": "interrupted", "message": "asked to"})
+    append_event(folder, RunStopped(reason="interrupted", message="asked to"))
     deliver_all(folder)
     assert the_run().info.status == "KILLED"
 
     append_event(folder, start(attempt=2))
     write_steps(folder, 31, 60)
-    append_event(folder, {"kind": "stop", "reason": "failed", "message": "rank 1 died"})
+    append_event(folder, RunStopped(reason="failed", message="rank 1 died"))
     deliver_all(folder)
     run = the_run()
     assert run.info.status == "FAILED"
@@ -219,7 +245,7 @@ def test_a_torn_line_and_repeated_steps_of_a_second_attempt_go_into_the_same_run
 
 def test_a_driver_that_died_without_a_word_leaves_a_killed_run(folder: RunFolder) -> None:
     driver = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    append_event(folder, {**start(), "pid": driver.pid})
+    append_event(folder, start(pid=driver.pid))
     write_steps(folder, 1, 5)
     process = deliver(folder)
     driver.kill()
@@ -232,11 +258,11 @@ def test_a_driver_that_died_without_a_word_leaves_a_killed_run(folder: RunFolder
 def test_two_runs_that_start_at_once_without_a_store_both_work(folder: RunFolder) -> None:
     other = run_folder("run-2")
     other.path.mkdir()
-    other.spec.write_text(json.dumps(SPEC))
+    write_record(other.spec, SPEC)
     for each in (folder, other):
         append_event(each, start())
         write_steps(each, 1, 10)
-        append_event(each, {"kind": "stop", "reason": "interrupted", "message": "asked to"})
+        append_event(each, RunStopped(reason="interrupted", message="asked to"))
     processes = [deliver(folder), deliver(other)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert the_run("run-1").info.experiment_id == the_run("run-2").info.experiment_id
@@ -244,7 +270,7 @@ def test_two_runs_that_start_at_once_without_a_store_both_work(folder: RunFolder
 
 
 def test_the_store_and_its_files_are_in_the_state_folder(folder: RunFolder, state_folder: Path) -> None:
-    client = connect()
-    location = client.get_experiment(experiment_id(client, "job")).artifact_location
+    with store() as client:
+        location = client.get_experiment(experiment_id(client, "job")).artifact_location
     assert location == (state_folder / "artifacts" / "job").as_uri()
     assert (state_folder / "mlflow.db").is_file()

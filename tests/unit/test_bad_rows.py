@@ -27,11 +27,11 @@ from raymill.data.quality import check_rows
 from raymill.data.reader import Packet, Reader, read_locally
 from raymill.data.rows import ROW_ID, num_rows
 from raymill.errors import DataError, InputError
-from raymill.runs.bad_row_ledger import QUARANTINE, SKIP, BadRowLedger, as_summary
-from raymill.runs.events import EventWriter
-from raymill.runs.folder import RunFolder
+from raymill.record.bad_row_ledger import QUARANTINE, BadRowLedger, known_bad_rows, summarise_bad_rows
+from raymill.record.events import BadRowsFound, Event, EventWriter
+from raymill.record.folder import RunFolder
 from raymill.task import TRAIN, Field, Fragment, Pipeline, Rows
-from raymill.training.steps import remaining_steps
+from raymill.training.steps import TrainStep, remaining_steps
 
 # ---------------------------------------------------------------- a source with bad rows
 
@@ -89,8 +89,8 @@ class Case:
     def reader(self, world_size: int, *, sound: bool = False) -> Reader:
         source = Counted(self.sizes, frozenset() if sound else self.unreadable)
         pipeline = pipeline_of(source, frozenset() if sound else self.refused)
-        cut = BatchSharding(sum(self.sizes), self.batch_rows, 3, world_size)
-        return Reader("", self.order, {TRAIN: cut}, {TRAIN: source.fragments()}, pipeline, lenient=not sound)
+        sharding = BatchSharding(sum(self.sizes), self.batch_rows, 3, world_size)
+        return Reader("", self.order, {TRAIN: sharding}, {TRAIN: source.fragments()}, pipeline, lenient=not sound)
 
 
 @st.composite
@@ -113,14 +113,14 @@ def deal(
     noted: list[BadRow] = []
     feed = Feed(packets, noted.extend)
     dealt = {}
-    for turn in remaining_steps(case.order, position):
-        if turn.batch is None:
-            feed.finish(TRAIN, turn.epoch, case.windows)
+    for step in remaining_steps(case.order, position):
+        if not isinstance(step, TrainStep):
+            feed.finish(TRAIN, step.epoch, case.windows)
             continue
-        for shard, count in reader.shardings[TRAIN].shards(turn.batch, rank):
-            rows = feed.take(TRAIN, turn.epoch, count)
+        for shard, count in reader.shardings[TRAIN].shards(step.batch, rank):
+            rows = feed.take(TRAIN, step.epoch, count)
             np.testing.assert_array_equal(rows.get("value", []), rows[ROW_ID])
-            dealt[turn.epoch, turn.batch, shard] = np.asarray(rows[ROW_ID]).tolist()
+            dealt[step.epoch, step.batch, shard] = np.asarray(rows[ROW_ID]).tolist()
     return dealt, noted
 
 
@@ -242,21 +242,36 @@ def test_each_row_is_listed_once_over_all_attempts(tmp_path: Path) -> None:
     with EventWriter(folder.events) as writer:
         BadRowLedger(folder, QUARANTINE, 3, writer.write)
     assert [json.loads(line)["row"] for line in folder.quarantine.read_text().splitlines()] == [1, 2, 3]
-    summary = as_summary(folder, QUARANTINE)
+    assert known_bad_rows(folder) == [bad(1), bad(2), bad(3)]
+    summary = summarise_bad_rows(folder, QUARANTINE)
     assert (summary["policy"], summary["distinct"]) == (QUARANTINE, 3)
-    assert summary["first"][2] == {"split": TRAIN, "row": 3, "file": "file", "part": 0, "place": 3, "reason": "damaged"}
+    assert summary["first"][2] == {"split": TRAIN, "row": 3, "file": "file", "part": 0, "index": 3, "reason": "damaged"}
 
 
 def test_more_rows_than_the_budget_are_named_and_not_listed(tmp_path: Path) -> None:
-    events: list[dict[str, Any]] = []
-    bad_row_ledger = BadRowLedger(RunFolder(tmp_path), SKIP, 3, events.append)
-    bad_row_ledger.add([bad(1), bad(2)])
-    bad_row_ledger.add([bad(1), bad(2), bad(3)])
+    events: list[Event] = []
+    ledger = BadRowLedger(RunFolder(tmp_path), "skip", 3, events.append)
+    ledger.add([bad(1), bad(2)])
+    ledger.add([bad(1), bad(2), bad(3)])
     with pytest.raises(DataError, match=r"at least 7 rows are bad, more than bad_rows.budget: 3.*row 4.*and 1 more") as caught:
-        bad_row_ledger.add([bad(row) for row in range(1, 8)])
+        ledger.add([bad(row) for row in range(1, 8)])
     assert "file, part 0, row 6 (train row 6): damaged; and 1 more. Repair these files" in str(caught.value)
-    assert [row["row"] for event in events for row in event["rows"]] == [1, 2, 3]
+    assert [event.rows for event in events if isinstance(event, BadRowsFound)] == [[bad(1), bad(2)], [bad(3)]]
+    assert len(events) == 2
     assert not RunFolder(tmp_path).quarantine.exists()
+
+
+def test_a_summary_counts_all_rows_and_names_the_first_ten(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with EventWriter(folder.events) as writer:
+        BadRowLedger(folder, "skip", 100, writer.write).add([bad(row) for row in range(12)])
+    summary = summarise_bad_rows(folder, "skip")
+    assert (summary["policy"], summary["distinct"]) == ("skip", 12)
+    assert [row["row"] for row in summary["first"]] == list(range(10))
+
+
+def test_a_run_without_bad_rows_says_so(tmp_path: Path) -> None:
+    assert summarise_bad_rows(RunFolder(tmp_path), "fail") == {"policy": "fail", "distinct": 0, "first": []}
 
 
 # ---------------------------------------------------------------- spec and plan

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,33 +18,40 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymill import files
-from raymill.checkpoint import commit, directory
+from raymill.checkpoint import directory, snapshot
 from raymill.checkpoint.async_writer import CheckpointWriter
-from raymill.checkpoint.commit import better, clean, to_remove
+from raymill.checkpoint.commit import better, clean, commit, to_remove
 from raymill.checkpoint.directory import Pointer, find_latest, names, read_pointer, verify
-from raymill.checkpoint.snapshot import Snapshot
+from raymill.checkpoint.snapshot import Snapshot, as_plain, from_plain, weights_sha256
 from raymill.errors import CheckpointError
 
-FILES = ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+FILES = ["weights.safetensors", "optimizer.safetensors", "state.json", "checksums.json"]
 
 
-def snapshot(step: int) -> Snapshot:
+def state(step: int) -> Snapshot:
     weights = {"layer.weight": torch.full((2, 3), float(step)), "layer.count": torch.tensor(step)}
     return Snapshot(weights, {"loss/layer.weight/momentum": torch.ones(2, 3)}, {"step": step, "position": 10 * step})
 
 
-def checkpoint_writer(
-    folder: Path, attempt: int = 1, keep: int = 2, told: list[dict[str, Any]] | None = None
-) -> CheckpointWriter:
-    write = partial(commit.commit, folder, attempt, keep)
-    return CheckpointWriter(lambda content, best: write(content, best=best), (told if told is not None else []).append)
+def save(folder: Path, taken: Snapshot, *, best: bool = False) -> Path:
+    """Write one checkpoint, without a pointer to it."""
+    name = f"step-{taken.record['step']:08d}.1"
+    directory.save(folder, name, snapshot.content(taken, best=best))
+    return folder / name
+
+
+def writer_of(folder: Path, attempt: int = 1, keep: int = 2) -> CheckpointWriter:
+    def write(taken: Snapshot, best: bool) -> None:
+        commit(folder, attempt, keep, snapshot.content(taken, best=best), best=best)
+
+    return CheckpointWriter(write)
 
 
 def write(folder: Path, *steps: int, attempt: int = 1, best: int | None = None, keep: int = 10) -> None:
-    saver = checkpoint_writer(folder, attempt, keep)
+    writer = writer_of(folder, attempt, keep)
     for step in steps:
-        saver.save(snapshot(step), best=step == best)
-    saver.close()
+        writer.save(state(step), best=step == best)
+    writer.close()
 
 
 def latest(folder: Path) -> tuple[str | None, list[str]]:
@@ -56,12 +63,11 @@ def latest(folder: Path) -> tuple[str | None, list[str]]:
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    expected = snapshot(3)
+    expected = state(3)
     expected.weights["half"] = torch.tensor([1.5, float("inf")], dtype=torch.bfloat16)
     expected.weights["empty"] = torch.zeros(0, 4)
     expected.record["metrics"] = {"validation/loss": 0.1 + 0.2}
-    directory.save(tmp_path, "step-00000003.1", expected, best=True)
-    found = directory.load(tmp_path / "step-00000003.1")
+    found = snapshot.load(save(tmp_path, expected, best=True))
     assert found.weights.keys() == expected.weights.keys()
     for name, tensor in expected.weights.items():
         assert found.weights[name].dtype == tensor.dtype
@@ -69,11 +75,59 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert found.optimizer.keys() == expected.optimizer.keys()
     assert expected.record.items() <= found.record.items()
     assert found.record["is_best"] is True
+    assert found.record["weights_sha256"] == weights_sha256(expected.weights)
 
 
 def test_a_state_without_optimizer_tensors_is_saved(tmp_path: Path) -> None:
-    directory.save(tmp_path, "step-00000003.1", Snapshot(snapshot(3).weights, {}, {}), best=False)
-    assert directory.load(tmp_path / "step-00000003.1").optimizer == {}
+    assert snapshot.load(save(tmp_path, Snapshot(state(3).weights, {}, {"step": 3}))).optimizer == {}
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_a_snapshot_that_travels_is_written_byte_for_byte_as_at_home(tmp_path: Path, best: bool) -> None:
+    taken = state(7)
+    packed = snapshot.pack(taken, best=best)
+    directory.save(tmp_path / "far", "step-00000007.1", packed.content())
+    near, far = save(tmp_path / "near", taken, best=best), tmp_path / "far" / "step-00000007.1"
+    assert packed.step == 7
+    assert {name: (near / name).read_bytes() for name in FILES} == {name: (far / name).read_bytes() for name in FILES}
+    read = directory.read(near)
+    assert read == packed
+    found = snapshot.unpack(read)
+    torch.testing.assert_close([found.weights, found.optimizer], [taken.weights, taken.optimizer], rtol=0, atol=0)
+    assert found.record == snapshot.load(near).record
+
+
+def test_values_that_json_would_change_come_back_as_they_were() -> None:
+    values = {
+        "tensor": torch.tensor([1.5, 2.0], dtype=torch.float64),
+        "betas": (0.9, 0.999),
+        "milestones": Counter({3: 1, 5: 2}),
+        "by_number": {0: "a", 1: (1, [2, None])},
+        "plain": {"flag": True, "name": "x", "rate": 0.1},
+    }
+    found = from_plain(json.loads(json.dumps(as_plain(values))))
+    torch.testing.assert_close(found.pop("tensor"), values.pop("tensor"), rtol=0, atol=0)
+    assert found == values
+    assert type(found["milestones"]) is Counter
+    assert type(found["by_number"][1]) is tuple
+
+
+def test_a_value_that_only_a_pickle_could_hold_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="a set in an optimizer's or schedule's state"):
+        as_plain({"seen": {1, 2}})
+
+
+def test_the_hash_of_weights_follows_names_types_shapes_and_values() -> None:
+    first = {"a": torch.zeros(2, 2), "b": torch.ones(3)}
+    others = [
+        {"b": torch.zeros(2, 2), "a": torch.ones(3)},
+        {"a": torch.zeros(4), "b": torch.ones(3)},
+        {"a": torch.zeros(2, 2, dtype=torch.int32), "b": torch.ones(3)},
+        {"a": torch.zeros(2, 2), "b": torch.tensor([1.0, 1.0, 2.0])},
+        {"a": torch.zeros(2, 2)},
+    ]
+    assert weights_sha256(dict(reversed(first.items()))) == weights_sha256(first)
+    assert len({weights_sha256(weights) for weights in [first, *others]}) == len(others) + 1
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -85,7 +139,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path, name: str) -> None:
         changed = bytearray(content)
         changed[place] ^= 1 << place % 8
         path.write_bytes(changed)
-        if name == "manifest.json" and _says_the_same(content, bytes(changed)):
+        if name == "checksums.json" and _says_the_same(content, bytes(changed)):
             continue
         with pytest.raises(CheckpointError):
             verify(path.parent)
@@ -105,10 +159,23 @@ def test_a_truncated_empty_or_missing_file_is_found_and_named(tmp_path: Path, na
     for size in (0, 1, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
         with pytest.raises(CheckpointError, match=name):
-            directory.load(path.parent)
+            snapshot.load(path.parent)
     path.unlink()
     with pytest.raises(CheckpointError, match=name):
-        directory.load(path.parent)
+        snapshot.load(path.parent)
+
+
+def test_checksums_of_another_version_or_of_other_files_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, state(1))
+    sums = path / "checksums.json"
+    record = json.loads(sums.read_text())
+    sums.write_text(json.dumps({**record, "format_version": 2}))
+    with pytest.raises(CheckpointError, match=r"checksums\.json: found format_version 2;.* newer raymill"):
+        verify(path)
+    sums.write_text(json.dumps(record))
+    verify(path)
+    with pytest.raises(CheckpointError, match=r"names .*'state\.json'.*, not \['weights\.safetensors'\]"):
+        verify(path, ["weights.safetensors"])
 
 
 # ---------------------------------------------------------------- which one is taken
@@ -149,7 +216,19 @@ def test_if_none_is_whole_the_run_cannot_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"7", b"null", b"\xff\xfe", b'{"latest": 5, "best": null, "attempt": 1}', b'{"latest": "step-9.9"}'],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"7",
+        b"null",
+        b"\xff\xfe",
+        b'{"format_version": 1, "latest": 5, "best": null, "attempt": 1}',
+        b'{"format_version": 1, "latest": "step-9.9"}',
+        b'{"format_version": 1, "latest": "step-00000001.1", "best": null, "attempt": 1, "moons": 2}',
+        b'{"format_version": 2, "latest": "step-00000001.1", "best": null, "attempt": 1}',
+        b'{"latest": "step-00000001.1", "best": null, "attempt": 1}',
+    ],
 )
 def test_a_damaged_pointer_is_rebuilt_from_the_checkpoints(tmp_path: Path, content: bytes) -> None:
     write(tmp_path, 1, 2, best=1)
@@ -175,8 +254,8 @@ def test_a_pointer_to_a_checkpoint_that_is_gone_is_rebuilt(tmp_path: Path) -> No
 
 def test_a_late_writer_of_an_older_attempt_cannot_move_the_pointer(tmp_path: Path) -> None:
     write(tmp_path, 5, attempt=2)
-    late = checkpoint_writer(tmp_path, attempt=1)
-    late.save(snapshot(9), best=True)
+    late = writer_of(tmp_path, attempt=1)
+    late.save(state(9), best=True)
     with pytest.raises(CheckpointError, match=r"attempt 1 .* after attempt 2 had taken over"):
         late.wait()
     late.close()
@@ -189,25 +268,16 @@ def test_a_late_writer_of_an_older_attempt_cannot_move_the_pointer(tmp_path: Pat
 def test_a_failed_save_is_raised_by_the_next_call(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    saver = checkpoint_writer(blocked)
-    saver.save(snapshot(1), best=False)
+    writer = writer_of(blocked)
+    writer.save(state(1), best=False)
     with pytest.raises(CheckpointError, match="file"):
-        saver.save(snapshot(2), best=False)
-    saver.close()
+        writer.save(state(2), best=False)
+    writer.close()
 
 
-def test_each_checkpoint_is_told_of_once_it_is_safe(tmp_path: Path) -> None:
-    told: list[dict[str, Any]] = []
-    saver = checkpoint_writer(tmp_path, keep=1, told=told)
-    for step in (1, 2):
-        saver.save(snapshot(step), best=step == 2)
-        saver.wait()
-        assert (tmp_path / told[-1]["path"].removeprefix("checkpoints/")).is_dir()
-    saver.close()
-    assert [(event["kind"], event["step"], event["best"]) for event in told] == [
-        ("checkpoint", 1, False),
-        ("checkpoint", 2, True),
-    ]
+def test_a_commit_says_the_name_of_what_it_has_written(tmp_path: Path) -> None:
+    assert commit(tmp_path, 3, 1, snapshot.content(state(38), best=False), best=False) == "step-00000038.3"
+    assert names(tmp_path) == ["step-00000038.3"]
 
 
 @given(
@@ -290,7 +360,7 @@ def kills(tmp_path: Path) -> Iterator[tuple[int, Path, bool]]:
         with pytest.MonkeyPatch.context() as patch:
             kill_at(number, patch)
             try:
-                commit.commit(folder, 1, 1, snapshot(3), best=False)
+                commit(folder, 1, 1, snapshot.content(state(3), best=False), best=False)
                 finished = True
             except Killed:
                 finished = False
@@ -306,7 +376,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint_and_the_best(tmp_path: P
         assert name is not None
         assert notes == []
         found.append(name)
-        loaded = directory.load(folder / name)
+        loaded = snapshot.load(folder / name)
         assert loaded.record["step"] == int(name[5:13])
         verify(folder / "step-00000001.1")
         if finished:

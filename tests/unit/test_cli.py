@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
-from raymill.cli.commands import app
 from typer.testing import CliRunner
 
+from raymill.cli.app import app
 from raymill.config import load
 from raymill.data.sources import write_parquet
 from raymill.errors import InputError, Interrupted, Problem, RaymillError, RunError
@@ -42,7 +42,7 @@ scale:
 """
 
 CODE = """\
-from raymill.sources import ParquetSource
+from raymill.data.sources import ParquetSource
 from raymill.task import Field, Pipeline, Task
 
 SCHEMA = {"x": Field("float32", (2,)), "label": Field("int64", classes=3)}
@@ -363,7 +363,9 @@ def test_data_stats_measures_each_split(project: Project) -> None:
         (("train",), "train"),
         (("train", "tiny", "--resume", "tiny-1"), "train"),
         (("train", "--resume", "tiny-1", "--set", "loop.epochs=1"), "--set"),
-        (("train", "--resume", "tiny-1"), "RUN"),
+        (("train", "--resume", "tiny-1"), "run"),
+        (("train", "tiny", "--in-process", "--workers", "3"), "--in-process"),
+        (("train", "--resume", "tiny-1", "--in-process", "--workers", "3"), "--in-process"),
         (("runs", "show", "tiny-1"), "run"),
         (("data", "get", "tiny"), "jobs/tiny/job.yaml:4 pipeline"),
     ],
@@ -396,6 +398,17 @@ def test_each_kind_of_error_has_its_exit_code(
     assert json.loads(result.stdout)["message"] == str(error)
     assert str(error) in result.stderr
     assert run("jobs").stdout == ""
+
+
+def test_an_error_of_the_jobs_own_code_is_shown_with_its_traceback(project: Project) -> None:
+    code = project.root / "tiny/code.py"
+    code.write_text(CODE.replace('splits = ("train", "validation")', "splits = 1 / 0"))
+    result = run("check", "tiny", "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert (found["error"], found["message"], found["problems"]) == ("ZeroDivisionError", "division by zero", [])
+    assert 'code.py", line' in result.stderr
+    assert "in rows" in result.stderr
 
 
 # ---------------------------------------------------------------- what it costs

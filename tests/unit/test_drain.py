@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raymill.orchestration.drain import room
+from raymill.orchestration.on_ray.drain import room
 
 NODES = {"a": {"CPU": 4.0}, "b": {"CPU": 2.5, "GPU": 1.0}, "c": {"memory": 1.0}}
 

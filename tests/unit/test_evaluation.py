@@ -23,8 +23,8 @@ from raymill.data.order import Item
 from raymill.data.reader import Reader
 from raymill.errors import CheckpointError, InputError
 from raymill.models.evaluate import evaluate
-from raymill.runs.folder import RunFolder, run_folder
-from raymill.runs.store import LocalRunStore
+from raymill.record.folder import RunFolder, run_folder
+from raymill.record.store import LocalRunStore
 from raymill.training import assembly, evaluation
 from raymill.training.evaluation import Evaluation
 
@@ -36,7 +36,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from raymill.sources import ArraySource
+from raymill.data.sources import ArraySource
 from raymill.task import Field, Pipeline, Task, Total
 
 ROWS = {"train": 60, "validation": 47}

@@ -141,7 +141,7 @@ def test_the_record_is_json_and_reads_back_to_an_equal_spec(project: Path) -> No
 
 def test_loading_imports_neither_torch_nor_ray_nor_the_job(project: Path) -> None:
     code = (
-        "import sys; from raymill.load import load_job; load_job('digits');"
+        "import sys; from raymill.config.load import load_job; load_job('digits');"
         "print([m for m in ('torch', 'ray', 'mlflow', 'numpy', 'jobs', 'pipelines') if m in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": str(PLATFORM)}

@@ -34,7 +34,7 @@ from raymill.data.rows import ROW_ID
 from raymill.data.sources import ArraySource
 from raymill.errors import DataError
 from raymill.task import TRAIN, VALIDATION, Fragment, Pipeline, Rows
-from raymill.training.steps import remaining_steps
+from raymill.training.steps import EpochEnd, EvalEnd, EvalStep, Step, TrainStep, may_stop_after, remaining_steps
 
 # ---------------------------------------------------------------- jobs
 
@@ -80,8 +80,7 @@ class Case:
     @property
     def step_ends(self) -> list[int]:
         """Every position at which a checkpoint may be made, the beginning and the end among them."""
-        turns = remaining_steps(self.order, 0)
-        return [0, *(turn.position for turn in turns if turn.split == TRAIN and turn.batch is not None)]
+        return [0, *(step.position for step in remaining_steps(self.order, 0) if isinstance(step, TrainStep))]
 
 
 sizes = st.lists(st.one_of(st.integers(1, 4), st.integers(0, 60)), min_size=1, max_size=8).filter(any).map(tuple)
@@ -97,11 +96,13 @@ cases = st.builds(
 )
 world_sizes = st.integers(1, 5)
 
-Step = tuple[str, int, int]
+Batch = tuple[str, int, int]
+"""Split, epoch, number in the epoch."""
+
 Shards = dict[int, list[int]]
 
 
-def deal(case: Case, position: int, world_size: int) -> dict[Step, Shards]:
+def deal(case: Case, position: int, world_size: int) -> dict[Batch, Shards]:
     """Read the rest of a job through Stream, Reader and Feed on all ranks: (split, epoch, batch) -> shard -> row ids."""
     order = case.order
     pipeline = Pipeline(sources={TRAIN: Counted(case.train), VALIDATION: Counted(case.validation)}, schema={})
@@ -111,18 +112,19 @@ def deal(case: Case, position: int, world_size: int) -> dict[Step, Shards]:
     }
     fragments = {split: source.fragments() for split, source in pipeline.sources.items()}
     reader = Reader("", order, shardings, fragments, pipeline)
-    dealt: dict[Step, Shards] = {}
+    dealt: dict[Batch, Shards] = {}
     for rank in range(world_size):
         packets = read_locally(reader, position, rank)
         feed = Feed(packets)
-        for turn in remaining_steps(order, position):
-            if turn.batch is None:
-                feed.finish(turn.split, turn.epoch, case.windows)
+        for step in remaining_steps(order, position):
+            split = TRAIN if isinstance(step, TrainStep | EpochEnd) else VALIDATION
+            if isinstance(step, EvalEnd | EpochEnd):
+                feed.finish(split, step.epoch, case.windows)
                 continue
-            shards = dealt.setdefault((turn.split, turn.epoch, turn.batch), {})
-            for shard, count in shardings[turn.split].shards(turn.batch, rank):
+            shards = dealt.setdefault((split, step.epoch, step.batch), {})
+            for shard, count in shardings[split].shards(step.batch, rank):
                 if count:
-                    rows = feed.take(turn.split, turn.epoch, count)
+                    rows = feed.take(split, step.epoch, count)
                     np.testing.assert_array_equal(rows["value"], rows[ROW_ID])
                     shards[shard] = np.asarray(rows[ROW_ID]).tolist()
         assert all(not len(packet.rows[ROW_ID]) for packet in packets)
@@ -155,8 +157,8 @@ def test_each_shard_of_each_batch_has_the_same_rows_at_any_number_of_ranks(case:
 def test_each_batch_has_the_same_rows_at_any_number_of_shards(case: Case, num_shards: int) -> None:
     other = Case(**{**case.__dict__, "num_shards": num_shards})
     found, expected = deal(other, 0, 1), deal(case, 0, 1)
-    assert {step: batch_rows(shards) for step, shards in found.items()} == {
-        step: batch_rows(shards) for step, shards in expected.items()
+    assert {batch: batch_rows(shards) for batch, shards in found.items()} == {
+        batch: batch_rows(shards) for batch, shards in expected.items()
     }
 
 
@@ -221,8 +223,8 @@ def test_shards_are_of_nearly_equal_size_and_the_first_is_never_empty(batch: int
     assert counts.sum() == batch
     assert counts.max() - counts.min() <= 1
     assert counts[0] > 0
-    cut = BatchSharding(batch, batch, num_shards, world_size)
-    owned = [shard for rank in range(world_size) for shard in cut.shards(0, rank)]
+    sharding = BatchSharding(batch, batch, num_shards, world_size)
+    owned = [shard for rank in range(world_size) for shard in sharding.shards(0, rank)]
     assert owned == list(enumerate(counts.tolist()))
 
 
@@ -248,6 +250,54 @@ def test_an_evaluation_keeps_the_order_of_the_source() -> None:
     for (split, _, batch), shards in deal(case, 0, 2).items():
         if split == VALIDATION:
             assert batch_rows(shards) == list(range(batch * 4, min(batch * 4 + 4, 15)))
+
+
+# ---------------------------------------------------------------- steps
+
+
+def test_an_epoch_is_its_training_steps_then_its_evaluation_then_its_end() -> None:
+    order = Case(train=(3, 2), validation=(5,), windows=1, batch_rows=3, num_shards=1, epochs=2, seed=0).order
+    first: list[Step] = [
+        TrainStep(0, 0, 3),
+        TrainStep(0, 1, 5),
+        EvalStep(0, 0, 5),
+        EvalStep(0, 1, 5),
+        EvalEnd(0, 5),
+        EpochEnd(0, 5),
+    ]
+    then: list[Step] = [
+        TrainStep(1, 0, 8),
+        TrainStep(1, 1, 10),
+        EvalStep(1, 0, 10),
+        EvalStep(1, 1, 10),
+        EvalEnd(1, 10),
+        EpochEnd(1, 10),
+    ]
+    assert list(remaining_steps(order, 0)) == first + then
+    assert list(remaining_steps(order, 3)) == first[1:] + then
+    assert list(remaining_steps(order, 5)) == then
+    assert list(remaining_steps(order, 10)) == []
+
+
+def test_without_validation_rows_an_epoch_ends_after_its_last_training_step() -> None:
+    order = Case(train=(4,), validation=(), windows=1, batch_rows=4, num_shards=1, epochs=1, seed=0).order
+    assert list(remaining_steps(order, 0)) == [TrainStep(0, 0, 4), EpochEnd(0, 4)]
+
+
+@given(case=cases)
+def test_a_run_that_stops_where_it_may_has_left_exactly_the_steps_that_follow(case: Case) -> None:
+    steps = list(remaining_steps(case.order, 0))
+    for number, step in enumerate(steps):
+        if may_stop_after(step, case.order):
+            assert list(remaining_steps(case.order, step.position)) == steps[number + 1 :]
+
+
+@given(case=cases)
+def test_a_run_may_stop_after_each_step_but_an_epochs_last_which_waits_for_the_epochs_end(case: Case) -> None:
+    stops = [step for step in remaining_steps(case.order, 0) if may_stop_after(step, case.order)]
+    assert [step.position for step in stops] == case.step_ends[1:]
+    ends = [step for step in stops if step.position % case.order.train.num_rows == 0]
+    assert [type(step) for step in ends] == [EpochEnd] * case.epochs
 
 
 # ---------------------------------------------------------------- to the last bit

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from raymill.config.plan import ClusterFacts, Plan, cut, explain, job_order, make_plan
+from raymill.config.plan import ClusterFacts, Plan, batch_sharding, explain, job_order, make_plan
 from raymill.config.spec import JobSpec
 from raymill.data.manifest import Manifest, SplitManifest
 from raymill.data.order import num_batches
@@ -116,16 +119,87 @@ def test_shared_memory_is_a_tenth_within_bounds(memory_bytes: int, expected: int
     assert plan_of(facts(memory_bytes=memory_bytes)).object_store_bytes == expected
 
 
-def test_every_derived_number_has_a_reason_and_is_plain_json() -> None:
-    plan = plan_of(scale={"workers": 2})
+JOBS: dict[str, dict[str, Any]] = {
+    "fixed": {"scale": {"workers": 2}},
+    "elastic": {"scale": {"min_workers": 1, "max_workers": 3}},
+    "strict": {"loop": {"strict": True}, "scale": {"workers": 2}, "bad_rows": {"policy": "skip"}},
+}
+SPLITS = {"with validation": {"train": 1000, "validation": 200}, "without validation": {"train": 1000}}
+
+
+@pytest.mark.parametrize("rows", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("sections", JOBS.values(), ids=JOBS)
+def test_every_number_of_a_plan_is_explained_and_plain_json(sections: dict[str, Any], rows: dict[str, int]) -> None:
+    plan = make_plan(job(**sections), manifest_of(**rows), facts())
     record = json.loads(json.dumps(plan.as_record()))
-    assert Plan(**record) == plan
+    assert Plan.from_record(record) == plan
+    numbers = {field.name for field in dataclasses.fields(Plan)} - {"reasons"}
+    assert record.keys() == {*numbers, "reasons"}
+    assert plan.reasons.keys() == numbers
     shown = {name: (value, reason) for name, value, reason in explain(plan)}
-    assert shown.keys() == record.keys() - {"reasons"}
-    assert shown["worker_cpus"] == ("1", "8 CPUs are enough for 1 each and 1 for reading data")
-    derived = {"steps_per_epoch", "total_steps", "worker_cpus", "data_cpus", "threads", "window_rows", "object_store_bytes"}
-    assert all(shown[name][1] for name in derived)
-    assert plan.reasons.keys() <= record.keys()
+    assert shown.keys() == numbers
+    for name, (value, reason) in shown.items():
+        assert float(value) == pytest.approx(record[name], rel=1e-5), name
+        assert re.search(r"[a-z]{3}", reason), f"the reason of {name} is no sentence: {reason!r}"
+        assert not re.search(r"None|nan|<|\{|\bTrue\b|\bFalse\b", reason), f"the reason of {name}: {reason!r}"
+
+
+def test_the_reasons_of_a_fixed_an_elastic_and_a_strict_job_differ_where_the_numbers_do() -> None:
+    fixed, elastic, strict = (plan_of(**sections).reasons for sections in JOBS.values())
+    assert fixed["num_workers"] == strict["num_workers"] == "scale.workers"
+    assert fixed["worker_cpus"] == "8 CPUs are enough for 1 each and 1 for reading data"
+    assert fixed["strict_shards"] == "not strict: shards follow the workers"
+    assert fixed["bad_rows_budget"] == "bad_rows.policy is fail"
+    assert elastic["num_workers"] == "what the cluster has room for, from scale.min_workers to scale.max_workers"
+    assert elastic["min_workers"] == "scale.min_workers"
+    assert elastic["read_task_cpus"].startswith("0, because")
+    assert strict["strict_shards"] == "the same at any number of workers"
+    assert strict["bad_rows_budget"] == "1 % of 1000 training rows, rounded up"
+    assert strict["threads"].startswith("1, because")
+
+
+def test_a_split_that_is_not_there_is_the_reason_for_no_validation() -> None:
+    with_validation = plan_of().reasons
+    without = make_plan(job(), manifest_of(train=1000), facts()).reasons
+    assert with_validation["validation_rows"] == "the manifest: 2 fragments"
+    assert without["validation_rows"] == without["validation_windows"] == "the pipeline has no such split"
+    assert without["train_rows"] == "the manifest: 10 fragments"
+
+
+def test_a_record_with_a_number_that_is_missing_or_unknown_is_no_plan() -> None:
+    record = plan_of().as_record()
+    with pytest.raises(TypeError, match="num_moons"):
+        Plan.from_record({**record, "num_moons": 2})
+    del record["threads"]
+    with pytest.raises(TypeError, match="threads"):
+        Plan.from_record(record)
+
+
+def test_an_elastic_job_is_planned_for_its_most_workers_and_goes_on_with_its_fewest() -> None:
+    plan = plan_of(scale={"min_workers": 2, "max_workers": 5})
+    assert (plan.num_workers, plan.min_workers) == (5, 2)
+    assert plan.read_task_cpus == 0
+    fixed = plan_of(scale={"workers": 2})
+    assert (fixed.num_workers, fixed.min_workers) == (2, 2)
+
+
+def test_a_strict_job_has_one_number_of_shards_whatever_its_workers_are() -> None:
+    plans = [plan_of(loop={"strict": True}, scale={"workers": workers}) for workers in (1, 2, 5)]
+    assert [plan.strict_shards for plan in plans] == [12] * 3
+    assert [batch_sharding(plan, TRAIN).num_shards for plan in plans] == [12] * 3
+    assert [batch_sharding(plan, TRAIN).world_size for plan in plans] == [1, 2, 5]
+    assert batch_sharding(plans[1], TRAIN, 4).world_size == 4
+    assert plan_of(loop={"strict": True, "shards": 6}).strict_shards == 6
+    assert plan_of().strict_shards == 0
+
+
+def test_batches_are_dealt_out_to_as_many_ranks_as_are_asked_for() -> None:
+    plan = plan_of(loop={"global_batch_rows": 64, "gradient_accumulation_steps": 2}, scale={"min_workers": 1, "max_workers": 4})
+    for ranks in (1, 2, 4):
+        train, validation = batch_sharding(plan, TRAIN, ranks), batch_sharding(plan, VALIDATION, ranks)
+        assert (train.world_size, train.num_shards) == (ranks, 2 * ranks)
+        # What an evaluation measures together stays the same, whoever measures it.
+        assert (validation.world_size, validation.num_shards) == (ranks, 4)
 
 
 @given(
@@ -135,7 +209,7 @@ def test_every_derived_number_has_a_reason_and_is_plain_json() -> None:
     rows=st.integers(6, 500),
     validation=st.integers(6, 90),
 )
-def test_the_order_and_its_cuts_are_those_of_the_plan(
+def test_the_order_and_how_batches_are_dealt_out_are_those_of_the_plan(
     workers: int, gradient_accumulation_steps: int, multiple: int, rows: int, validation: int
 ) -> None:
     spec = job(
@@ -154,14 +228,14 @@ def test_the_order_and_its_cuts_are_those_of_the_plan(
     assert (order.train.seed, order.train.shuffle, order.train.num_windows) == (9, True, plan.train_windows)
     assert order.validation is not None
     assert (order.validation.shuffle, order.validation.num_windows) == (False, plan.validation_windows)
-    train = cut(plan, TRAIN)
+    train = batch_sharding(plan, TRAIN)
     assert (train.num_rows, train.batch_rows, train.world_size) == (rows, plan.global_batch_rows, workers)
     for rank in range(workers):
         shards = train.shards(0, rank)
         assert len(shards) == gradient_accumulation_steps
         assume(rows >= plan.global_batch_rows)
         assert [count for _, count in shards] == [multiple] * gradient_accumulation_steps
-        assert sum(count for _, count in cut(plan, VALIDATION).shards(0, rank)) > 0
+        assert sum(count for _, count in batch_sharding(plan, VALIDATION).shards(0, rank)) > 0
 
 
 def test_without_a_validation_split_there_is_no_evaluation() -> None:
@@ -227,6 +301,40 @@ def test_gpus_that_are_not_there_are_refused() -> None:
     [(where, found, _, fix)] = refusals(facts(num_gpus=1), scale={"workers": 2, "gpus_per_worker": 1})
     assert (where, found) == ("job.yaml scale.gpus_per_worker", "2 workers x 1 GPUs = 2 of 1 GPUs")
     assert "0 to train on CPUs" in fix
+
+
+def test_a_gpu_is_whole_since_each_rank_needs_its_own() -> None:
+    with pytest.raises(ValidationError, match=r"scale\.gpus_per_worker\n.*valid integer"):
+        job(scale={"gpus_per_worker": 0.5})
+    assert job(scale={"gpus_per_worker": 2}).scale.gpus_per_worker == 2
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        ({}, (1, 1, False)),
+        ({"workers": 3}, (3, 3, False)),
+        ({"min_workers": 2, "max_workers": 5}, (2, 5, True)),
+        ({"min_workers": 4, "max_workers": 4}, (4, 4, True)),
+    ],
+)
+def test_a_job_has_a_fewest_and_a_most_of_workers(scale: dict[str, int], expected: tuple[int, int, bool]) -> None:
+    found = job(scale=scale).scale
+    assert (found.min_num_workers, found.max_num_workers, found.elastic) == expected
+
+
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [
+        ({"min_workers": 2}, "go together"),
+        ({"max_workers": 2}, "go together"),
+        ({"workers": 2, "min_workers": 1, "max_workers": 3}, "not both"),
+        ({"min_workers": 3, "max_workers": 2}, "min_workers 3 is more than max_workers 2"),
+    ],
+)
+def test_numbers_of_workers_that_contradict_each_other_are_refused(scale: dict[str, int], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        job(scale=scale)
 
 
 def test_everything_that_is_wrong_is_said_at_once() -> None:

@@ -243,7 +243,7 @@ def test_a_file_replaced_after_it_was_listed_is_refused(tmp_path: Path) -> None:
 
 
 def test_writing_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymill.parquet.os.fsync", lambda number: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("raymill.data.sources.parquet.os.fsync", lambda number: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
@@ -363,8 +363,9 @@ def test_writing_and_reading_imports_neither_pandas_nor_torch_nor_ray(tmp_path: 
 import sys
 from pathlib import Path
 import numpy as np
-from raymill.manifest import as_record, from_record, statistics, take_manifest
-from raymill.sources import ParquetSource, write_parquet
+from raymill.data.manifest import as_record, from_record, take_manifest
+from raymill.data.quality import statistics
+from raymill.data.sources import ParquetSource, write_parquet
 from raymill.task import Field, Pipeline
 schema = {{"x": Field("uint8", (2,)), "r": Field("bool", (None,)), "t": Field("text"), "y": Field("int64", classes=3)}}
 rows = {{"x": np.zeros((4, 2), np.uint8), "r": [np.ones(i, bool) for i in range(4)], "t": list("abcd")}}

@@ -137,7 +137,7 @@ def test_a_damaged_row_group_is_left_out_and_quarantined(new_run: NewRun, tmp_pa
     assert (outcome.rows_used, outcome.rows_skipped) == (3 * (mixed.TRAIN_ROWS - len(bad)), 3 * len(bad))
     rows = [json.loads(line) for line in quarantine.read_text().splitlines()]
     assert sorted(row["row"] for row in rows) == sorted(bad)
-    assert {(row["file"], row["part"], row["row"] - row["place"]) for row in rows} == {
+    assert {(row["file"], row["part"], row["row"] - row["index"]) for row in rows} == {
         (file.name, 0, 0),
         (file.name, 4, 4 * broken.FRAGMENT_ROWS),
     }

@@ -12,7 +12,7 @@ import torch
 
 from probes import mixed
 from raymill.checkpoint import directory
-from raymill.checkpoint.snapshot import Snapshot
+from raymill.checkpoint.snapshot import Snapshot, load
 from raymill.errors import InputError, NumberError, RunError
 from raymill.task import Total
 from worker_harness import Attempt, Experiment, TrainingRun
@@ -28,7 +28,7 @@ PLAIN = Experiment(mixed.plain, mixed.pipeline, {**mixed.VALUES, "optimizer": {"
 def latest(run: TrainingRun) -> Snapshot:
     name = directory.find_latest(run.folder / "checkpoints", print)
     assert name is not None
-    return directory.load(run.folder / "checkpoints" / name)
+    return load(run.folder / "checkpoints" / name)
 
 
 def totals(attempt: Attempt) -> list[dict[str, Any]]:

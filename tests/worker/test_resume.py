@@ -11,7 +11,7 @@ from torch import nn
 
 from probes import mixed
 from raymill.checkpoint import directory
-from raymill.checkpoint.snapshot import weights_sha256
+from raymill.checkpoint.snapshot import content, load, weights_sha256
 from raymill.config.spec import JobSpec
 from raymill.parallel.ddp import DistributedObjective
 from raymill.task import Objective
@@ -133,7 +133,7 @@ def advance(state: TrainState, first: int, last: int) -> list[float]:
     for step in range(first, last):
         optimizer.zero_grad()
         batch = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
-        torch.autograd.backward(state.distributed[0].loss(batch))
+        torch.autograd.backward(state.objectives[0].loss(batch))
         optimizer.step()
         rates.append(float(optimizer.param_groups[0]["lr"]))
         for schedule in state.schedules.values():
@@ -156,8 +156,8 @@ def test_steps_before_and_after_a_restore_are_the_steps_without_one(tmp_path: Pa
 
     first, _ = fresh(values)
     assert advance(first, 0, stop) == rates[:stop]
-    directory.save(tmp_path, "step-00000001.1", capture(first, stop), best=False)
+    directory.save(tmp_path, "step-00000001.1", content(capture(first, stop), best=False))
     second, _ = fresh(values)
-    restore(second, directory.load(tmp_path / "step-00000001.1"))
+    restore(second, load(tmp_path / "step-00000001.1"))
     assert advance(second, stop, NUM_STEPS) == rates[stop:]
     assert weights_sha256(second.model.state_dict()) == weights_sha256(whole.model.state_dict())

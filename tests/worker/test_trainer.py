@@ -7,8 +7,8 @@ import torch
 from ray.train import WorkerGroupError
 
 from raymill.errors import DataError, WorkerError
+from raymill.orchestration.on_ray.root_cause import root_cause
 from raymill.orchestration.retry import Cause
-from raymill.orchestration.root_cause import root_cause
 
 GONE = RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1")
 

@@ -80,14 +80,14 @@ class Packages:
     def locate(self, module: str) -> Path | None:
         """The source file of a module, or None: not in these packages, or not there."""
         top, *parts = module.split(".")
-        files = (_module_file(start.joinpath(*parts)) for start in self.places(top))
+        files = (_module_file(start.joinpath(*parts)) for start in self.locations(top))
         return next((file for file in files if file is not None), None)
 
     def modules_in(self, package: str) -> list[str]:
         """Dotted names of the modules in a package, or in the nearest package above it that exists."""
         top, *parts = package.split(".")
         while True:
-            folders = [place for start in self.places(top) if (place := start.joinpath(*parts)).is_dir()]
+            folders = [folder for start in self.locations(top) if (folder := start.joinpath(*parts)).is_dir()]
             if folders or not parts:
                 break
             parts.pop()
@@ -95,7 +95,7 @@ class Packages:
         inside = {item.stem for folder in folders for item in folder.iterdir() if item.is_dir() or item.suffix == ".py"}
         return [f"{prefix}.{name}" for name in sorted(inside) if _PACKAGE.fullmatch(name)]
 
-    def places(self, top: str) -> list[Path]:
+    def locations(self, top: str) -> list[Path]:
         """Where an import would take a top-level name from: the folders of a package, or one file."""
         if top not in self.names:
             return []
@@ -158,8 +158,8 @@ def find_code(import_path: str, field: str, kind: str, packages: Packages) -> Si
         module = read_module(name, packages.locate)
         if module is None:
             fix = did_you_mean(name, packages.modules_in(name.rpartition(".")[0] or top))
-            places = " or ".join(map(str, packages.places(top))) or f"a package {top!r}, which is not there"
-            raise refusal(f"the module {name!r}", f"a source file in {places}", fix)
+            found_in = " or ".join(map(str, packages.locations(top))) or f"a package {top!r}, which is not there"
+            raise refusal(f"the module {name!r}", f"a source file in {found_in}", fix)
         signature = read_signature(module, attribute, packages.locate)
         if signature is None or signature.kind != kind:
             fix = did_you_mean(attribute, _definitions(module, kind, packages))
@@ -241,8 +241,8 @@ def _definitions(module: Module, kind: str, packages: Packages) -> list[str]:
     return [name for name, there in found.items() if there is not None and isinstance(there[1], wanted)]
 
 
-def _module_file(place: Path) -> Path | None:
-    for file in (place / "__init__.py", place.with_suffix(".py")):
+def _module_file(stem: Path) -> Path | None:
+    for file in (stem / "__init__.py", stem.with_suffix(".py")):
         if file.is_file():
             return file
     return None

@@ -71,10 +71,10 @@ def find_job(name: str) -> Path:
         InputError: when there is none; names the nearest job.
     """
     jobs = project_root() / "jobs"
-    places = [Path(name), Path(name, "job.yaml"), jobs / name / "job.yaml"]
-    for place in places[0 if name.endswith((".yaml", ".yml")) else 1 :]:
-        if os.path.isfile(place):
-            return place
+    candidates = [Path(name), Path(name, "job.yaml"), jobs / name / "job.yaml"]
+    for candidate in candidates[0 if name.endswith((".yaml", ".yml")) else 1 :]:
+        if os.path.isfile(candidate):
+            return candidate
     known = [file.parent.name for file in jobs.glob("*/job.yaml")]
     near = did_you_mean(Path(name).parent.name if name.endswith("job.yaml") else Path(name).name, known)
     raise InputError([Problem("job", shortened(name), "a job file, its folder, or the name of a job", near)])
@@ -243,23 +243,23 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> tuple[frozens
 
 def _set(values: dict[str, Any], parts: Sequence[str], value: Any) -> Problem | None:
     """Set one value at a path, making the mappings on the way; a Problem when something else stands on the way."""
-    place: Any = values
+    inner: Any = values
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
-        if isinstance(place, dict):
-            if not last and place.get(part) is None:
-                place[part] = {}
+        if isinstance(inner, dict):
+            if not last and inner.get(part) is None:
+                inner[part] = {}
             key: Any = part
-        elif isinstance(place, list) and part.isdecimal() and int(part) < len(place):
+        elif isinstance(inner, list) and part.isdecimal() and int(part) < len(inner):
             key = int(part)
         else:
             above = ".".join(parts[:depth])
-            expected = f"a number below {len(place)} after {above}" if isinstance(place, list) else "no deeper field"
-            return Problem("", f"{part!r}, while {above} is {shortened(place)}", expected, f"Set {above} itself.")
+            expected = f"a number below {len(inner)} after {above}" if isinstance(inner, list) else "no deeper field"
+            return Problem("", f"{part!r}, while {above} is {shortened(inner)}", expected, f"Set {above} itself.")
         if last:
-            place[key] = value
+            inner[key] = value
         else:
-            place = place[key]
+            inner = inner[key]
     return None
 
 

@@ -71,16 +71,16 @@ def schema_problems(rows: Rows, schema: Schema, where: str) -> list[Problem]:
     problems = []
     first: Column = next(iter(rows.values()), [])
     for name, field in schema.items():
-        place = f"{where}: column {name!r}"
+        column = f"{where}: column {name!r}"
         if name not in rows:
-            problems.append(Problem(place, "no such column", describe(field), did_you_mean(name, rows)))
+            problems.append(Problem(column, "no such column", describe(field), did_you_mean(name, rows)))
             continue
         found = _misfit(rows[name], field)
         if found is None and len(rows[name]) != len(first):
             found = f"{len(rows[name])} rows where the first column has {len(first)}"
         if found is not None:
             fix = "Change what makes the rows, or the pipeline's schema."
-            problems.append(Problem(place, found, describe(field), fix))
+            problems.append(Problem(column, found, describe(field), fix))
     return problems
 
 

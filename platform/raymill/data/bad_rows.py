@@ -2,7 +2,7 @@
 
 A row is bad when its source cannot read it, or when the pipeline's `check` says so. Under the policy "fail" the first one
 ends the run. Otherwise its place in the order stays, empty, so that all other rows meet in the same steps as without it,
-and rank 0 lists each bad row once (`runs.bad_row_ledger`).
+and rank 0 lists each bad row once (`record.bad_row_ledger`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class BadRow:
         row: its number in the split, as in ROW_ID.
         file: the fragment's path.
         part: the fragment's number in the file, such as the row group.
-        place: the row's number in the fragment.
+        index: the row's number in the fragment.
         reason: why it is bad.
     """
 
@@ -33,11 +33,11 @@ class BadRow:
     row: int
     file: str
     part: int
-    place: int
+    index: int
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.file}, part {self.part}, row {self.place} ({self.split} row {self.row}): {self.reason}"
+        return f"{self.file}, part {self.part}, row {self.index} ({self.split} row {self.row}): {self.reason}"
 
 
 def read_good_rows(pipeline: Pipeline, split: str, fragment: Fragment, *, lenient: bool) -> tuple[Rows, dict[int, str]]:
@@ -47,7 +47,7 @@ def read_good_rows(pipeline: Pipeline, split: str, fragment: Fragment, *, lenien
         lenient: False to raise at a bad row.
 
     Returns:
-        (the good rows, place in the fragment -> why that row is bad). Without a good row there may be no columns.
+        (the good rows, index in the fragment -> why that row is bad). Without a good row there may be no columns.
 
     Raises:
         DataError: a row is bad, or the fragment has other rows than the manifest says.
@@ -64,7 +64,7 @@ def read_good_rows(pipeline: Pipeline, split: str, fragment: Fragment, *, lenien
             f"{where}: {num_rows(rows)} rows were read, {fragment.num_rows} were there when "
             "the run started. Restore the file, or start a new run on the changed data."
         )
-    reasons = {int(place): reason for place, reason in pipeline.check(rows).items()} if pipeline.check else {}
+    reasons = {int(index): reason for index, reason in pipeline.check(rows).items()} if pipeline.check else {}
     if not reasons:
         return rows, {}
     first = min(reasons)
@@ -93,9 +93,9 @@ def check_values(rows: Rows, schema: Schema, *, must_be_finite: bool = False) ->
     for name, field in schema.items():
         column = rows[name]
         if field.classes is not None:
-            for place, value in enumerate(column):
+            for index, value in enumerate(column):
                 if np.size(value) and not 0 <= np.min(value) <= np.max(value) < field.classes:
-                    reasons[place] = f"column {name!r} holds {np.asarray(value).tolist()}, not a label in 0..{field.classes - 1}"
+                    reasons[index] = f"column {name!r} holds {np.asarray(value).tolist()}, not a label in 0..{field.classes - 1}"
         if must_be_finite and field.dtype.startswith("float"):
-            reasons |= {int(place): f"column {name!r} holds NaN or infinity" for place in np.flatnonzero(~finite(column))}
+            reasons |= {int(index): f"column {name!r} holds NaN or infinity" for index in np.flatnonzero(~finite(column))}
     return reasons

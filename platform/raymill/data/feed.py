@@ -36,7 +36,7 @@ class Feed:
         """Seconds spent waiting for packets so far."""
 
     def take(self, split: str, epoch: int, count: int) -> Rows:
-        """The good rows in the next `count` places of a split in an epoch; without any, perhaps only the column ROW_ID.
+        """The good rows in the next `count` rows of a split in an epoch; without any, perhaps only the column ROW_ID.
 
         Raises:
             DataError: when the stream ends too early.

@@ -81,7 +81,7 @@ class EpochOrder:
 
     Attributes:
         fragments: fragment numbers in this epoch's order, int64 [num_fragments].
-        starts: place of each of them in the epoch's sequence, and the end, int64 [num_fragments + 1].
+        starts: offset of each of them in the epoch's sequence, and the end, int64 [num_fragments + 1].
         window_starts: index into `fragments` of each window's first, and the end, int64 [num_windows + 1].
     """
 
@@ -96,8 +96,8 @@ class Window:
 
     Attributes:
         fragments: the fragments to read, in this order.
-        start: place of its first row in the epoch's sequence.
-        stop: place behind its last row; equal to `start` for an empty window.
+        start: offset of its first row in the epoch's sequence.
+        stop: offset after its last row; equal to `start` for an empty window.
     """
 
     fragments: Ints
@@ -125,10 +125,10 @@ def window(order: SplitOrder, epoch: int, index: int) -> Window:
     return Window(whole.fragments[first:last], int(whole.starts[first]), int(whole.starts[last]))
 
 
-def window_at(order: SplitOrder, epoch: int, place: int) -> int:
-    """The window that holds this place of the epoch's sequence."""
+def window_at(order: SplitOrder, epoch: int, offset: int) -> int:
+    """The window that holds this offset in the epoch's sequence."""
     whole = epoch_order(order, epoch)
-    fragment = int(np.searchsorted(whole.starts, place, side="right")) - 1
+    fragment = int(np.searchsorted(whole.starts, offset, side="right")) - 1
     return int(np.searchsorted(whole.window_starts, fragment, side="right")) - 1
 
 
@@ -136,15 +136,15 @@ def window_rows(order: SplitOrder, epoch: int, fragments: Ints) -> tuple[Ints, I
     """The rows of a window in order.
 
     Returns:
-        (row ids in the split, places of those rows in the fragments' rows laid end to end), both int64 [num_rows].
+        (row ids in the split, offsets of those rows in the fragments' rows laid end to end), both int64 [num_rows].
     """
     first_ids = np.zeros(len(order.fragment_rows) + 1, np.int64)
     np.cumsum(order.fragment_rows, out=first_ids[1:])
     ids = np.concatenate(
         [np.arange(first_ids[f], first_ids[f + 1], dtype=np.int64) for f in fragments] or [np.zeros(0, np.int64)]
     )
-    places = shuffled(ids, key(order.seed, epoch, 2)) if order.shuffle else np.arange(len(ids), dtype=np.int64)
-    return ids[places], places
+    offsets = shuffled(ids, key(order.seed, epoch, 2)) if order.shuffle else np.arange(len(ids), dtype=np.int64)
+    return ids[offsets], offsets
 
 
 # ---------------------------------------------------------------- cutting batches
@@ -194,11 +194,11 @@ class BatchSharding:
         owned = np.flatnonzero(shard_ranks(self.num_shards, self.world_size) == rank)
         return [(int(shard), int(bounds[shard + 1] - bounds[shard])) for shard in owned]
 
-    def ranks(self, places: Ints) -> Ints:
-        """The rank that gets the row at each of these places of the epoch's sequence."""
-        batches = places // self.batch_rows
+    def ranks(self, offsets: Ints) -> Ints:
+        """The rank that gets the row at each of these offsets in the epoch's sequence."""
+        batches = offsets // self.batch_rows
         sizes = np.minimum(self.batch_rows, self.num_rows - batches * self.batch_rows)
-        shards = (places - batches * self.batch_rows) * self.num_shards // sizes
+        shards = (offsets - batches * self.batch_rows) * self.num_shards // sizes
         return shards * self.world_size // self.num_shards
 
 
@@ -233,8 +233,8 @@ class JobOrder:
 
     def step(self, position: int) -> int:
         """Optimizer steps done at this position."""
-        epoch, place = divmod(position, self.train.num_rows)
-        return epoch * self.steps_per_epoch + num_batches(place, self.batch_rows)
+        epoch, offset = divmod(position, self.train.num_rows)
+        return epoch * self.steps_per_epoch + num_batches(offset, self.batch_rows)
 
     def split(self, name: str) -> SplitOrder:
         """The order of a split by name."""
@@ -253,7 +253,7 @@ class Item:
         split: which rows.
         epoch: in which epoch.
         window: which window.
-        skip: places of the epoch's sequence before this one were consumed already.
+        skip: offsets in the epoch's sequence before this one were consumed already.
     """
 
     split: str
@@ -269,15 +269,15 @@ class Stream:
         """Start at `position` rows consumed; 0 <= position <= order.total_rows."""
         self._order = order
         self._per_epoch = order.train.num_windows + (order.validation.num_windows if order.validation else 0)
-        self._epoch, self._place = divmod(position, order.train.num_rows)
-        self._first = self._epoch * self._per_epoch + (window_at(order.train, self._epoch, self._place) if self._place else 0)
+        self._epoch, self._offset = divmod(position, order.train.num_rows)
+        self._first = self._epoch * self._per_epoch + (window_at(order.train, self._epoch, self._offset) if self._offset else 0)
 
     def __len__(self) -> int:
         return self._order.epochs * self._per_epoch - self._first
 
     def __getitem__(self, index: int) -> Item:
-        epoch, place = divmod(self._first + index, self._per_epoch)
+        epoch, offset = divmod(self._first + index, self._per_epoch)
         num_train = self._order.train.num_windows
-        if place < num_train:
-            return Item(TRAIN, epoch, place, self._place if epoch == self._epoch else 0)
-        return Item(VALIDATION, epoch, place - num_train, 0)
+        if offset < num_train:
+            return Item(TRAIN, epoch, offset, self._offset if epoch == self._epoch else 0)
+        return Item(VALIDATION, epoch, offset - num_train, 0)

@@ -50,15 +50,15 @@ def check_rows(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
 def _value_problems(rows: Rows, fragment: Fragment, pipeline: Pipeline, where: str) -> list[Problem]:
     problems = []
     for name, field in pipeline.schema.items():
-        place = f"{where}: column {name!r}"
+        column = f"{where}: column {name!r}"
         if len(rows[name]) != fragment.num_rows:
             fix = "Restore the data, or write them again."
-            problems.append(Problem(place, f"{len(rows[name])} rows", f"{fragment.num_rows}, as its index says", fix))
+            problems.append(Problem(column, f"{len(rows[name])} rows", f"{fragment.num_rows}, as its index says", fix))
         if field.dtype.startswith("float"):
             wrong = np.flatnonzero(~finite(rows[name]))
             if len(wrong):
                 found = f"NaN or infinity in {len(wrong)} of {len(rows[name])} rows, the first of them row {wrong[0]}"
-                problems.append(Problem(place, found, "finite numbers", "Drop or correct these rows."))
+                problems.append(Problem(column, found, "finite numbers", "Drop or correct these rows."))
     return problems
 
 

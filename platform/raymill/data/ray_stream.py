@@ -14,6 +14,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -26,7 +27,7 @@ from raymill.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from ray.data import DataIterator
+    from ray.data import DataIterator, Datasource
 
 
 # ---------------------------------------------------------------- Ray Data
@@ -62,6 +63,32 @@ def _read_block(block: pa.Table, reader: Reader, stream: Stream) -> Iterator[pa.
             )
 
 
+def _window_numbers(count: int) -> Datasource:
+    """The numbers 0..count-1 as a source, one to a task.
+
+    `ray.data.range` would do, but its tasks reserve a whole CPU, and reading and mapping are one operator only where they ask for
+    the same.
+    """
+    from ray.data import Datasource, ReadTask
+    from ray.data.block import BlockMetadata
+
+    class WindowNumbers(Datasource):
+        def estimate_inmemory_data_size(self) -> int:
+            return 8 * count
+
+        def get_read_tasks(self, parallelism: int, *others: Any, **named: Any) -> list[ReadTask]:
+            metadata = BlockMetadata(num_rows=1, size_bytes=8, input_files=None, exec_stats=None)
+            return [ReadTask(partial(_number_block, number), metadata) for number in range(count)]
+
+    return WindowNumbers()  # type: ignore[no-untyped-call]
+
+
+def _number_block(number: int) -> list[pa.Table]:
+    import pyarrow as pa
+
+    return [pa.table({"id": pa.array([number], pa.int64())})]
+
+
 def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus: float, task_cpus: float) -> list[DataIterator]:
     """Start the stream at a position and split it over the ranks.
 
@@ -77,7 +104,6 @@ def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus:
     """
     import ray.data
     from ray.data import DataContext, Dataset, ExecutionOptions, ExecutionResources, TaskPoolStrategy
-    from ray.data._internal.datasource.range_datasource import RangeDatasource
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -90,9 +116,8 @@ def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus:
     stream = Stream(reader.order, position)
     # Tasks that reserve no CPU are held back by their number.
     most_tasks = None if task_cpus else TaskPoolStrategy(size=max(1, int(data_cpus)))
-    # Not `ray.data.range`, whose tasks reserve a whole CPU: the two operators are one only where they ask for the same.
     items: Dataset = ray.data.read_datasource(
-        RangeDatasource(len(stream), column_name="id"),
+        _window_numbers(len(stream)),
         num_cpus=task_cpus,
         compute=most_tasks,
         override_num_blocks=len(stream),
@@ -122,8 +147,8 @@ def receive(iterator: DataIterator, rank: int) -> Iterator[Packet]:
     )
     expected = 0
     for block in blocks:
-        for place in range(block.num_rows):
-            row = {name: block[name][place] for name in block.column_names if name not in ("present", "buffers")}
+        for index in range(block.num_rows):
+            row = {name: block[name][index] for name in block.column_names if name not in ("present", "buffers")}
             values = {name: scalar.as_py() for name, scalar in row.items()}
             if (values["rank"], values["index"]) != (rank, expected):
                 raise DataError(
@@ -132,14 +157,14 @@ def receive(iterator: DataIterator, rank: int) -> Iterator[Packet]:
                 )
             expected += 1
             item = Item(values["split"], values["epoch"], values["window"], values["skip"])
-            rows = unpack(values["header"], _buffers(block, place))
-            present = np.frombuffer(block["present"][place].as_buffer(), bool)
+            rows = unpack(values["header"], _buffers(block, index))
+            present = np.frombuffer(block["present"][index].as_buffer(), bool)
             yield Packet(item, rank, rows, present, [BadRow(**row) for row in json.loads(values["bad"])])
 
 
-def _buffers(block: pa.Table, place: int) -> list[Any]:
+def _buffers(block: pa.Table, index: int) -> list[Any]:
     """The flat buffers of one row, as views of the block's memory."""
-    return [value.as_buffer() for value in block["buffers"][place].values]
+    return [value.as_buffer() for value in block["buffers"][index].values]
 
 
 T = TypeVar("T")

@@ -30,7 +30,7 @@ class Packet:
         item: the window.
         rank: for whom.
         rows: its good rows, in order, with ROW_ID; without any, perhaps no other column.
-        present: for each of its places in the order, whether the row there is good, bool [num_places].
+        present: for each of its rows in the order, whether the row there is good, bool [num_offsets].
         bad: all bad rows of the window, in order; for rank 0 only.
     """
 
@@ -70,19 +70,19 @@ class Reader:
         faults.point("before_read")
         split_order, cut = self.order.split(item.split), self.shardings[item.split]
         opened = window(split_order, item.epoch, item.window)
-        ids, places = window_rows(split_order, item.epoch, opened.fragments)
+        ids, offsets = window_rows(split_order, item.epoch, opened.fragments)
         parts, good, reasons = self._read_good_rows(item.split, opened.fragments, len(ids))
-        present = good[places]
+        present = good[offsets]
         kept = np.flatnonzero(present)
         rows: Rows = {}
         if parts:
             # The good rows lie end to end: a row moves up by the bad ones before it.
-            rows = self._transformed(take(join(parts), (np.cumsum(good) - 1)[places[kept]]), item)
+            rows = self._transformed(take(join(parts), (np.cumsum(good) - 1)[offsets[kept]]), item)
         faults.point("after_transform")
         rows[ROW_ID] = ids[kept]
         sequence = np.arange(opened.start, opened.stop, dtype=np.int64)
         ranks = np.where(sequence < item.skip, -1, cut.ranks(sequence))
-        bad = [BadRow(item.split, int(ids[at]), *reasons[int(places[at])]) for at in np.flatnonzero(~present)]
+        bad = [BadRow(item.split, int(ids[at]), *reasons[int(offsets[at])]) for at in np.flatnonzero(~present)]
         return [
             Packet(item, rank, take(rows, np.flatnonzero(ranks[kept] == rank)), present[ranks == rank], () if rank else bad)
             for rank in range(cut.world_size)
@@ -94,8 +94,8 @@ class Reader:
         """Read fragments with `count` rows in all.
 
         Returns:
-            (good rows of each fragment that has any, whether each row of the fragments laid end to end is good, place
-            there of each bad row -> its file, part, place in the part and reason).
+            (good rows of each fragment that has any, whether each row of the fragments laid end to end is good, offset
+            there of each bad row -> its file, part, index in the part and reason).
         """
         parts: list[Rows] = []
         good = np.ones(count, bool)
@@ -106,9 +106,9 @@ class Reader:
             rows, reasons = read_good_rows(self.pipeline, split, fragment, lenient=self.lenient)
             if num_rows(rows):
                 parts.append(rows)
-            for place, reason in reasons.items():
-                good[start + place] = False
-                found[start + place] = (fragment.path, fragment.part, place, reason)
+            for index, reason in reasons.items():
+                good[start + index] = False
+                found[start + index] = (fragment.path, fragment.part, index, reason)
             start += fragment.num_rows
         return parts, good, found
 

@@ -31,14 +31,14 @@ def num_rows(rows: Rows) -> int:
 
 
 def take(rows: Rows, index: np.ndarray | slice) -> Rows:
-    """The rows at these places, in this order."""
+    """The rows of these numbers, in this order."""
     return {name: _take(column, index) for name, column in rows.items()}
 
 
 def _take(column: Column, index: np.ndarray | slice) -> Column:
     if isinstance(column, np.ndarray) or isinstance(index, slice):
         return column[index]
-    return [column[place] for place in index]
+    return [column[row] for row in index]
 
 
 def join(parts: Sequence[Rows]) -> Rows:

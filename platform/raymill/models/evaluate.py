@@ -18,8 +18,8 @@ from raymill.data.order import Item, num_batches
 from raymill.errors import InputError, Problem
 from raymill.models.trained import Trained, find_model
 from raymill.parallel.process_group import all_gather
-from raymill.runs.folder import RunFolder
-from raymill.runs.store import LocalRunStore
+from raymill.record.folder import RunFolder
+from raymill.record.store import LocalRunStore
 from raymill.task import TRAIN, VALIDATION
 from raymill.training.assembly import WorkerContext, assemble
 from raymill.training.evaluation import Evaluation, evaluate_batch

@@ -22,10 +22,10 @@ from raymill.data.rows import ROW_ID, join, num_rows, take
 from raymill.errors import InputError, Problem, RunError
 from raymill.files import read_record, write_record
 from raymill.models.registry import DATA_TAG, METRICS_TAG, RUN_ID_TAG, WEIGHTS_TAG
+from raymill.record.catalog import data_digest
+from raymill.record.events import RunFinished, read_events
+from raymill.record.folder import RunFolder
 from raymill.redaction import redact
-from raymill.runs.catalog import data_digest
-from raymill.runs.events import RunFinished, read_events
-from raymill.runs.folder import RunFolder
 from raymill.task import TRAIN, VALIDATION, Pipeline, Task
 from raymill.tracking.mlflow_client import connect, store_failures
 from raymill.training.batch import default_collate

@@ -13,7 +13,7 @@ from raymill.config.spec import NAME, JobSpec
 from raymill.errors import CheckpointError, InputError, Problem
 from raymill.files import read_record
 from raymill.models import registry
-from raymill.runs.folder import RunFolder, run_folder
+from raymill.record.folder import RunFolder, run_folder
 from raymill.task import Task
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from raymill.config.spec import JobSpec
 from raymill.errors import Interrupted, RaymillError
 from raymill.orchestration import retry
 from raymill.orchestration.retry import Failure
-from raymill.runs.events import AttemptFailed, Event
-from raymill.runs.folder import RunFolder
+from raymill.record.events import AttemptFailed, Event
+from raymill.record.folder import RunFolder
 
 Show = Callable[[Event], None]
 """Is given every event of a run as it happens, for people to see."""

@@ -24,6 +24,26 @@ CONNECT_TIMEOUT_S = 120.0
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
+UNSAFE_VARIABLES = (
+    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
+    "RAY_DATA_ARROW_EXTENSION_SERIALIZATION_CLOUDPICKLE",
+    "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR",
+    "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
+    "RAY_DATA_EXECUTION_CALLBACKS",
+    "RAY_TRAIN_CALLBACKS",
+)
+"""Variables that make Ray run code found in data files, or import code by name."""
+
+
+def unsafe_variables(variables: Mapping[str, str]) -> list[Problem]:
+    """The environment variables that would let data or names run code; raymill does not run with them."""
+    return [
+        Problem(f"environment variable {name}", "set", "not set: it lets data or names run code", f"Run `unset {name}`.")
+        for name in UNSAFE_VARIABLES
+        if name in variables
+    ]
+
+
 def address() -> str | None:
     """The cluster to run on, from RAY_ADDRESS; None: a Ray of our own."""
     named = os.environ.get("RAY_ADDRESS", "")

@@ -10,7 +10,7 @@ from raymill.config.plan import ClusterFacts
 from raymill.orchestration import cluster_facts, in_process, supervisor
 from raymill.orchestration.attempts import Show
 from raymill.orchestration.prepare import Prepared
-from raymill.runs.folder import RunFolder
+from raymill.record.folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from raymill.orchestration.attempts import Show, committed_step, run_attempts, s
 from raymill.orchestration.prepare import Prepared
 from raymill.orchestration.summary import conclude
 from raymill.orchestration.tracker import tracking_summary
-from raymill.runs.events import DeliveryStarted, Event, RunStopped, append_event
-from raymill.runs.folder import RunFolder
-from raymill.runs.store import LocalRunStore
+from raymill.record.events import DeliveryStarted, Event, RunStopped, append_event
+from raymill.record.folder import RunFolder
+from raymill.record.store import LocalRunStore
 from raymill.training.assembly import Job, WorkerContext, assemble, attempt_started
 
 

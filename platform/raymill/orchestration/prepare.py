@@ -12,9 +12,9 @@ from raymill.data import manifest
 from raymill.data.manifest import Manifest
 from raymill.errors import InputError, Problem
 from raymill.files import read_record
-from raymill.orchestration.ray_session import unsafe_variables
-from raymill.runs.catalog import find_run, show_run
-from raymill.runs.folder import RunFolder
+from raymill.orchestration.cluster_facts import unsafe_variables
+from raymill.record.catalog import find_run, show_run
+from raymill.record.folder import RunFolder
 from raymill.task import Pipeline
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from raymill.runs.events import (
+from raymill.record.events import (
     AttemptFailed,
     AttemptStarted,
     BadRowsFound,

@@ -13,8 +13,8 @@ from raymill.files import run_lock, write_record
 from raymill.orchestration.attempts import Show
 from raymill.orchestration.executors import Executor
 from raymill.orchestration.prepare import Prepared, prepare_resume
-from raymill.runs.environment import environment
-from raymill.runs.folder import RunFolder, run_folder
+from raymill.record.environment import environment
+from raymill.record.folder import RunFolder, run_folder
 
 Watch = Callable[[RunFolder], Show]
 """Is given a run's folder before anything starts; what it returns is given every event as it happens."""

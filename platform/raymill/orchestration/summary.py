@@ -10,8 +10,8 @@ from raymill.checkpoint.directory import read_pointer, read_state
 from raymill.config.plan import Plan
 from raymill.config.spec import JobSpec
 from raymill.files import read_record, write_record
-from raymill.runs.bad_row_ledger import summarise_bad_rows
-from raymill.runs.events import (
+from raymill.record.bad_row_ledger import summarise_bad_rows
+from raymill.record.events import (
     AttemptStarted,
     FirstStepDone,
     RunFinished,
@@ -20,7 +20,7 @@ from raymill.runs.events import (
     append_event,
     read_events,
 )
-from raymill.runs.folder import RunFolder
+from raymill.record.folder import RunFolder
 from raymill.training.outcome import Outcome
 
 

@@ -16,14 +16,14 @@ from typing import Any
 from raymill import errors
 from raymill.errors import Interrupted, RaymillError, StallError
 from raymill.files import read_record
-from raymill.orchestration import driver, ray_session
 from raymill.orchestration.attempts import Show, committed_step, run_attempts, stop_on_signal
+from raymill.orchestration.on_ray import driver, ray_session
 from raymill.orchestration.prepare import Prepared
 from raymill.orchestration.retry import Cause
 from raymill.orchestration.tracker import Tracker
-from raymill.runs import stacks
-from raymill.runs.events import FirstStepDone, RunFinished, RunStopped, append_event, read_events
-from raymill.runs.folder import RunFolder
+from raymill.record import stacks
+from raymill.record.events import FirstStepDone, RunFinished, RunStopped, append_event, read_events
+from raymill.record.folder import RunFolder
 
 POLL_S = 0.1
 END_TIMEOUT_S = 2.0
@@ -59,7 +59,7 @@ def _attempt(folder: RunFolder, monitor: _EventMonitor) -> RaymillError | None:
     folder.failure.unlink(missing_ok=True)
     with open(folder.ray_log, "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "raymill.orchestration.driver", str(folder.path)],
+            [sys.executable, "-m", "raymill.orchestration.on_ray.driver", str(folder.path)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -17,8 +17,8 @@ from typing import Any
 
 from raymill.files import read_record
 from raymill.orchestration.attempts import Show
-from raymill.runs.events import DeliveryStarted
-from raymill.runs.folder import RunFolder
+from raymill.record.events import DeliveryStarted
+from raymill.record.folder import RunFolder
 
 MAX_STARTS = 3
 NICENESS = 5

@@ -26,9 +26,8 @@ from typing import TYPE_CHECKING, Any
 from raymill import faults
 from raymill.errors import RaymillError
 from raymill.files import read_record, waiting_lock, write_record
-from raymill.redaction import redact
-from raymill.runs.catalog import data_digest, process_lives
-from raymill.runs.events import (
+from raymill.record.catalog import data_digest, process_lives
+from raymill.record.events import (
     AttemptStarted,
     CheckpointSaved,
     EvaluationDone,
@@ -38,7 +37,8 @@ from raymill.runs.events import (
     StepDone,
     read_events,
 )
-from raymill.runs.folder import RunFolder
+from raymill.record.folder import RunFolder
+from raymill.redaction import redact
 from raymill.tracking import plots
 from raymill.tracking.mlflow_client import connect, experiment_id, mlflow_settings, store_failures
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raymill.runs.events import EvaluationDone, Event, StepDone
+from raymill.record.events import EvaluationDone, Event, StepDone
 
 MAX_CLASSES_WITH_NUMBERS = 20
 

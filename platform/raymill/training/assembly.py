@@ -17,14 +17,14 @@ from raymill.config.spec import JobSpec
 from raymill.data.manifest import Manifest
 from raymill.data.order import BatchSharding, JobOrder
 from raymill.data.reader import Reader
-from raymill.runs.events import AttemptStarted
-from raymill.runs.store import ResumePoint
+from raymill.record.events import AttemptStarted
+from raymill.record.store import ResumePoint
 from raymill.task import TRAIN, VALIDATION, Batch, Fragment, Pipeline, Rows, Task
 
 if TYPE_CHECKING:
     import torch
 
-    from raymill.runs.remote_store import RunStore
+    from raymill.record.remote_store import RunStore
 
 
 @dataclass(frozen=True, kw_only=True)

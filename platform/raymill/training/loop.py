@@ -26,8 +26,8 @@ from raymill.data.rows import ROW_ID
 from raymill.errors import CheckpointError, NumberError, RunError
 from raymill.parallel.ddp import DistributedObjective
 from raymill.parallel.process_group import all_gather, all_gather_integers, all_gather_lines, broadcast_buffers
-from raymill.runs.events import EvaluationDone, FirstStepDone, StepDone, StepRefused, StragglerFound
-from raymill.runs.store import Report, ResumePoint
+from raymill.record.events import EvaluationDone, FirstStepDone, StepDone, StepRefused, StragglerFound
+from raymill.record.store import Report, ResumePoint
 from raymill.task import TRAIN, VALIDATION
 from raymill.training.assembly import Job, WorkerContext
 from raymill.training.batch import to_device
@@ -172,7 +172,7 @@ class _Loop:
             self.warm_up(microbatches)
         skipped = step.position in self.point.skipped_positions or not rows
         metrics = StepMetrics({}, {})
-        for index, objective in enumerate(self.state.distributed):
+        for index, objective in enumerate(self.state.objectives):
             if not skipped:
                 skipped = not self.minimise(index, objective, microbatches, rows, step, ids, metrics)
             if objective.name in self.state.schedules:
@@ -182,7 +182,7 @@ class _Loop:
         self.finish_pending_step()
         used = 0 if skipped else sum(microbatch.count for microbatch in microbatches)
         wants_stop = self.context.rank == 0 and self.should_stop()
-        forward_s = sum(objective.take_forward_s() for objective in self.state.distributed)
+        forward_s = sum(objective.take_forward_s() for objective in self.state.objectives)
         event = self.step_event(number, step, metrics.known)
         self.pending = PendingStep(event, metrics.losses, used, forward_s, wants_stop=wants_stop)
         if self.clock.first_step_s is None:
@@ -199,7 +199,7 @@ class _Loop:
                 # Rank 0 decides the order of DDP's buckets, and a pass over no rows would decide otherwise.
                 rows = self.feed.peek(TRAIN, self.job.plan.global_batch_rows // self.job.shardings[TRAIN].num_shards)
                 batch = to_device(self.job.collate(rows), self.context.device) if rows else None
-            for objective in self.state.distributed:
+            for objective in self.state.objectives:
                 objective.warm_up(batch)
             self.warmed_up = True
 
@@ -254,7 +254,7 @@ class _Loop:
             if saved is not None:
                 saved.restore()
             return False
-        max_grad_norm = optimizer_spec(spec, name, [one.name for one in self.state.distributed]).max_grad_norm
+        max_grad_norm = optimizer_spec(spec, name, [one.name for one in self.state.objectives]).max_grad_norm
         rate = optimizer.param_groups[0]["lr"]
         apply(objective, optimizer, norm, max_grad_norm)
         faults.point("after_optimizer")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from raymill.parallel.process_group import rank_and_world_size
-from raymill.runs.events import StepDone
+from raymill.record.events import StepDone
 
 
 @dataclass(frozen=True)

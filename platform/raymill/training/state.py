@@ -24,7 +24,7 @@ class TrainState:
 
     Attributes:
         model: the model itself, not a wrapper.
-        distributed: per objective, in the task's order, what is trained.
+        objectives: per objective, in the task's order, what is trained.
         optimizers: objective -> its optimizer.
         schedules: objective -> its learning-rate schedule, where there is one.
         position: rows trained on since the start of the job.
@@ -35,7 +35,7 @@ class TrainState:
     """
 
     model: nn.Module
-    distributed: Sequence[DistributedObjective]
+    objectives: Sequence[DistributedObjective]
     optimizers: Mapping[str, Optimizer]
     schedules: Mapping[str, lr_scheduler.LRScheduler]
     position: int = 0
@@ -56,9 +56,7 @@ def build_state(job: Job, context: WorkerContext) -> TrainState:
     distributed = [
         DistributedObjective(model, objective, loop.precision, context.device, strict=loop.strict) for objective in objectives
     ]
-    optimizers = {
-        one.objective.name: make_optimizer(optimizer_spec(job.spec, one.objective.name, names), one) for one in distributed
-    }
+    optimizers = {one.name: make_optimizer(optimizer_spec(job.spec, one.objective.name, names), one) for one in distributed}
     schedules = {}
     for name, optimizer in optimizers.items():
         schedule = make_schedule(job.spec, optimizer, job.plan.total_steps)
@@ -83,13 +81,13 @@ def capture(state: TrainState, step: int) -> Snapshot:
     tensors: Tensors = {}
     numbers: dict[str, Any] = {}
     groups: dict[str, Any] = {}
-    for distributed in state.distributed:
-        name = distributed.objective.name
+    for objective in state.objectives:
+        name = objective.name
         saved = state.optimizers[name].state_dict()
         groups[name] = saved["param_groups"]
         for index, values in saved["state"].items():
             for value_name, value in values.items():
-                path = f"{name}/{distributed.names[index]}/{value_name}"
+                path = f"{name}/{objective.names[index]}/{value_name}"
                 if isinstance(value, torch.Tensor):
                     tensors[path] = _copy(value)
                 else:
@@ -126,10 +124,10 @@ def restore(state: TrainState, snapshot: Snapshot) -> None:
             f"the checkpoint does not fit the model: {error}. Restore the code and the `model:` values of the run."
         ) from error
     record = snapshot.record
-    for distributed in state.distributed:
-        name = distributed.objective.name
+    for objective in state.objectives:
+        name = objective.name
         by_index: dict[int, dict[str, Any]] = {}
-        for index, parameter in enumerate(distributed.names):
+        for index, parameter in enumerate(objective.names):
             prefix = f"{name}/{parameter}/"
             found = {path.removeprefix(prefix): value for path, value in snapshot.optimizer.items() if path.startswith(prefix)}
             plain = record["optimizer_numbers"]

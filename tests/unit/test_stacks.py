@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from raymill.runs import stacks
-from raymill.runs.folder import RunFolder
-from raymill.runs.stacks import RankSeen, explain, limit_s, loop_frame
+from raymill.record import stacks
+from raymill.record.folder import RunFolder
+from raymill.record.stacks import RankSeen, explain, limit_s, loop_frame
 
 DUMP = """Thread 0x1 (most recent call first):
   File "/x/threading.py", line 1 in wait

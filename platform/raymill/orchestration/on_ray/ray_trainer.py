@@ -17,13 +17,14 @@ from raymill.config.spec import JobSpec
 from raymill.data import manifest
 from raymill.errors import RunError, WorkerError
 from raymill.files import read_record
-from raymill.orchestration import cluster_facts, drain, ray_session
+from raymill.orchestration import cluster_facts
+from raymill.orchestration.on_ray import drain, ray_session
+from raymill.orchestration.on_ray.root_cause import root_cause
+from raymill.orchestration.on_ray.worker import WorkerConfig, work
 from raymill.orchestration.retry import Cause
-from raymill.orchestration.root_cause import root_cause
-from raymill.orchestration.worker import WorkerConfig, work
-from raymill.runs.events import ResizeStarted, append_event
-from raymill.runs.folder import RunFolder
-from raymill.runs.remote_store import start_store_actor
+from raymill.record.events import ResizeStarted, append_event
+from raymill.record.folder import RunFolder
+from raymill.record.remote_store import start_store_actor
 from raymill.training.outcome import Outcome
 
 if TYPE_CHECKING:

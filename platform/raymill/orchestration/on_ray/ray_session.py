@@ -13,20 +13,19 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-import raymill
 from raymill import ray_internals
 from raymill.config.plan import ClusterFacts, Plan
-from raymill.errors import Problem, RunError, WorkerError
+from raymill.errors import RunError, WorkerError
 from raymill.orchestration.cluster_facts import address, local_facts
 from raymill.orchestration.retry import Cause
-from raymill.paths import home, project_root
+from raymill.paths import ENGINE, home, project_root
 
 SESSION_PREFIX = "raymill-"
 SESSION_VARIABLE = "RAYMILL_SESSION"
@@ -34,25 +33,6 @@ KILL_TIMEOUT_S = 10.0
 
 NOT_SENT_TO_CLUSTER = ["/.raymill"]
 """Folders of the project that do not travel to a cluster, beside .git, .venv and what .gitignore names."""
-
-UNSAFE_VARIABLES = (
-    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
-    "RAY_DATA_ARROW_EXTENSION_SERIALIZATION_CLOUDPICKLE",
-    "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR",
-    "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
-    "RAY_DATA_EXECUTION_CALLBACKS",
-    "RAY_TRAIN_CALLBACKS",
-)
-"""Variables that make Ray run code found in data files, or import code by name."""
-
-
-def unsafe_variables(variables: Mapping[str, str]) -> list[Problem]:
-    """The environment variables that would let data or names run code; raymill does not run with them."""
-    return [
-        Problem(f"environment variable {name}", "set", "not set: it lets data or names run code", f"Run `unset {name}`.")
-        for name in UNSAFE_VARIABLES
-        if name in variables
-    ]
 
 
 def remove_stale_sessions() -> None:
@@ -103,7 +83,7 @@ def ray_for(plan: Plan, meanwhile: Callable[[], object]) -> Iterator[None]:
         meanwhile: is called in a thread while Ray starts; imports what is needed next.
     """
     named = address()
-    settings = ray_internals.RAY_SETTINGS
+    settings = dict(ray_internals.RAY_SETTINGS)
     settings |= {} if named else ray_internals.EMBEDDED_SETTINGS
     settings |= ray_internals.ELASTIC_SETTINGS if plan.min_workers < plan.num_workers else {}
     for name, value in settings.items():
@@ -116,6 +96,9 @@ def ray_for(plan: Plan, meanwhile: Callable[[], object]) -> Iterator[None]:
     if not named:
         # Before Ray is imported anywhere: it reads them once.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    # Before the thread: two threads that import parts of a package at once may each wait for the other.
+    import ray  # noqa: F401
+
     imports = threading.Thread(target=meanwhile, name="imports")
     imports.start()
     try:
@@ -160,12 +143,11 @@ def _connect(named: str) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
-    package = Path(raymill.__file__).parent
     # The project and raymill itself travel, so that every machine runs the code that is here. Data do not.
     travels = {
         "working_dir": str(project_root()),
         "excludes": NOT_SENT_TO_CLUSTER,
-        "py_modules": [str(package)],
+        "py_modules": [str(ENGINE)],
         "env_vars": {name: os.environ[name] for name in ray_internals.RAY_SETTINGS} | _own_variables(),
     }
     try:

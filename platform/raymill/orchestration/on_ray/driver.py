@@ -1,6 +1,6 @@
 """The process that drives one attempt on Ray: Ray itself, Ray Train, and the end of the run's story in its folder.
 
-    python -m raymill.orchestration.driver RUN_FOLDER
+    python -m raymill.orchestration.on_ray.driver RUN_FOLDER
 
 It is a process of its own so that its death, whatever the cause, is only one more reason to start another; `supervisor`
 does that. All that it has to say stands in the run's folder: events, summary, and `failure.json` for why it ended.
@@ -18,9 +18,9 @@ from raymill.config.plan import Plan
 from raymill.config.spec import JobSpec
 from raymill.errors import RaymillError, RunError
 from raymill.files import read_record, run_lock, write_record
-from raymill.orchestration import ray_session
+from raymill.orchestration.on_ray import ray_session
 from raymill.orchestration.summary import conclude
-from raymill.runs.folder import RunFolder
+from raymill.record.folder import RunFolder
 
 FINISHED, FAILED, INTERRUPTED = 0, 1, 3
 
@@ -51,9 +51,9 @@ def _drive(folder: RunFolder) -> int:
     spec = JobSpec.model_validate(read_record(folder.spec))
     planned = Plan.from_record(read_record(folder.plan))
     # Importing what is needed next while the cluster starts saves its time.
-    with ray_session.ray_for(planned, meanwhile=lambda: importlib.import_module("raymill.orchestration.ray_trainer")):
+    with ray_session.ray_for(planned, meanwhile=lambda: importlib.import_module("raymill.orchestration.on_ray.ray_trainer")):
         # Imported here: `ray_for` sets what Ray reads when it is imported.
-        from raymill.orchestration import ray_trainer
+        from raymill.orchestration.on_ray import ray_trainer
 
         startup_gc.finish()
         # Ray has put its own handler there, which ends the process at once.

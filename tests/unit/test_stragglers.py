@@ -23,12 +23,12 @@ def test_a_pause_of_a_few_steps_is_no_slowness() -> None:
 
 
 def test_a_rank_is_named_once_after_enough_steps() -> None:
-    pace = StragglerDetector()
-    found = [pace.add([0.1, 0.4]) for _ in range(3 * WINDOW_STEPS)]
-    assert [place for place, slow in enumerate(found, 1) if slow] == [WINDOW_STEPS]
+    detector = StragglerDetector()
+    found = [detector.add([0.1, 0.4]) for _ in range(3 * WINDOW_STEPS)]
+    assert [number for number, slow in enumerate(found, 1) if slow] == [WINDOW_STEPS]
 
 
 def test_another_rank_that_becomes_slow_later_is_named_too() -> None:
-    pace = StragglerDetector()
-    found = [pace.add(times) for times in [[0.1, 0.4]] * WINDOW_STEPS + [[0.9, 0.1]] * WINDOW_STEPS]
+    detector = StragglerDetector()
+    found = [detector.add(times) for times in [[0.1, 0.4]] * WINDOW_STEPS + [[0.9, 0.1]] * WINDOW_STEPS]
     assert [slow.rank for slow in found if slow] == [1, 0]

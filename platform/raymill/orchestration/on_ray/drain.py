@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from raymill import ray_internals
-from raymill.runs.events import DrainNoticed, append_event
-from raymill.runs.folder import RunFolder
+from raymill.record.events import DrainNoticed, append_event
+from raymill.record.folder import RunFolder
 
 LOOK_INTERVAL_S = 1.0
 

@@ -23,9 +23,9 @@ from raymill.config.spec import JobSpec
 from raymill.data import ray_stream
 from raymill.data.manifest import Manifest
 from raymill.data.reader import Packet
-from raymill.runs.folder import RunFolder
-from raymill.runs.remote_store import RemoteRunStore, RunStore
-from raymill.runs.store import LocalRunStore, ResumePoint
+from raymill.record.folder import RunFolder
+from raymill.record.remote_store import RemoteRunStore, RunStore
+from raymill.record.store import LocalRunStore, ResumePoint
 from raymill.training.assembly import Job, WorkerContext, assemble, attempt_started
 from raymill.training.outcome import Outcome
 

@@ -21,11 +21,11 @@ from raymill.checkpoint import directory
 from raymill.checkpoint.async_writer import CheckpointWriter
 from raymill.data.bad_rows import BadRow
 from raymill.errors import RaymillError
-from raymill.runs import stacks, store
-from raymill.runs.bad_row_ledger import BadRowLedger
-from raymill.runs.events import CheckpointSaved, Event, EventWriter
-from raymill.runs.folder import RunFolder
-from raymill.runs.store import LocalRunStore, Report, ResumePoint
+from raymill.record import stacks, store
+from raymill.record.bad_row_ledger import BadRowLedger
+from raymill.record.events import CheckpointSaved, Event, EventWriter
+from raymill.record.folder import RunFolder
+from raymill.record.store import LocalRunStore, Report, ResumePoint
 
 if TYPE_CHECKING:
     from raymill.checkpoint.snapshot import Snapshot

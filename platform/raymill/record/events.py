@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, V
 from raymill.data.bad_rows import BadRow
 from raymill.errors import InputError, Problem
 from raymill.files import with_version, without_version
-from raymill.runs.folder import RunFolder
+from raymill.record.folder import RunFolder
 
 WRITE_INTERVAL_S = 0.25
 

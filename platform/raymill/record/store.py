@@ -16,10 +16,10 @@ from raymill.checkpoint import commit, directory
 from raymill.checkpoint.async_writer import CheckpointWriter
 from raymill.data.bad_rows import BadRow
 from raymill.errors import CheckpointError
-from raymill.runs import stacks
-from raymill.runs.bad_row_ledger import BadRowLedger
-from raymill.runs.events import CheckpointSaved, Event, EventWriter, StepRefused, read_events
-from raymill.runs.folder import RunFolder
+from raymill.record import stacks
+from raymill.record.bad_row_ledger import BadRowLedger
+from raymill.record.events import CheckpointSaved, Event, EventWriter, StepRefused, read_events
+from raymill.record.folder import RunFolder
 
 if TYPE_CHECKING:
     from raymill.checkpoint.snapshot import Snapshot

@@ -19,14 +19,14 @@ from pathlib import Path
 
 import psutil
 
-import raymill
-from raymill.runs.folder import RunFolder
+from raymill.paths import ENGINE
+from raymill.record.folder import RunFolder
 
 DUMP_TIMEOUT_S = 3.0
 START_FACTOR = 5.0
 """The first step may take this many times longer than others: processes start and import before it."""
 
-LOOP_FILE = str(Path(raymill.__file__).parent / "training" / "loop.py")
+LOOP_FILE = str(ENGINE / "training" / "loop.py")
 """The file of the training loop: the thread that has it among its frames is the one that trains."""
 
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "barrier", "recv", "send", "backward", "_engine_run_backward", "wait")

@@ -8,8 +8,8 @@ from typing import Any
 
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.files import read_record
-from raymill.runs.events import AttemptStarted, Event, RunFinished, RunStopped, read_events
-from raymill.runs.folder import RunFolder, run_folder, runs_folder
+from raymill.record.events import AttemptStarted, Event, RunFinished, RunStopped, read_events
+from raymill.record.folder import RunFolder, run_folder, runs_folder
 
 
 def find_run(run_id: str) -> RunFolder:

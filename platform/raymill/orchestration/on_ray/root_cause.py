@@ -11,7 +11,8 @@ import ray.exceptions
 
 from raymill import ray_internals
 from raymill.errors import RaymillError, WorkerError
-from raymill.orchestration import cluster_facts, ray_session
+from raymill.orchestration import cluster_facts
+from raymill.orchestration.on_ray import ray_session
 from raymill.orchestration.retry import Cause
 
 LOST = ray_internals.lost_process_errors()

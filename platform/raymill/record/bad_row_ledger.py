@@ -10,8 +10,8 @@ from typing import Any
 from raymill.data.bad_rows import BadRow
 from raymill.errors import DataError
 from raymill.files import replace_file
-from raymill.runs.events import BadRowsFound, Event, read_events
-from raymill.runs.folder import RunFolder
+from raymill.record.events import BadRowsFound, Event, read_events
+from raymill.record.folder import RunFolder
 
 QUARANTINE = "quarantine"
 
