@@ -53,6 +53,7 @@ The data: `pipelines/{pipeline}`. The model and the loss: `jobs/{job}/task.py`. 
 TEST = '''\
 """The job {job} is right, and trains."""
 
+import raymill
 
 
 def test_{identifier}_trains(tmp_path, monkeypatch):
