@@ -18,11 +18,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raymill.config.signature import Module, Signature, check_arguments, find_definition, read_module, read_signature, shortened
+from raymill.config.signature import (
+    Module,
+    Signature,
+    check_arguments,
+    find_definition,
+    is_marked,
+    read_module,
+    read_signature,
+    shortened,
+)
 from raymill.config.spec import OptimizerSpec, ScheduleSpec
 from raymill.errors import InputError, Problem, did_you_mean
 
-ALLOWED = frozenset({"jobs", "pipelines", "raymill"})
+ALLOWED = frozenset({"jobs", "pipelines"})
+
+MARKS = {"class": ("raymill.task", "Task"), "function": ("raymill.task", "Pipeline")}
+"""What code must say of itself before a job may name it: a class derives from Task, a function returns a Pipeline."""
+
+MARK_PROBLEMS = {
+    "class": ("a subclass of raymill.task.Task", "Write `class {name}(Task):`."),
+    "function": ("a function annotated with what it returns, a raymill.task.Pipeline", "Write `def {name}(...) -> Pipeline:`."),
+}
+"""Per kind: what was expected, and what to do."""
 
 # A part may not begin with an underscore, and every letter is ASCII, so no dunder and no look-alike gets through.
 _IMPORT_PATH = re.compile(r"([A-Za-z][A-Za-z0-9_]*(?:\.[A-Za-z][A-Za-z0-9_]*)*):([A-Za-z][A-Za-z0-9_]*)")
@@ -164,6 +182,9 @@ def find_code(import_path: str, field: str, kind: str, packages: Packages) -> Si
         if signature is None or signature.kind != kind:
             fix = did_you_mean(attribute, _definitions(module, kind, packages))
             raise refusal(f"{attribute!r}", f"a {kind} at the top level of {name}, from an allowed package", fix)
+        expected, fix = MARK_PROBLEMS[kind]
+        if not is_marked(module, attribute, *MARKS[kind], packages.locate):
+            raise refusal(f"{attribute!r}, a {kind} without the mark of one", expected, fix.format(name=attribute))
     except (SyntaxError, ValueError) as error:
         raise refusal(f"a file that is not Python: {error}", "a module that can be parsed", "Correct it.") from error
     return signature

@@ -73,12 +73,14 @@ class Module:
         definitions: classes and functions written in it.
         imports: local name -> (module, name there), of each `from module import name`.
         aliases: name -> expression, of each plain assignment; type aliases among them.
+        typing_imports: as `imports`, of those under `if TYPE_CHECKING`: they may stand in annotations, and nowhere else.
     """
 
     name: str
     definitions: Mapping[str, ast.ClassDef | ast.FunctionDef]
     imports: Mapping[str, tuple[str, str]]
     aliases: Mapping[str, ast.expr]
+    typing_imports: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def read_module(name: str, locate: Locate) -> Module | None:
@@ -97,17 +99,48 @@ def read_module(name: str, locate: Locate) -> Module | None:
     definitions: dict[str, ast.ClassDef | ast.FunctionDef] = {}
     imports: dict[str, tuple[str, str]] = {}
     aliases: dict[str, ast.expr] = {}
+    typing_imports: dict[str, tuple[str, str]] = {}
     for node in ast.parse(path.read_bytes(), filename=str(path)).body:
+        for bound in _bound_names(node):
+            # What is bound last is what an import gets.
+            definitions.pop(bound, None)
+            imports.pop(bound, None)
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             definitions[node.name] = node
         elif isinstance(node, ast.ImportFrom):
             source = _absolute(node.module or "", node.level, package)
             imports.update({alias.asname or alias.name: (source, alias.name) for alias in node.names})
+        elif _is_typing_only(node):
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.ImportFrom):
+                    source = _absolute(inner.module or "", inner.level, package)
+                    typing_imports.update({alias.asname or alias.name: (source, alias.name) for alias in inner.names})
         elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             aliases[node.targets[0].id] = node.value
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
             aliases[node.target.id] = node.value
-    return Module(name, definitions, imports, aliases)
+    return Module(name, definitions, imports, aliases, typing_imports)
+
+
+def _is_typing_only(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and _last_name(node.test) == "TYPE_CHECKING"
+
+
+def _bound_names(node: ast.stmt) -> set[str]:
+    """The names that a top-level statement may bind, however deep in it; under `if TYPE_CHECKING` none at run time."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return {node.name}
+    if _is_typing_only(node):
+        return set()
+    names: set[str] = set()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name.partition(".")[0] for alias in inner.names}
+        elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store | ast.Del):
+            names.add(inner.id)
+        elif isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(inner.name)
+    return names
 
 
 def find_definition(
@@ -121,6 +154,45 @@ def find_definition(
     source, original = module.imports[name]
     other = read_module(source, locate)
     return find_definition(other, original, locate, seen | {(module.name, name)}) if other else None
+
+
+def is_marked(module: Module, name: str, home: str, mark: str, locate: Locate) -> bool:
+    """Whether a class derives from the class `mark` of the module `home`, or a function is annotated to return one.
+
+    Only what is written there counts: bases and annotations are followed through imports, nothing is run.
+    """
+    found = find_definition(module, name, locate)
+    if found is None:
+        return False
+    place, node = found
+    if isinstance(node, ast.FunctionDef):
+        return node.returns is not None and _means(node.returns, place, home, mark)
+    return _derives(node, place, home, mark, locate, frozenset())
+
+
+def _derives(node: ast.ClassDef, module: Module, home: str, mark: str, locate: Locate, seen: frozenset[str]) -> bool:
+    for base in node.bases:
+        if _means(base, module, home, mark):
+            return True
+        found = find_definition(module, base.id, locate) if isinstance(base, ast.Name) else None
+        key = f"{found[0].name}:{found[1].name}" if found else ""
+        if not found or not isinstance(found[1], ast.ClassDef) or key in seen:
+            continue
+        if _derives(found[1], found[0], home, mark, locate, seen | {key}):
+            return True
+    return False
+
+
+def _means(expression: ast.expr, module: Module, home: str, mark: str) -> bool:
+    """Whether an expression of a module stands for this name: imported, reached through its module, or as text."""
+    if isinstance(expression, ast.Constant) and isinstance(expression.value, str):
+        return _means(ast.parse(expression.value, mode="eval").body, module, home, mark)
+    first, _, rest = ast.unparse(expression).partition(".")
+    known = {**module.typing_imports, **module.imports}
+    if first in known:
+        source, original = known[first]
+        return f"{source}.{original}" + (f".{rest}" if rest else "") == f"{home}.{mark}"
+    return ast.unparse(expression) == f"{home}.{mark}"
 
 
 def read_signature(module: Module, name: str, locate: Locate) -> Signature | None:

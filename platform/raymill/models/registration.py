@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raymill.checkpoint.directory import WEIGHTS, read_state, verify, write_checksums
+from raymill.checkpoint.directory import WEIGHTS, file_sha256, read_state, verify, write_checksums
 from raymill.config.load import import_pipeline, import_task
 from raymill.config.spec import JobSpec
 from raymill.data.bad_rows import read_good_rows
 from raymill.data.rows import ROW_ID, join, num_rows, take
-from raymill.errors import InputError, Problem, RunError
+from raymill.errors import CheckpointError, InputError, Problem, RunError
 from raymill.files import read_record, write_record
-from raymill.models.registry import DATA_TAG, METRICS_TAG, RUN_ID_TAG, WEIGHTS_TAG
+from raymill.models import exported
+from raymill.models.registry import DATA_TAG, METRICS_TAG, MODEL_TAG, RUN_ID_TAG, WEIGHTS_TAG
 from raymill.record.catalog import data_digest
 from raymill.record.events import RunFinished, read_events
 from raymill.record.folder import RunFolder
@@ -93,9 +94,12 @@ def _make_version(
     try:
         with tempfile.TemporaryDirectory() as beside:
             files = _files_beside(folder, checkpoint, Path(beside))
-            _log(model, inputs, logged.model_id, run.info.run_id, files)
-        difference = _difference(model, mlflow.pytorch.load_model(f"models:/{logged.model_id}"), inputs)
-    except store_failures():
+            tags[MODEL_TAG] = _log(model, inputs, logged.model_id, run.info.run_id, files)
+        with tempfile.TemporaryDirectory() as stored:
+            artifacts = mlflow.artifacts.download_artifacts(f"models:/{logged.model_id}/{exported.FILE}", dst_path=stored)
+            loaded = exported.load_exported(Path(artifacts), tags[MODEL_TAG])
+            difference = _difference(model, loaded, inputs)
+    except (CheckpointError, *store_failures()):
         raise
     except Exception as error:  # torch.export runs the user's code and may raise anything
         raise RunError(
@@ -150,16 +154,34 @@ def _files_beside(folder: RunFolder, checkpoint: Path, beside: Path) -> list[str
     return [str(path) for path in sorted(beside.iterdir())]
 
 
-def _log(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], model_id: str, run_id: str, files: list[str]) -> None:
+class _PickleFree:
+    """MLflow's PyTorch flavor, with an archive that holds no pickle."""
+
+    sha256 = ""
+
+    def save_model(self, path: str, **arguments: Any) -> None:
+        """As `mlflow.pytorch.save_model`."""
+        import mlflow
+
+        mlflow.pytorch.save_model(path=path, **arguments)
+        archive = Path(path) / exported.FILE
+        exported.drop_example_inputs(archive)
+        exported.check_archive(archive)
+        self.sha256 = file_sha256(archive)
+
+
+def _log(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], model_id: str, run_id: str, files: list[str]) -> str:
+    """Export and upload; returns the archive's SHA-256."""
     import mlflow
     import torch
     from mlflow.models import Model
 
+    flavor = _PickleFree()
     arrays = tuple(value.numpy() for value in inputs)
     # `mlflow.pytorch.log_model` without its active run: that belongs to whoever runs this process.
     Model.log(
         None,
-        mlflow.pytorch,
+        flavor,
         name="model",
         run_id=run_id,
         model_id=model_id,
@@ -174,6 +196,7 @@ def _log(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], model_id: str
         ],
         extra_files=files,
     )
+    return flavor.sha256
 
 
 def _signature(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> ModelSignature:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 
-RUN_ID_TAG, WEIGHTS_TAG, DATA_TAG, METRICS_TAG = (
-    f"raymill.{name}" for name in ("run_id", "weights_sha256", "data_digest", "metrics")
+RUN_ID_TAG, WEIGHTS_TAG, MODEL_TAG, DATA_TAG, METRICS_TAG = (
+    f"raymill.{name}" for name in ("run_id", "weights_sha256", "model_sha256", "data_digest", "metrics")
 )
 
 VERSION_FILES = (WEIGHTS, "spec.json", "plan.json", "data_manifest.json")

@@ -58,7 +58,7 @@ def ask_cluster() -> ClusterFacts:
     """
     if problem := _token_problem(os.environ):
         raise InputError([problem])
-    asked = [sys.executable, "-m", "raymill.orchestration.cluster_facts"]
+    asked = [sys.executable, "-P", "-m", "raymill.orchestration.cluster_facts"]
     try:
         done = subprocess.run(asked, capture_output=True, text=True, timeout=CONNECT_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
@@ -143,7 +143,7 @@ def main() -> int:
 def _lets_anybody_in(named: str) -> bool:
     """Whether the cluster answers somebody without a token."""
     nobody = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
-    asked = [sys.executable, "-c", ray_internals.ASK_WITHOUT_TOKEN, named]
+    asked = [sys.executable, "-P", "-c", ray_internals.ASK_WITHOUT_TOKEN, named]
     done = subprocess.run(asked, env=nobody | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, check=False)
     return done.returncode == 0
 

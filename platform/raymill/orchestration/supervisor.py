@@ -6,21 +6,24 @@ attempt goes on from the last commit.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from raymill import errors
 from raymill.errors import Interrupted, RaymillError, StallError
 from raymill.files import read_record
 from raymill.orchestration.attempts import Show, committed_step, run_attempts, stop_on_signal
-from raymill.orchestration.on_ray import driver, ray_session
+from raymill.orchestration.on_ray import driver, session_folder
 from raymill.orchestration.prepare import Prepared
 from raymill.orchestration.retry import Cause
 from raymill.orchestration.tracker import Tracker
+from raymill.paths import project_root
 from raymill.record import stacks
 from raymill.record.events import FirstStepDone, RunFinished, RunStopped, append_event, read_events
 from raymill.record.folder import RunFolder
@@ -57,9 +60,17 @@ def supervise(folder: RunFolder, prepared: Prepared, show: Show) -> dict[str, An
 def _attempt(folder: RunFolder, monitor: _EventMonitor) -> RaymillError | None:
     """Start a driver and watch it to its end; returns why it failed, or None when the run is finished."""
     folder.failure.unlink(missing_ok=True)
+    with session_folder.new_session() as session:
+        return _drive(folder, monitor, session)
+
+
+def _drive(folder: RunFolder, monitor: _EventMonitor, session: Path) -> RaymillError | None:
     with open(folder.ray_log, "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "raymill.orchestration.on_ray.driver", str(folder.path)],
+            # -P: no code from the current folder. Ray lets its workers import from there, so it is the project's root.
+            [sys.executable, "-P", "-m", "raymill.orchestration.on_ray.driver", str(folder.path)],
+            cwd=project_root(),
+            env={**os.environ, session_folder.VARIABLE: str(session)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -78,7 +89,7 @@ def _attempt(folder: RunFolder, monitor: _EventMonitor) -> RaymillError | None:
             process.kill()
             process.wait()
         monitor.poll()
-        ray_session.end_session(process.pid, END_TIMEOUT_S if stalled is None else 0.0)
+        session_folder.end_session(session, END_TIMEOUT_S if stalled is None else 0.0)
     if stalled is not None:
         return stalled
     if process.returncode == driver.FINISHED:

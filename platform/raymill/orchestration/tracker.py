@@ -38,7 +38,7 @@ class Tracker:
             return self._process
         with open(self._folder.tracking_log, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "raymill.orchestration.tracker", str(self._folder.path)],
+                [sys.executable, "-P", "-m", "raymill.orchestration.tracker", str(self._folder.path)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -10,74 +10,29 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from raymill import ray_internals
 from raymill.config.plan import ClusterFacts, Plan
 from raymill.errors import RunError, WorkerError
 from raymill.orchestration.cluster_facts import address, local_facts
+from raymill.orchestration.on_ray.session_folder import VARIABLE, held_by_driver, remove_stale_sessions
 from raymill.orchestration.retry import Cause
 from raymill.paths import ENGINE, home, project_root
 
-SESSION_PREFIX = "raymill-"
-SESSION_VARIABLE = "RAYMILL_SESSION"
-KILL_TIMEOUT_S = 10.0
-
 NOT_SENT_TO_CLUSTER = ["/.raymill"]
 """Folders of the project that do not travel to a cluster, beside .git, .venv and what .gitignore names."""
-
-
-def remove_stale_sessions() -> None:
-    """Remove what is left of drivers that were killed together with their supervisor."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{SESSION_PREFIX}*"):
-        pid = folder.name.removeprefix(SESSION_PREFIX)
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            end_session(int(pid), timeout_s=0)
-
-
-def end_session(pid: int, timeout_s: float) -> None:
-    """Wait until nothing is left of the Ray of a driver that ended, and end what stays; then remove its folder.
-
-    Args:
-        pid: the driver's process id.
-        timeout_s: seconds to wait before killing what is left.
-    """
-    folder = session_folder(pid)
-    left = [process for process in psutil.process_iter() if _belongs(process, pid, folder)]
-    _, left = psutil.wait_procs(left, timeout=timeout_s)
-    for process in left:
-        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            process.kill()
-    psutil.wait_procs(left, timeout=KILL_TIMEOUT_S)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _belongs(process: psutil.Process, pid: int, folder: Path) -> bool:
-    # A driver leads a session of its own. Ray's agents show neither their environment nor the folder, and outlive it.
-    try:
-        return os.getsid(process.pid) == pid or process.environ().get(SESSION_VARIABLE) == str(folder)
-    except (OSError, psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-        return False
-
-
-def session_folder(pid: int) -> Path:
-    """Where the Ray of this process keeps its session. Short, because the sockets in it have a length limit."""
-    return Path(tempfile.gettempdir()) / f"{SESSION_PREFIX}{pid}"
 
 
 @contextmanager
 def ray_for(plan: Plan, meanwhile: Callable[[], object]) -> Iterator[None]:
     """The Ray that RAY_ADDRESS names, or one of this process's own, for as long as the context lasts.
 
-    This changes the environment of the process, which must be one of raymill's own (a driver).
+    This changes the environment of the process, which must be a driver: its supervisor has made the session's folder.
 
     Args:
         meanwhile: is called in a thread while Ray starts; imports what is needed next.
@@ -89,10 +44,12 @@ def ray_for(plan: Plan, meanwhile: Callable[[], object]) -> Iterator[None]:
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     remove_stale_sessions()
-    session = session_folder(os.getpid())
-    session.mkdir(mode=0o700)
-    # Every process of this run on this machine inherits it, and so can be found when the driver is gone.
-    os.environ[SESSION_VARIABLE] = str(session)
+    session = Path(os.environ[VARIABLE])
+    with held_by_driver(session):
+        yield from _ray_in(session, named, plan, meanwhile)
+
+
+def _ray_in(session: Path, named: str | None, plan: Plan, meanwhile: Callable[[], object]) -> Iterator[None]:
     if not named:
         # Before Ray is imported anywhere: it reads them once.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -110,7 +67,6 @@ def ray_for(plan: Plan, meanwhile: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         _stop()
-        shutil.rmtree(session, ignore_errors=True)
 
 
 def _start(plan: Plan, facts: ClusterFacts, session: Path) -> None:
@@ -157,7 +113,7 @@ def _connect(named: str) -> None:
 
 
 def _own_variables() -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if name.startswith("RAYMILL_") and name != SESSION_VARIABLE}
+    own = {name: value for name, value in os.environ.items() if name.startswith("RAYMILL_") and name != VARIABLE}
     # Without RAY_ADDRESS, Ray's own actors guess which of the clusters of a machine they belong to.
     return own | {"RAYMILL_HOME": str(home()), "RAY_ADDRESS": os.environ["RAY_ADDRESS"]}
 

@@ -18,7 +18,7 @@ from raymill.data import manifest
 from raymill.errors import RunError, WorkerError
 from raymill.files import read_record
 from raymill.orchestration import cluster_facts
-from raymill.orchestration.on_ray import drain, ray_session
+from raymill.orchestration.on_ray import drain, session_folder
 from raymill.orchestration.on_ray.root_cause import root_cause
 from raymill.orchestration.on_ray.worker import WorkerConfig, work
 from raymill.orchestration.retry import Cause
@@ -70,7 +70,7 @@ def _resources(planned: Plan, spec: JobSpec) -> dict[str, float]:
 def _trainer(folder: RunFolder, planned: Plan, spec: JobSpec, each: dict[str, float]) -> DataParallelTrainer:
     on_cluster = cluster_facts.address() is not None
     # On a cluster, processes of a run do not inherit it from the driver.
-    variables = {ray_session.SESSION_VARIABLE: os.environ[ray_session.SESSION_VARIABLE]} if on_cluster else {}
+    variables = {session_folder.VARIABLE: os.environ[session_folder.VARIABLE]} if on_cluster else {}
     worker = WorkerConfig(
         folder=str(folder.path),
         spec=spec,

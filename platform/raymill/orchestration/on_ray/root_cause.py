@@ -12,7 +12,7 @@ import ray.exceptions
 from raymill import ray_internals
 from raymill.errors import RaymillError, WorkerError
 from raymill.orchestration import cluster_facts
-from raymill.orchestration.on_ray import ray_session
+from raymill.orchestration.on_ray import session_folder
 from raymill.orchestration.retry import Cause
 
 LOST = ray_internals.lost_process_errors()
@@ -62,7 +62,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _ran_out_of(error: BaseException) -> str | None:
     """What was refused to a rank or taken by it too much, and what to do; None: nothing. Torch has no name for it on CPUs."""
     if isinstance(error, (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError)):
-        folder = os.environ[ray_session.SESSION_VARIABLE] if cluster_facts.address() is None else "Ray on that machine"
+        folder = os.environ[session_folder.VARIABLE] if cluster_facts.address() is None else "Ray on that machine"
         return (
             f"space: Ray's object store is full, and so is the disk of {folder}, where the rest would go. Free some there, "
             "name another disk with TMPDIR, or lower loop.window_rows."
