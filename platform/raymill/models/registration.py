@@ -19,7 +19,7 @@ from raymill.config.load import import_pipeline, import_task
 from raymill.config.spec import JobSpec
 from raymill.data.bad_rows import read_good_rows
 from raymill.data.rows import ROW_ID, join, num_rows, take
-from raymill.errors import InputError, Problem, RunError
+from raymill.errors import CheckpointError, InputError, Problem, RunError
 from raymill.files import read_record, write_record
 from raymill.models.registry import DATA_TAG, METRICS_TAG, RUN_ID_TAG, WEIGHTS_TAG
 from raymill.record.catalog import data_digest
@@ -115,10 +115,17 @@ def rebuild(spec: JobSpec, checkpoint: Path) -> tuple[torch.nn.Module, tuple[tor
     """The model of a checkpoint, in eval mode, and the inputs of a few rows [num_rows, ...] of its own data."""
     from safetensors.torch import load_file
 
+    from raymill.checkpoint.snapshot import weights_sha256
+
     pipeline = import_pipeline(spec)
     task = import_task(spec, pipeline.schema)
     model = task.build()
-    model.load_state_dict(load_file(checkpoint / WEIGHTS), strict=True)
+    weights = load_file(checkpoint / WEIGHTS)
+    if weights_sha256(weights) != read_state(checkpoint)["weights_sha256"]:
+        raise CheckpointError(
+            f"{checkpoint}: its weights are not those that were saved; they were changed. Nothing is registered."
+        )
+    model.load_state_dict(weights, strict=True)
     return model.eval(), example_inputs(task, pipeline)
 
 
