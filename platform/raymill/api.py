@@ -179,7 +179,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """One of "starting", "running", "finished", "interrupted" or "failed"."""
+        """See `raymill.record.catalog.show_run`: "starting", "running", "finished", "interrupted", "failed", "unreadable"."""
         return str(self.facts()["status"])
 
     @property

@@ -83,7 +83,7 @@ def without_version(record: Any, where: str) -> dict[str, Any]:
     else:
         fix = "It was written by a raymill older than 0.2, or is damaged: train again with this version."
     expected = f"{VERSION_FIELD} {FORMAT_VERSION}, which this raymill reads"
-    raise InputError([Problem(where, f"{VERSION_FIELD} {found}", expected, fix)])
+    raise InputError([Problem(where, f"{VERSION_FIELD} {found!r}", expected, fix)])
 
 
 # ---------------------------------------------------------------- locks
@@ -96,11 +96,11 @@ def run_lock(path: Path) -> Iterator[None]:
     Raises:
         RunError: when another process holds it; names the process.
     """
-    holder = path.read_text() if path.exists() else ""
     lock = FileLock(path, blocking=False)
     try:
         lock.acquire()
     except Timeout as error:
+        holder = path.read_text()
         raise RunError(
             f"run {path.parent.name} is being trained by process {holder or 'unknown'}; wait for it, or stop it with SIGTERM"
         ) from error

@@ -1,8 +1,8 @@
 """Importing this makes the process start faster: it lets the garbage collector run hardly ever, until `finish`.
 
 Starting a run is mostly importing, in a dozen processes, and a third of the user CPU time of importing torch and Ray goes into
-looking for garbage among modules that stay. Ray's workers import this first (see `cluster.RAY_SETTINGS`), and so does the driver.
-Only cycles wait for the collector; everything else is freed at once as ever.
+looking for garbage among modules that stay. Ray's workers import this first (see `ray_internals.RAY_SETTINGS`), and so does the
+driver. Only cycles wait for the collector; everything else is freed at once as ever.
 """
 
 from __future__ import annotations

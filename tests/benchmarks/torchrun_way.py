@@ -16,7 +16,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import gradient_accumulation_steps
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +131,7 @@ class ParquetRows(Dataset[Batch]):
         metadata = {file: pq.read_metadata(file) for file in files}
         self.groups = [(file, group) for file in files for group in range(metadata[file].num_row_groups)]
         sizes = [metadata[file].row_group(group).num_rows for file, group in self.groups]
-        self.starts = [0, *gradient_accumulation_steps(sizes)]
+        self.starts = [0, *accumulate(sizes)]
 
     def __len__(self) -> int:
         return self.starts[-1]

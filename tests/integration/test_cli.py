@@ -7,12 +7,8 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,64 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
-from raymill.orchestration.on_ray.ray_session import session_folder
-from raymill.record.events import StepDone, read_events
-from raymill.record.folder import RunFolder
+from integration.commands import PROJECT, TIMEOUT_S, Home, wait_until
 
 pytestmark = pytest.mark.integration
 
-PROJECT = Path(__file__).parents[2]
 EPOCHS, TRAIN_ROWS, BATCH_ROWS = 20, 600, 60
 JOB = ("smoke", "--json", "--set", "loop.record_order=true", "--set", f"loop.epochs={EPOCHS}")
-TIMEOUT_S = 240.0
-
-
-class Home:
-    """A state folder and the commands that use it, run in the project's folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.environment = {**os.environ, "RAYMILL_HOME": str(path)}
-        for address in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-            self.environment.pop(address, None)
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "raymill", *arguments],
-            cwd=PROJECT,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *arguments: str) -> tuple[int, str, str]:
-        """Exit code, stdout, stderr."""
-        process = self.start(*arguments)
-        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
-        return process.returncode, stdout, stderr
-
-    def json(self, *arguments: str) -> Any:
-        """What a command that must succeed prints."""
-        code, stdout, stderr = self.run(*arguments)
-        assert code == 0, stderr
-        return json.loads(stdout)
-
-    def processes(self) -> list[psutil.Process]:
-        """Every process on this machine that was started for this state folder."""
-        return [process for process in psutil.process_iter() if self._owns(process)]
-
-    def _owns(self, process: psutil.Process) -> bool:
-        try:
-            return process.environ().get("RAYMILL_HOME") == str(self.path)
-        except psutil.Error:
-            return False
-
-    def sessions(self) -> list[Path]:
-        """Session folders of this home's drivers that are still there."""
-        locks = self.path.glob("runs/*/driver.lock")
-        folders = [session_folder(int(lock.read_text())) for lock in locks]
-        return [folder for folder in folders if folder.exists()]
 
 
 @dataclass(frozen=True)
@@ -102,15 +46,6 @@ class Trained:
                 seen.add(step["position"])
                 batches.setdefault(step["position"], []).extend(step["rows"])
         return batches
-
-
-def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while not is_so():
-        if process.poll() is not None:
-            pytest.fail(f"the command ended with {process.returncode}: {process.communicate()[1]}")
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -169,16 +104,11 @@ def test_ctrl_c_saves_the_run_and_a_resume_ends_as_if_nothing_had_been(
     home = Home(tmp_path_factory.mktemp("interrupted"))
     shared_before = set(os.listdir("/dev/shm"))
     process = home.start("train", *JOB)
-
-    def has_stepped() -> bool:
-        events = [event for path in home.path.glob("runs/*/events.jsonl") for event in read_events(path)[0]]
-        return any(isinstance(event, StepDone) for event in events)
-
-    wait_until(has_stepped, process)
+    wait_until(lambda: home.step() > 0, process)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 3, stderr
-    (folder,) = map(RunFolder, home.path.glob("runs/*"))
+    folder = home.folder()
     said = json.loads(stdout)
     assert said["error"] == "Interrupted"
     assert f"--resume {folder.run_id}" in said["message"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,14 +14,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import raymill
 from raymill.checkpoint import directory
-from raymill.checkpoint.snapshot import Snapshot
+from raymill.checkpoint.snapshot import Snapshot, content
+from raymill.config import load
+from raymill.config.plan import ClusterFacts, make_plan
 from raymill.config.spec import JobSpec
+from raymill.data.manifest import as_record, take_manifest
 from raymill.errors import CheckpointError, InputError, RunError
-from raymill.models import registry
-from raymill.record.events import append_event
+from raymill.files import read_record, write_record
+from raymill.models import registration, registry
+from raymill.models.registry import ModelVersion
+from raymill.models.trained import find_model
+from raymill.record.events import RunFinished, append_event
 from raymill.record.folder import RunFolder, run_folder
-from raymill.tracking.mlflow_client import connect, experiment_id
+from raymill.tracking.mlflow_client import connect, experiment_id, mlflow_settings
+
+TRACKER = [sys.executable, "-m", "raymill.orchestration.tracker"]
 
 # MLflow warns of a type hint of its own where it infers signatures.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning")
@@ -104,9 +114,11 @@ def finished_run(run_id: str, seed: int = 0, kind: str = "good") -> RunFolder:
             "register": {"model": "line"},
         }
     )
-    folder.spec.write_text(spec.model_dump_json(by_alias=True))
-    folder.plan.write_text(json.dumps({"num_workers": 2}))
-    folder.data_manifest.write_text(json.dumps({"digest": "d" * 64}))
+    taken = take_manifest(load.import_pipeline(spec))
+    write_record(folder.spec, load.resolved(spec))
+    facts = ClusterFacts(num_cpus=2, num_gpus=0, memory_bytes=2**33)
+    write_record(folder.plan, make_plan(spec, taken, facts).as_record())
+    write_record(folder.data_manifest, as_record(taken))
     torch.manual_seed(seed)
     weights = {
         "layers.0.weight": torch.randn(2, 3),
@@ -117,13 +129,35 @@ def finished_run(run_id: str, seed: int = 0, kind: str = "good") -> RunFolder:
         "layers.1.running_var": torch.rand(2) + 0.5,
         "layers.1.num_batches_tracked": torch.tensor(7),
     }
-    directory.save(folder.checkpoints, "step-00000009.1", Snapshot(weights, {}, {"step": 9}), best=True)
-    end = {"kind": "end", "best_checkpoint": "checkpoints/step-00000009.1", "metrics": {"validation/loss": 0.25}}
-    append_event(folder, end)
-    client = connect()
-    run = client.create_run(experiment_id(client, "line"), tags={"raymill.run_id": run_id}, run_name=run_id)
-    folder.delivery.write_text(json.dumps({"mlflow_run_id": run.info.run_id}))
+    directory.save(folder.checkpoints, "step-00000009.1", content(Snapshot(weights, {}, {"step": 9}), best=True))
+    append_event(folder, RunFinished(best_checkpoint="checkpoints/step-00000009.1", metrics={"validation/loss": 0.25}))
+    with mlflow_settings():
+        client = connect()
+        run = client.create_run(experiment_id(client, "line"), tags={"raymill.run_id": run_id}, run_name=run_id)
+    write_record(folder.delivery, {"mlflow_run_id": run.info.run_id})
     return folder
+
+
+def register(folder: RunFolder) -> ModelVersion:
+    """Register the model of a run; the version as the registry then has it."""
+    with mlflow_settings():
+        made = registration.register(folder)
+    assert (made.keys(), made["alias"]) == ({"name", "version", "alias"}, "candidate")
+    return registry.resolve(f"{made['name']}/{made['version']}")
+
+
+def mlflow_run(folder: RunFolder) -> Any:
+    with mlflow_settings():
+        return connect().get_run(read_record(folder.delivery)["mlflow_run_id"])
+
+
+def load_exported(made: ModelVersion) -> torch.nn.Module:
+    """The exported graph, as MLflow loads it."""
+    import mlflow
+
+    with mlflow_settings():
+        loaded: torch.nn.Module = mlflow.pytorch.load_model(made.uri)
+    return loaded
 
 
 def weights_of(folder: RunFolder) -> dict[str, torch.Tensor]:
@@ -131,17 +165,15 @@ def weights_of(folder: RunFolder) -> dict[str, torch.Tensor]:
 
 
 def test_a_registered_model_is_found_loads_without_pickle_and_computes_the_same_for_any_batch_size() -> None:
-    import mlflow
-
     folder = finished_run("run-1")
-    made = registry.register(folder)
+    made = register(folder)
     assert (made.name, made.version, made.alias, made.run_id) == ("line", 1, "candidate", "run-1")
     assert made.metrics == {"validation/loss": 0.25}
     for reference in ("line@candidate", "line/1", "run-1"):
         assert registry.resolve(reference) == made
 
     weights = weights_of(folder)
-    loaded = mlflow.pytorch.load_model(made.uri)
+    loaded = load_exported(made)
     for num_rows in (1, 2, 17):
         x = torch.randn(num_rows, 3)
         inner = x @ weights["layers.0.weight"].T + weights["layers.0.bias"]
@@ -152,10 +184,13 @@ def test_a_registered_model_is_found_loads_without_pickle_and_computes_the_same_
 
     files = registry.model_files(made)
     assert {file.name for file in files.iterdir()} == {
-        "weights.safetensors", "spec.json", "plan.json", "manifest.json"
+        "weights.safetensors", "spec.json", "plan.json", "data_manifest.json", "checksums.json"
     }  # fmt: skip
+    directory.verify(files, registry.VERSION_FILES)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(files / "weights.safetensors").items())
-    assert JobSpec.model_validate_json((files / "spec.json").read_text()).model == {"width": 2, "kind": "good"}
+    assert JobSpec.model_validate(read_record(files / "spec.json")).model == {"width": 2, "kind": "good"}
+    assert read_record(files / "plan.json") == read_record(folder.plan)
+    assert read_record(files / "data_manifest.json") == read_record(folder.data_manifest)
     suffixes = {file.suffix for file in files.parent.rglob("*") if file.is_file()}
     assert not suffixes & {".pkl", ".pickle", ".pth", ".pt"}
     requirements = (files.parent / "requirements.txt").read_text()
@@ -163,16 +198,18 @@ def test_a_registered_model_is_found_loads_without_pickle_and_computes_the_same_
 
     shown = registry.show_model("line@candidate")
     state = json.loads((folder.checkpoints / "step-00000009.1" / "state.json").read_text())
-    assert (shown["weights_sha256"], shown["data_digest"]) == (state["weights_sha256"], "d" * 64)
+    data_digest = read_record(folder.data_manifest)["digest"]
+    assert re.fullmatch("[0-9a-f]{64}", data_digest)
+    assert (shown["weights_sha256"], shown["data_digest"]) == (state["weights_sha256"], data_digest)
     assert shown["aliases"] == ["candidate"]
-    run = connect().get_run(json.loads(folder.delivery.read_text())["mlflow_run_id"])
+    run = mlflow_run(folder)
     assert run.info.status == "RUNNING"
     assert len(run.outputs.model_outputs) == 1
 
 
 def test_registering_the_same_weights_again_finds_the_version_and_the_alias_never_moves_back() -> None:
     first, second = finished_run("run-1", seed=1), finished_run("run-2", seed=2)
-    assert [registry.register(folder).version for folder in (first, first, second, first)] == [1, 1, 2, 1]
+    assert [register(folder).version for folder in (first, first, second, first)] == [1, 1, 2, 1]
     assert registry.resolve("line@candidate").version == 2
     assert replace(registry.resolve("run-1"), alias=None) == replace(registry.resolve("line/1"), alias=None)
     (model,) = registry.list_models()
@@ -180,37 +217,34 @@ def test_registering_the_same_weights_again_finds_the_version_and_the_alias_neve
 
 
 def test_a_model_of_several_inputs_is_registered_too() -> None:
-    import mlflow
-
-    made = registry.register(finished_run("run-1", kind="two inputs"))
-    loaded, x = mlflow.pytorch.load_model(made.uri), torch.randn(5, 3)
+    loaded, x = load_exported(register(finished_run("run-1", kind="two inputs"))), torch.randn(5, 3)
     assert loaded(x, 0 * x).shape == (5, 2)
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("branching", "no export"), ("random", "computes something else")])
 def test_a_model_whose_export_fails_or_differs_is_refused_and_no_version_is_left(kind: str, reason: str) -> None:
     with pytest.raises(RunError, match=reason):
-        registry.register(finished_run("run-1", kind=kind))
+        register(finished_run("run-1", kind=kind))
     assert registry.list_models() == []
 
 
 @pytest.mark.parametrize(("kind", "code"), [("good", 0), ("branching", 1)])
 def test_the_tracking_process_registers_at_the_end_and_the_run_is_finished_either_way(kind: str, code: int) -> None:
     folder = finished_run("run-1", kind=kind)
-    done = subprocess.run([sys.executable, "-m", "raymill.tracking", str(folder.path)], capture_output=True, text=True)
+    done = subprocess.run([*TRACKER, str(folder.path)], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
-    run = connect().get_run(json.loads(folder.delivery.read_text())["mlflow_run_id"])
+    run = mlflow_run(folder)
     assert run.info.status == "FINISHED"
     if kind == "good":
         version = {"name": "line", "version": 1, "alias": "candidate"}
-        assert json.loads(folder.model_version.read_text()) == version
+        assert read_record(folder.model_version) == version
     else:
         assert "no export" in done.stderr
         assert not folder.model_version.exists()
 
 
 def test_the_files_of_a_version_in_a_local_store_are_not_copied(state_folder: Path) -> None:
-    files = registry.model_files(registry.register(finished_run("run-1")))
+    files = registry.model_files(register(finished_run("run-1")))
     assert files.is_relative_to(state_folder / "artifacts")
 
 
@@ -219,18 +253,51 @@ def test_damaged_weights_are_refused() -> None:
     path = folder.checkpoints / "step-00000009.1" / "weights.safetensors"
     save_file({name: tensor + 1 for name, tensor in weights_of(folder).items()}, path)
     with pytest.raises(CheckpointError, match=r"weights\.safetensors"):
-        registry.register(folder)
+        register(folder)
+
+
+def other_weights(files: Path) -> None:
+    """Replace the weights by others of the same names, types and shapes."""
+    weights = load_file(files / "weights.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, files / "weights.safetensors")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "spec.json", "plan.json", "data_manifest.json", "checksums.json"])
+def test_a_version_with_a_file_that_was_changed_or_is_gone_is_refused(name: str) -> None:
+    made = register(finished_run("run-1"))
+    file = registry.model_files(made) / name
+    assert find_model("line/1").load_weights().keys() == weights_of(run_folder("run-1")).keys()
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        find_model("line@candidate")
+    file.unlink()
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        find_model("line@candidate")
+
+
+def test_weights_whose_checksums_were_made_to_fit_are_still_not_those_that_the_registry_knows() -> None:
+    made = register(finished_run("run-1"))
+    files = registry.model_files(made)
+    other_weights(files)
+    directory.write_checksums(files)
+    found = find_model("line/1")
+    with pytest.raises(CheckpointError, match=f"line/1 .*{made.weights_sha256} were trained"):
+        found.load_weights()
+    with pytest.raises(CheckpointError, match=f"line/1 .*{made.weights_sha256} were trained"):
+        raymill.model("line/1")
 
 
 def test_a_run_that_has_not_ended_is_refused() -> None:
     folder = finished_run("run-1")
     folder.events.unlink()
     with pytest.raises(RunError, match="--resume run-1"):
-        registry.register(folder)
+        register(folder)
 
 
 def test_an_unknown_model_names_the_nearest() -> None:
-    registry.register(finished_run("run-1"))
+    register(finished_run("run-1"))
     cases: dict[str, Any] = {
         "lime@candidate": "Did you mean 'line@candidate'",
         "line@candidat": "Did you mean 'line@candidate'",

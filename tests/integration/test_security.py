@@ -149,5 +149,5 @@ def test_a_pointer_out_of_the_folder_of_checkpoints_is_not_followed(tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["../../etc", "/etc", "a/b", "..", ".", "", "a\nb", "x%2e%2e", "~", "a;touch marker"])
 def test_a_run_that_is_no_name_is_not_looked_for(name: str) -> None:
-    with pytest.raises(InputError, match="RUN"):
+    with pytest.raises(InputError, match="expected the id of a run of this project"):
         find_run(name)

@@ -118,6 +118,17 @@ def test_a_run_of_another_version_is_listed_as_unreadable_and_hides_no_other() -
     assert str(events.events) in facts["changed"]["message"]
 
 
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="a record that is no JSON makes list_runs raise for all runs")
+@pytest.mark.parametrize("record", ["spec", "delivery", "model_version"])
+def test_a_run_with_a_damaged_record_is_listed_as_unreadable_and_hides_no_other(record: str) -> None:
+    new_run("mine", [START])
+    path = getattr(new_run("damaged", [START]), record)
+    path.write_text('{"format_version": 1, "na')
+    facts = {facts["run_id"]: facts for facts in list_runs()}
+    assert {run_id: found["status"] for run_id, found in facts.items()} == {"mine": "running", "damaged": "unreadable"}
+    assert str(path) in facts["damaged"]["message"]
+
+
 def test_an_unknown_run_names_the_nearest() -> None:
     new_run("digits-0001")
     for ask in (show_run, find_run, history):

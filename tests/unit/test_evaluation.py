@@ -11,22 +11,22 @@ from typing import Any
 import pytest
 import torch
 
-from raymill.checkpoint import directory
-from raymill.checkpoint.directory import POINTER
+from raymill.checkpoint import snapshot
+from raymill.checkpoint.commit import commit
 from raymill.checkpoint.snapshot import Snapshot
-from raymill.config import load, plan
-from raymill.config.plan import ClusterFacts
+from raymill.config import load
+from raymill.config.plan import ClusterFacts, make_plan
 from raymill.config.spec import JobSpec
 from raymill.data.feed import Feed
 from raymill.data.manifest import take_manifest
 from raymill.data.order import Item
-from raymill.data.reader import Reader
 from raymill.errors import CheckpointError, InputError
+from raymill.files import write_record
 from raymill.models.evaluate import evaluate
 from raymill.record.folder import RunFolder, run_folder
 from raymill.record.store import LocalRunStore
-from raymill.training import assembly, evaluation
-from raymill.training.evaluation import Evaluation
+from raymill.training.assembly import WorkerContext, assemble
+from raymill.training.evaluation import Evaluation, evaluate_batch
 
 CODE = """
 from functools import partial
@@ -109,45 +109,36 @@ class Run:
         self.folder.checkpoints.mkdir(parents=True)
         self.spec = JobSpec.model_validate(JOB | changes)
         self.pipeline = load.import_pipeline(self.spec)
-        self.task = load.import_task(self.spec, self.pipeline.schema)
         self.manifest = take_manifest(self.pipeline)
-        self.plan = plan.make_plan(self.spec, self.manifest, FACTS)
-        self.folder.spec.write_text(json.dumps(load.resolved(self.spec)))
-        self.folder.plan.write_text(json.dumps(self.plan.as_record()))
+        self.plan = make_plan(self.spec, self.manifest, FACTS)
+        self.job = assemble(self.spec, self.plan, self.manifest, self.pipeline, world_size=2)
+        write_record(self.folder.spec, load.resolved(self.spec))
+        write_record(self.folder.plan, self.plan.as_record())
 
     def save(self, step: int, seed: int, *, best: bool) -> torch.nn.Module:
         """Save a model with weights drawn by the seed; as the best, or only as the newest, checkpoint."""
         torch.set_num_threads(self.plan.threads)
         torch.manual_seed(seed)
-        model = self.task.build()
+        model = self.job.task.build()
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
                 tensor.copy_(torch.rand(tensor.shape) + 0.1)
-        name = f"step-{step:08d}.1"
-        snapshot = Snapshot(model.state_dict(), {}, {"step": step, "position": 10 * step})
-        directory.save(self.folder.checkpoints, name, snapshot, best=best)
-        before = directory.read_pointer(self.folder.checkpoints)
-        pointer = {"latest": name, "best": name if best else before and before.best, "attempt": 1}
-        (self.folder.checkpoints / POINTER).write_text(json.dumps(pointer))
+        taken = snapshot.content(Snapshot(model.state_dict(), {}, {"step": step, "position": 10 * step}), best=best)
+        commit(self.folder.checkpoints, 1, 10, taken, best=best)
         return model
 
     def recorded(self, model: torch.nn.Module, epoch: int) -> tuple[dict[str, float], dict[str, Any], int]:
-        """What the run's two workers find behind an epoch."""
-        order = plan.job_order(self.spec, self.plan, self.manifest)
-        shardings = {"validation": plan.batch_sharding(self.plan, "validation")}
-        fragments = {split: part.fragments for split, part in self.manifest.splits.items()}
-        reader = Reader("run", order, shardings, fragments, self.pipeline)
-        job = assembly.Job(spec=self.spec, plan=self.plan, order=order, shardings=shardings, task=self.task)
+        """What the run's two workers find after an epoch."""
+        reader = self.job.reader("run")
         evaluations = []
         for rank in range(2):
             windows = [Item("validation", epoch, window, 0) for window in range(self.plan.validation_windows)]
             feed = Feed(reader.read(item)[rank] for item in windows)
-            context = assembly.WorkerContext(
-                rank=rank, world_size=2, device=torch.device("cpu"), store=LocalRunStore(self.folder, rank), attempt=1
-            )
+            store = LocalRunStore(self.folder, rank)
+            context = WorkerContext(rank=rank, world_size=2, device=torch.device("cpu"), store=store)
             evaluations.append(Evaluation())
             for number in range(5):
-                evaluation.measure(job, context, model, feed, epoch, number, evaluations[-1])
+                evaluate_batch(self.job, context, model, feed, epoch, number, evaluations[-1])
         return evaluations[0].reduce(lambda mine: [mine, flat(evaluations[1])])
 
 
@@ -190,7 +181,7 @@ def test_without_a_best_checkpoint_the_newest_is_measured() -> None:
 def test_rows_are_measured_once_also_in_windows_of_another_size() -> None:
     run = Run()
     run.save(6, seed=1, best=True)
-    run.folder.plan.write_text(json.dumps(replace(run.plan, validation_windows=1).as_record()))
+    write_record(run.folder.plan, replace(run.plan, validation_windows=1).as_record())
     assert evaluate("measured-1")["totals"]["validation/times_seen"] == [1] * 47
 
 
@@ -208,7 +199,7 @@ def test_a_damaged_checkpoint_is_refused() -> None:
 def test_weights_of_another_model_than_the_task_builds_now_are_refused() -> None:
     run = Run()
     run.save(6, seed=1, best=True)
-    run.folder.spec.write_text(json.dumps(load.resolved(JobSpec.model_validate(JOB | {"model": {"width": 7}}))))
+    write_record(run.folder.spec, load.resolved(JobSpec.model_validate(JOB | {"model": {"width": 7}})))
     with pytest.raises(CheckpointError, match="does not fit"):
         evaluate("measured-1")
 
@@ -216,8 +207,11 @@ def test_weights_of_another_model_than_the_task_builds_now_are_refused() -> None
 def test_the_records_of_another_version_of_raymill_are_refused() -> None:
     run = Run()
     run.save(6, seed=1, best=True)
-    run.folder.plan.write_text(json.dumps({**run.plan.as_record(), "num_moons": 2}))
+    write_record(run.folder.plan, {**run.plan.as_record(), "num_moons": 2})
     with pytest.raises(CheckpointError, match="num_moons"):
+        evaluate("measured-1")
+    run.folder.plan.write_text(json.dumps({"format_version": 2, **run.plan.as_record()}))
+    with pytest.raises(InputError, match=r"plan\.json: found format_version 2; .* newer raymill"):
         evaluate("measured-1")
 
 

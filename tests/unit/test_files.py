@@ -63,7 +63,7 @@ NEWER, OLDER = "It was written by a newer raymill", "It was written by a raymill
     [
         ({"format_version": 2, "name": "digits"}, "format_version 2", NEWER),
         ({"format_version": 0, "name": "digits"}, "format_version 0", OLDER),
-        ({"format_version": "1", "name": "digits"}, "format_version 1", OLDER),
+        ({"format_version": "1", "name": "digits"}, "format_version '1'", OLDER),
         ({"name": "digits"}, "format_version None", OLDER),
         ([1, 2], "format_version None", OLDER),
     ],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from raymill.config.spec import JobSpec
 from raymill.errors import CheckpointError, DataError, InputError, NumberError, RaymillError, RunError, StallError, WorkerError
-from raymill.orchestration.retry import Cause, Failure, cause_of, go_on
+from raymill.orchestration.retry import Cause, Failure, budgets, cause_of, go_on
 
 BUDGETS = {Cause.LOST_PROCESS: 2, Cause.STORAGE: 1}
 
@@ -32,6 +35,23 @@ def test_a_failure_of_one_cause_spends_nothing_of_another() -> None:
 @pytest.mark.parametrize("cause", [Cause.CODE, Cause.DATA, Cause.MEMORY])
 def test_what_would_only_fail_again_is_not_tried_again(cause: Cause) -> None:
     assert not go_on([Failure(cause, 3)], {known: 9 for known in Cause if known not in (Cause.CODE, Cause.DATA, Cause.MEMORY)})
+
+
+def spec(**sections: Any) -> JobSpec:
+    return JobSpec.model_validate({"name": "job", "task": "-", "pipeline": "-", "optimizer": {"kind": "SGD"}, **sections})
+
+
+def test_each_cause_that_a_restart_may_cure_has_the_budget_of_the_job() -> None:
+    given = {"lost_processes": 5, "stalls": 4, "rollbacks": 7, "storage": 6}
+    found = budgets(spec(retry=given, loop={"on_nan": "rollback"}))
+    assert found == {Cause.LOST_PROCESS: 5, Cause.DRAIN: 5, Cause.STALL: 4, Cause.NUMBERS: 7, Cause.STORAGE: 6}
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_a_job_that_does_not_go_back_after_nan_is_not_started_again_after_it(on_nan: str) -> None:
+    found = budgets(spec(loop={"on_nan": on_nan}))
+    assert found[Cause.NUMBERS] == 0
+    assert not go_on([Failure(Cause.NUMBERS, 3)], found)
 
 
 @pytest.mark.parametrize(

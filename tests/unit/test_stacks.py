@@ -15,19 +15,56 @@ from raymill.record import stacks
 from raymill.record.folder import RunFolder
 from raymill.record.stacks import RankSeen, explain, limit_s, loop_frame
 
-DUMP = """Thread 0x1 (most recent call first):
-  File "/x/threading.py", line 1 in wait
+LOOKALIKE = """
+import os
 
-Current thread 0x2 (most recent call first):
-  File "/x/torch/distributed/distributed_c10d.py", line 99 in all_reduce
-  File "/x/raymill/step.py", line 12 in averaged_gradients
-  File "/x/raymill/loop.py", line 34 in step
+def train(ready, lock):
+    os.write(ready, b"x"); lock.acquire()
+"""
+
+# One thread is in the real training loop, one in a file of nearly the same name, and the main thread in neither.
+TRAINS = """
+import faulthandler, os, sys, threading
+from raymill.training import loop
+from training import loop as lookalike
+
+by_itself, by_another = (faulthandler.dump_traceback, int) if sys.argv[1] == "itself" else (int, faulthandler.dump_traceback)
+lock = threading.Lock()
+lock.acquire()
+
+class StandsStill:
+    def __getattr__(self, name):
+        by_itself(); os.write(ready, b"x"); lock.acquire()  # here
+
+def start(function, *args):
+    threading.Thread(target=function, args=args, daemon=True).start()
+    os.read(there, 1)
+
+there, ready = os.pipe()
+start(lookalike.train, ready, lock)
+start(loop.train, StandsStill(), None, None, iter(()), print, bool)
+by_another()
+os._exit(0)
 """
 
 
-def test_the_frame_is_the_innermost_of_the_thread_that_trains() -> None:
-    assert loop_frame(DUMP) == "all_reduce (distributed_c10d.py:99)"
-    assert loop_frame('Thread 0x1:\n  File "/x/threading.py", line 1 in wait\n') == ""
+@pytest.mark.parametrize("dumped_by", ["itself", "another"])
+def test_the_frame_is_the_innermost_of_the_thread_that_is_in_the_training_loop(dumped_by: str, tmp_path: Path) -> None:
+    script, lookalike = tmp_path / "task.py", tmp_path / "training" / "loop.py"
+    lookalike.parent.mkdir()
+    lookalike.write_text(LOOKALIKE)
+    script.write_text(TRAINS)
+    done = subprocess.run([sys.executable, str(script), dumped_by], capture_output=True, text=True, check=True)
+    assert done.stderr.count("most recent call first") == 3
+    assert str(lookalike) in done.stderr
+    here = next(number for number, line in enumerate(TRAINS.splitlines(), start=1) if "# here" in line)
+    assert loop_frame(done.stderr) == f"__getattr__ (task.py:{here})"
+
+
+def test_without_a_thread_in_the_training_loop_there_is_no_frame() -> None:
+    dump = 'Thread 0x1 (most recent call first):\n  File "/elsewhere/raymill/training/loop.py", line 1 in train\n'
+    assert loop_frame(dump) == ""
+    assert loop_frame("") == ""
 
 
 def test_a_stopped_rank_is_the_cause_and_the_others_wait_for_it() -> None:
@@ -52,9 +89,9 @@ def test_the_first_step_may_take_longer() -> None:
 WAITS = """
 import sys, threading
 from pathlib import Path
-from raymill import stall
-from raymill.home import RunFolder
-stall.announce(RunFolder(Path(sys.argv[1])), 0)
+from raymill.record import stacks
+from raymill.record.folder import RunFolder
+stacks.announce(RunFolder(Path(sys.argv[1])), 0)
 print("there", flush=True)
 threading.Event().wait()
 """
@@ -75,6 +112,7 @@ def test_stacks_of_a_process_are_had_from_outside_and_a_stopped_or_dead_one_is_s
     folder = RunFolder(tmp_path)
     assert [rank.status for rank in stacks.look(folder, 2)] == ["running", "not started"]
     assert "most recent call first" in (tmp_path / "stacks-0.txt").read_text()
+    assert stacks.look(folder, 1) == [RankSeen(0, process.pid, "running", "")]
     process.send_signal(signal.SIGSTOP)
     os.waitpid(process.pid, os.WUNTRACED)
     assert stacks.look(folder, 1)[0].status == "stopped"

@@ -97,7 +97,8 @@ OWN = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY
 def test_mlflow_reads_no_pickles_within_its_settings_and_is_afterwards_as_the_caller_had_it(
     given: dict[str, str], set_by_code: str, ends: str, uri: str | None, state_folder: Path
 ) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")} | given
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment |= {"DO_NOT_TRACK": "true"} | given
     done = subprocess.run(
         [sys.executable, "-c", SETTINGS, set_by_code, ends], env=environment, capture_output=True, text=True, check=False
     )

@@ -1,6 +1,6 @@
 """The manifest: what a run's input was when the run began.
 
-ResumePoint once, before anything starts, from the indices of all files: every fragment with its rows, bytes and identity.
+Taken once, before anything starts, from the indices of all files: every fragment with its rows, bytes and identity.
 The order of samples is computed from it, and a resume compares it with what is there then. Only `check_rows` and
 `statistics` read rows beyond the first fragment.
 """

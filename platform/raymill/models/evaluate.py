@@ -23,6 +23,7 @@ from raymill.record.store import LocalRunStore
 from raymill.task import TRAIN, VALIDATION
 from raymill.training.assembly import WorkerContext, assemble
 from raymill.training.evaluation import Evaluation, evaluate_batch
+from raymill.training.seeds import unchanged_caller
 
 
 def evaluate(reference: str) -> dict[str, Any]:
@@ -74,10 +75,11 @@ def evaluate_all(trained: Trained) -> tuple[dict[str, float], dict[str, Any], in
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     store = LocalRunStore(RunFolder(trained.weights.parent))
     context = WorkerContext(rank=0, world_size=1, device=device, store=store)
-    torch.set_num_threads(planned.threads)
-    model = trained.build(job.task).to(device)
     evaluation = Evaluation()
-    for number in range(num_batches(sharding.num_rows, sharding.batch_rows)):
-        evaluate_batch(job, context, model, feed, 0, number, evaluation)
+    with unchanged_caller():
+        torch.set_num_threads(planned.threads)
+        model = trained.build(job.task).to(device)
+        for number in range(num_batches(sharding.num_rows, sharding.batch_rows)):
+            evaluate_batch(job, context, model, feed, 0, number, evaluation)
     feed.finish(VALIDATION, 0, planned.validation_windows)
     return evaluation.reduce(all_gather)

@@ -119,10 +119,17 @@ def rebuild(spec: JobSpec, checkpoint: Path) -> tuple[torch.nn.Module, tuple[tor
     """The model of a checkpoint, in eval mode, and the inputs of a few rows [num_rows, ...] of its own data."""
     from safetensors.torch import load_file
 
+    from raymill.checkpoint.snapshot import weights_sha256
+
     pipeline = import_pipeline(spec)
     task = import_task(spec, pipeline.schema)
     model = task.build()
-    model.load_state_dict(load_file(checkpoint / WEIGHTS), strict=True)
+    weights = load_file(checkpoint / WEIGHTS)
+    if weights_sha256(weights) != read_state(checkpoint)["weights_sha256"]:
+        raise CheckpointError(
+            f"{checkpoint}: its weights are not those that were saved; they were changed. Nothing is registered."
+        )
+    model.load_state_dict(weights, strict=True)
     return model.eval(), example_inputs(task, pipeline)
 
 

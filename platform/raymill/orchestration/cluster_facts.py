@@ -101,8 +101,10 @@ def visible_gpus(installed: int, visible: str | None) -> int:
         return installed
     named: list[str] = []
     for name in (part.strip() for part in visible.split(",")):
-        known = name.startswith(("GPU-", "MIG-")) or (name.isdigit() and int(name) < installed)
-        if not known or name in named:
+        if name in named:
+            # CUDA shows none at all where one is named twice.
+            return 0
+        if not name.startswith(("GPU-", "MIG-")) and not (name.isdigit() and int(name) < installed):
             break
         named.append(name)
     return min(len(named), installed) if not any(name.startswith("MIG-") for name in named) else len(named)

@@ -8,13 +8,8 @@ changed for the caller: not its environment, not torch's threads or random state
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
-
-import numpy as np
 
 from raymill import faults
 from raymill.data.reader import read_locally
@@ -56,6 +51,7 @@ def _attempt(folder: RunFolder, job: Job, show: Show) -> RaymillError | None:
     import torch
 
     from raymill.training import loop
+    from raymill.training.seeds import unchanged_caller
 
     store = LocalRunStore(folder)
 
@@ -64,7 +60,7 @@ def _attempt(folder: RunFolder, job: Job, show: Show) -> RaymillError | None:
         show(event)
 
     try:
-        with _unchanged_caller():
+        with unchanged_caller():
             point = store.begin_attempt()
             faults.point("run_taken")
             device = torch.device("cuda", 0) if job.spec.scale.gpus_per_worker else torch.device("cpu")
@@ -80,22 +76,6 @@ def _attempt(folder: RunFolder, job: Job, show: Show) -> RaymillError | None:
     if outcome.status == "interrupted":
         raise Interrupted(folder.run_id, committed_step(folder))
     return None
-
-
-@contextmanager
-def _unchanged_caller() -> Iterator[None]:
-    """Give the caller back its number of threads and its random state."""
-    import torch
-
-    threads = torch.get_num_threads()
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 def _deliver(folder: RunFolder, show: Show) -> dict[str, Any]:

@@ -44,6 +44,8 @@ def describe(event: Event) -> list[str]:
         case StepRefused():
             return [f"step {event.step} was not taken: its gradient was not a number (loop.on_nan: {event.policy})"]
         case BadRowsFound():
+            if len(event.rows) == 1:
+                return [f"1 bad row left out: {event.rows[0]}"]
             return [f"{len(event.rows)} bad rows left out, the first of them {event.rows[0]}"]
         case ResizeStarted():
             return [f"going on with {event.num_workers} workers; saving first"]
@@ -76,7 +78,7 @@ class Progress:
         self._panel: Panel | None = None
         if live and console.is_jupyter:
             self._panel = NotebookPanel()
-        elif live and console.is_terminal:
+        elif live and console.is_interactive:
             self._panel = TerminalPanel(console)
         self._total_steps = 0
         self._started_s: float | None = None

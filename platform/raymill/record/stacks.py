@@ -126,8 +126,14 @@ def _dump(folder: RunFolder, rank: int, pid: int) -> str:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGUSR1)
     deadline_s = time.monotonic() + DUMP_TIMEOUT_S
-    while time.monotonic() < deadline_s and (not path.exists() or path.stat().st_size == size):
+    seen = size
+    # A dump is written in many pieces: it is whole once it has grown and grows no more.
+    while time.monotonic() < deadline_s:
         time.sleep(0.05)
+        now = path.stat().st_size if path.exists() else 0
+        if now > size and now == seen:
+            break
+        seen = now
     return loop_frame(path.read_text()[size:] if path.exists() else "")
 
 

@@ -34,15 +34,19 @@ def mlflow_settings() -> Iterator[None]:
     before = {name: os.environ.get(name) for name in changed}
     uri = tracking_uri()
     os.environ |= SETTINGS
-    import mlflow
-
-    uri_before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None  # type: ignore[no-untyped-call]
-    # This also sets MLFLOW_TRACKING_URI.
-    mlflow.set_tracking_uri(uri)
     try:
-        yield
+        import mlflow
+
+        # A URI that stands in the environment alone is not MLflow's own setting, and must not become one.
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        uri_before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None  # type: ignore[no-untyped-call]
+        mlflow.set_tracking_uri(uri)
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(uri_before)  # type: ignore[arg-type]  # None takes it back
     finally:
-        mlflow.set_tracking_uri(uri_before)  # type: ignore[arg-type]  # None takes it back
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -16,7 +16,7 @@ from typing import assert_never
 import numpy as np
 import torch
 
-from raymill import faults, startup_gc
+from raymill import faults
 from raymill.checkpoint.commit import better
 from raymill.checkpoint.snapshot import weights_sha256
 from raymill.data.bad_rows import BadRow
@@ -293,7 +293,6 @@ class _Loop:
 
     def finish_first_step(self) -> None:
         """Start the clock for speeds after the first step, and say that it is done."""
-        startup_gc.finish()
         self.clock.first_step_s = time.perf_counter()
         self.clock.rows_before = self.state.position
         self.clock.wait_before_s = self.feed.wait_s

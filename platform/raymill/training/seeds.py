@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,3 +22,21 @@ def seed_everything(*numbers: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed % 2**63)
+
+
+@contextmanager
+def unchanged_caller() -> Iterator[None]:
+    """Give the caller back its environment, its number of threads and its random state."""
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        torch.set_num_threads(threads)
+        # torch adds variables when parts of it are imported.
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ |= environment

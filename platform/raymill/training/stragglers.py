@@ -50,7 +50,7 @@ class StragglerDetector:
 
 
 def slowest_rank(steps: Sequence[Sequence[float]]) -> Straggler | None:
-    """The slowest_rank rank over these steps [steps][ranks], in seconds, if it is slow enough to be named.
+    """The slowest rank over these steps [steps][ranks], in seconds, if it is slow enough to be named.
 
     Medians, so that a pause of a few steps, such as a checkpoint's, is no slowness.
     """

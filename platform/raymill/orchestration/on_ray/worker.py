@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.train
 
-from raymill import faults
+from raymill import faults, startup_gc
 from raymill.config import load
 from raymill.config.plan import Plan
 from raymill.config.spec import JobSpec
 from raymill.data import ray_stream
 from raymill.data.manifest import Manifest
 from raymill.data.reader import Packet
+from raymill.record.events import Event, FirstStepDone
 from raymill.record.folder import RunFolder
 from raymill.record.remote_store import RemoteRunStore, RunStore
 from raymill.record.store import LocalRunStore, ResumePoint
@@ -147,7 +148,13 @@ def _train(
     # Before the group is joined: what the job's own module raises is then raised by itself.
     _ = job.task
     process_group.join_group(start.address, listener, rank, world_size, device, GROUP_TIMEOUT_S)
-    report = store.report if rank == 0 else lambda event: None
+
+    def report(event: Event) -> None:
+        if isinstance(event, FirstStepDone):
+            startup_gc.finish()
+        if rank == 0:
+            store.report(event)
+
     report(attempt_started(job, start.point, world_size, worker.driver_pid))
     together = False
     try:
