@@ -1,8 +1,8 @@
 """The exported graph of a model version, `model.pt2`: written without pickles, and checked before anything of it is loaded.
 
-`torch.export.save` writes its example inputs with pickle, and `torch.export.load` reads pickles wherever an archive holds them, also
-where MLflow's switch against pickles is on: a legacy weights file beside a config that denies it is enough. So an archive is refused
-unless each of its records is one of those that are needed and none of them is pickled.
+`torch.export.save` writes its example inputs with pickle, and `torch.export.load` reads pickles wherever an archive holds them,
+also where MLflow's switch against pickles is on: a legacy weights file beside a config that denies it is enough. So an archive
+is refused unless each of its records is one of those that are needed and none of them is pickled.
 """
 
 from __future__ import annotations

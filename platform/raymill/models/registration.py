@@ -96,10 +96,12 @@ def _make_version(
             files = _files_beside(folder, checkpoint, Path(beside))
             tags[MODEL_TAG] = _log(model, inputs, logged.model_id, run.info.run_id, files)
         with tempfile.TemporaryDirectory() as stored:
-            artifacts = mlflow.artifacts.download_artifacts(f"models:/{logged.model_id}/{exported.FILE}", dst_path=stored)
-            loaded = exported.load_exported(Path(artifacts), tags[MODEL_TAG])
+            model_folder = mlflow.artifacts.download_artifacts(f"models:/{logged.model_id}", dst_path=stored)
+            loaded = exported.load_exported(Path(model_folder) / exported.FILE, tags[MODEL_TAG])
             difference = _difference(model, loaded, inputs)
-    except (CheckpointError, *store_failures()):
+    except CheckpointError:
+        raise
+    except store_failures():
         raise
     except Exception as error:  # torch.export runs the user's code and may raise anything
         raise RunError(
