@@ -47,5 +47,7 @@ def ui(port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 5000) -> N
     with errors(False):
         from raymill.tracking.ui import serve_ui
 
-        Console(stderr=True).print(f"MLflow: http://127.0.0.1:{port}  (Ctrl-C ends it)", highlight=False)
-        serve_ui(port)
+        def show(page: str) -> None:
+            Console(stderr=True).print(f"MLflow: {page}  (Ctrl-C ends it)", highlight=False, markup=False, soft_wrap=True)
+
+        serve_ui(port, show)
