@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -198,14 +199,13 @@ def resolved(spec: JobSpec) -> dict[str, Any]:
 def _import_code(import_path: str, field: str, kind: str) -> Any:
     """Import what an import path names, after the same checks as in `load_job`: a record may come from anywhere.
 
-    The project's folder is put on sys.path to stay, since workers look up the job's classes by name.
+    The project stays importable, since workers look up the job's classes by name.
     """
     root = project_root()
     packages = project_packages(root)
     find_code(import_path, field, kind, packages)
     name, _, attribute = import_path.partition(":")
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
+    make_importable(root, packages.names)
     try:
         module = importlib.import_module(name)
     except ImportError as error:
@@ -216,6 +216,30 @@ def _import_code(import_path: str, field: str, kind: str) -> Any:
         found = f"{name} already imported from {imported}"
         raise InputError([Problem(field, found, f"the file {checked}", "Start a new Python process in this project.")])
     return getattr(module, attribute)
+
+
+class _ProjectPackages:
+    """Finds the packages of a project at its root, before all others of these names."""
+
+    def __init__(self, root: Path, names: Collection[str]) -> None:
+        self.root, self.names = root, names
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
+        """The module of this name at the root, if it is one of the project's."""
+        if path is not None or name not in self.names:
+            return None
+        return PathFinder.find_spec(name, [str(self.root)])
+
+
+def make_importable(root: Path, names: Collection[str]) -> None:
+    """Let this process import a project's packages, and whatever else is at its root after all libraries.
+
+    A file at the root that has a library's name is not taken for the library.
+    """
+    known = [finder for finder in sys.meta_path if isinstance(finder, _ProjectPackages)]
+    if not any(finder.root == root and finder.names == names for finder in known):
+        sys.meta_path[:] = [_ProjectPackages(root, names), *(finder for finder in sys.meta_path if finder not in known)]
+    sys.path[:] = [*(entry for entry in sys.path if entry != str(root)), str(root)]
 
 
 def _override(values: dict[str, Any], overrides: Sequence[str]) -> tuple[frozenset[str], list[Problem]]:

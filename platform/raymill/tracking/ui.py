@@ -64,7 +64,8 @@ def serve_ui(port: int, show: Callable[[str], None]) -> None:
         password = secrets.token_urlsafe(16)
         variables = _environment(Path(private), password)
         show(f"http://{USER}:{password}@127.0.0.1:{port}")
-        server = psutil.Popen(_command(uri, port), env=variables, stdin=subprocess.DEVNULL)
+        # The server looks for code in its current folder: that is the private one.
+        server = psutil.Popen(_command(uri, port), env=variables, cwd=private, stdin=subprocess.DEVNULL)
         try:
             code = server.wait()
         except KeyboardInterrupt:
