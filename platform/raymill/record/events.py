@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, V
 
 from raymill.data.bad_rows import BadRow
 from raymill.errors import InputError, Problem
-from raymill.files import with_version, without_version
+from raymill.files import parse_json, with_version, without_version
 from raymill.record.folder import RunFolder
 
 WRITE_INTERVAL_S = 0.25
@@ -336,7 +336,7 @@ def read_events(path: Path, offset: int = 0, limit: int | None = None) -> tuple[
                 break
             offset += len(line)
             try:
-                values = json.loads(line)
+                values = parse_json(line)
             except ValueError:
                 continue
             events.append(parse_event(values, f"{path}, the line before byte {offset}"))
