@@ -1,4 +1,4 @@
-"""Thrift's compact protocol, read into lists and written back: what a Parquet file's index is made of, so that tests can make it lie."""
+"""Thrift's compact protocol, read and written back: a Parquet file's index is made of it, and so tests can make it lie."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of a run that were damaged or changed to do harm: passed over or refused in words, never a traceback or a wrong number."""
+"""Files of a run that were damaged, or changed to do harm: passed over or refused in words, never a traceback."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from raymill.checkpoint.commit import commit
 from raymill.checkpoint.directory import POINTER, find_latest, read_pointer, verify, write_checksums
 from raymill.checkpoint.snapshot import Snapshot, weights_sha256
 from raymill.checkpoint.weights_digest import TORCH_TYPES, file_weights_sha256
+from raymill.config.load import load_job
 from raymill.data.manifest import from_record
 from raymill.data.rows import pack, unpack
 from raymill.errors import CheckpointError, DataError, InputError, Problem
@@ -213,6 +214,14 @@ def test_a_manifest_that_nests_too_deep_is_refused() -> None:
         deep = deep.pop()
 
 
+@pytest.mark.parametrize("text", ['{"\\ud800"}', '"\\ud800": 1', 'name: "\\ud800"', 'model: {a: ["x\\udfffy"]}'])
+def test_half_a_character_in_a_job_is_a_problem_like_others(text: str, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"job\.yaml:1.*: found .*half a character") as caught:
+        load_job(tmp_path / "job.yaml")
+    str(caught.value).encode()
+
+
 # ---------------------------------------------------------------- packets
 
 
@@ -270,7 +279,10 @@ def test_a_packet_that_names_a_column_twice_or_of_other_lengths_is_refused() -> 
     with pytest.raises(ValueError, match="each of its columns once"):
         unpack(json.dumps([entry, entry]), [*buffers, *buffers])
     with pytest.raises(ValueError, match="columns differ in length"):
-        unpack(json.dumps([entry, {**entry, "name": "b", "shape": [3, 0]}, {**entry, "name": "c", "shape": [0]}]), [*buffers, b"", b""])
+        unpack(
+            json.dumps([entry, {**entry, "name": "b", "shape": [3, 0]}, {**entry, "name": "c", "shape": [0]}]),
+            [*buffers, b"", b""],
+        )
 
 
 # ---------------------------------------------------------------- where the store may be

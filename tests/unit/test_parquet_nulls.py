@@ -1,4 +1,4 @@
-"""Parquet files whose rows hold nulls, or whose index lies: named with file, row group, column and row, or refused when listed."""
+"""Parquet files whose rows hold nulls, or whose index lies: named with file, row group, column and row."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from fuzz import thrift
 from fuzz.thrift import COLUMNS, GROUP_ROWS, META, NUM_ROWS, ROW_GROUPS, SCHEMA, SCHEMA_NAME, STATISTICS, Value
-
 from raymill.data.arrow import columns_from_arrow
 from raymill.data.sources.parquet import MOST_GROUPS_PER_FILE, ParquetSource, write_parquet
 from raymill.data.sources.parquet_statistics import read_statistics
@@ -58,7 +58,7 @@ def test_nulls_of_other_rows_of_a_slice_are_not_its_own() -> None:
     table = pa.table({"x": pa.array([{"data": [None], "shape": [1]}, GOOD, GOOD, {"data": None, "shape": [None]}], RAGGED)})
     (one, other) = columns_from_arrow(table.slice(1, 2), LISTS)["x"]
     assert (one.tolist(), other.tolist()) == ([5], [5])
-    with pytest.raises(ValueError, match="column 'x': row 2: a null in its data|column 'x': row 2: its data is null"):
+    with pytest.raises(ValueError, match=r"column 'x': row 2: (a null in its data|its data is null)"):
         columns_from_arrow(table.slice(1, 3), LISTS)
 
 
@@ -166,18 +166,20 @@ def test_labels_that_the_statistics_hide_are_found_when_they_are_read(tmp_path: 
             found[name].value = (1).to_bytes(8, "little")
     thrift.write_footer(tmp_path / "a.parquet", pages, footer)
     source = ParquetSource(str(tmp_path), schema)
-    with pytest.raises(DataError, match="column 'y': found values from 0 to 77; expected int64 in 0..9"):
+    with pytest.raises(DataError, match=r"column 'y': found values from 0 to 77; expected int64 in 0\.\.9"):
         source.read(source.fragments()[0])
 
 
-@pytest.mark.parametrize("encoded", [b"", b"\1", bytes(7), bytes(9), bytes(1000)])
-def test_statistics_of_another_length_do_not_end_the_process(encoded: bytes, file: Path) -> None:
-    # Arrow 25 calls std::terminate where it is asked for them; where they are not asked for, the column is read.
+# Arrow 25 calls std::terminate where it is asked for statistics that are too short. The column is read instead.
+@pytest.mark.parametrize("encoded", [b"", b"\1", bytes(7)])
+def test_statistics_that_are_too_short_do_not_end_the_process(encoded: bytes, file: Path) -> None:
+    assert "row group 0: column 'y'" in refused(lie(file, limits(encoded, encoded)))
+
+
+@pytest.mark.parametrize("encoded", [bytes(9), bytes(1000)])
+def test_statistics_that_are_too_long_are_none(encoded: bytes, file: Path) -> None:
     source = lie(file, limits(encoded, encoded))
-    try:
-        assert len(source.fragments()) == 2
-    except InputError as error:
-        assert "column 'y'" in str(error)
+    assert source.read(source.fragments()[0])["y"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_statistics_are_those_that_arrow_reads(file: Path, tmp_path: Path) -> None:
@@ -219,7 +221,9 @@ def test_row_groups_without_their_columns_are_refused(file: Path) -> None:
     assert "row group 1 of 0 columns where the file has 2" in refused(lie(file, change))
 
 
-@pytest.mark.parametrize(("name", "said"), [(b"y\0", r"Did you mean 'y\x00'"), (b"x", "2 columns of this name"), (b"\xff", "utf-8")])
+@pytest.mark.parametrize(
+    ("name", "said"), [(b"y\0", r"Did you mean 'y\x00'"), (b"x", "2 columns of this name"), (b"\xff", "utf-8")]
+)
 def test_a_column_name_with_a_nul_or_twice_or_no_text_is_a_problem(name: bytes, said: str, file: Path) -> None:
     assert said in refused(lie(file, at(SCHEMA, 2, SCHEMA_NAME, value=name)))
 
@@ -235,6 +239,11 @@ def test_an_index_of_a_size_beyond_the_file_is_refused(size_bytes: int, file: Pa
     content[-8:-4] = size_bytes.to_bytes(4, "little")
     file.write_bytes(content)
     assert "expected a whole Parquet file" in refused(ParquetSource(str(file.parent), PLAIN))
+
+
+def test_a_column_whose_values_hold_nothing_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"column 'a': found bool of shape \(0,\); expected extents of at least 1"):
+        write_parquet(tmp_path / "set", {"a": np.zeros((1, 0), bool)}, {"a": Field("bool", (0,))}, num_shards=1, row_group_rows=1)
 
 
 def test_data_files_may_be_links(file: Path, tmp_path: Path) -> None:

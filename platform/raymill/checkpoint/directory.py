@@ -11,9 +11,9 @@
 A kill at any moment leaves either the old pointer and the intact checkpoint that it names, or the new one. Loading checks sizes
 and hashes and falls back to the newest checkpoint before that is whole. This file needs no torch; `snapshot` knows tensors.
 
-All files are regular ones: a link would make a checkpoint of what lies elsewhere. Checksums find damage, not a change that was made
-to them too; against that stands `weights_sha256` in state.json. `find_latest` compares the weights with it, so such a checkpoint is
-passed over; `snapshot.load` does so again with the tensors that it returns.
+All files are regular ones: a link would make a checkpoint of what lies elsewhere. Checksums find damage, not a change that was
+made to them too; against that stands `weights_sha256` in state.json. `find_latest` compares the weights with it, so such a
+checkpoint is passed over; `snapshot.load` does so again with the tensors that it returns.
 """
 
 from __future__ import annotations

@@ -21,7 +21,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save, save_file
 
-from raymill.checkpoint.directory import OPTIMIZER, RECORD, WEIGHTS, Content, Packed, other_weights, parse_state, read_state, verify
+from raymill.checkpoint.directory import (
+    OPTIMIZER,
+    RECORD,
+    WEIGHTS,
+    Content,
+    Packed,
+    other_weights,
+    parse_state,
+    read_state,
+    verify,
+)
 from raymill.errors import CheckpointError
 
 Tensors = dict[str, torch.Tensor]
@@ -89,7 +99,7 @@ def load(path: Path) -> Snapshot:
 
 
 def _with_its_weights(snapshot: Snapshot, where: str) -> Snapshot:
-    """The snapshot, whose record says what its weights must hash to. Checksums that were changed along with a file say nothing."""
+    """The snapshot, if its weights hash to what its record says: checksums that were changed along with a file say nothing."""
     found, recorded = weights_sha256(snapshot.weights), snapshot.record["weights_sha256"]
     if found != recorded:
         raise CheckpointError(other_weights(where, found, recorded))

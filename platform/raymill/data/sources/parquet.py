@@ -31,9 +31,9 @@ from raymill.task import Field, Fragment, Rows, Schema
 class ParquetSource:
     """The rows of all Parquet files of a folder; a fragment is a row group.
 
-    A fragment's path is the file's path inside the folder, so that a data set keeps its identity when it is moved. A file may be a
-    link to one elsewhere: data sets are often put together so, and whoever may write in the folder says what the data are anyway.
-    (The files of checkpoints and model versions may not, see `checkpoint.directory`.)
+    A fragment's path is the file's path inside the folder, so that a data set keeps its identity when it is moved. A file may
+    be a link to one elsewhere: data sets are often put together so, and whoever may write in the folder says what the data
+    are anyway. (The files of checkpoints and model versions may not, see `checkpoint.directory`.)
 
     Attributes:
         folder: holds the files.
@@ -303,6 +303,10 @@ def write_parquet(folder: Path, rows: Rows, schema: Schema, *, num_shards: int, 
         problems.append(Problem(str(folder), f"{num_shards} shards", f"1 to {count}", fix))
     if row_group_rows < 1:
         problems.append(Problem(str(folder), f"row groups of {row_group_rows} rows", "at least 1", "Use 1000 or so."))
+    for name, field in schema.items():
+        if 0 in field.shape and None not in field.shape:
+            where, fix = f"{folder}: column {name!r}", "Leave the column out: its values hold nothing."
+            problems.append(Problem(where, describe(field), "extents of at least 1", fix))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         problems.append(Problem(str(folder), "something there already", "no folder, or an empty one", "Delete it first."))
     if problems:

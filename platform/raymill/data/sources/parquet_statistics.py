@@ -1,9 +1,9 @@
 """The statistics of a Parquet file's columns, read from its index.
 
-Arrow reads them too, but a smallest value that is cut short ends the whole process there ("terminate called", Arrow 25), from Python
-and from its own filters. So only what is needed of them is read here, from Thrift's compact protocol: per row group and column the
-number of nulls, and the smallest and largest of whole numbers. All of it may be a lie, and rows are held against the schema again
-when they are read.
+Arrow reads them too, but a smallest value that is cut short ends the whole process there ("terminate called", Arrow 25), from
+Python and from its own filters. So what is needed of them is read here, from Thrift's compact protocol: per row group and column
+the number of nulls, and the smallest and largest of whole numbers. All of it may be a lie, and rows are held against the schema
+again when they are read.
 """
 
 from __future__ import annotations
