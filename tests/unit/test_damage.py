@@ -214,6 +214,12 @@ def test_a_manifest_that_nests_too_deep_is_refused() -> None:
         deep = deep.pop()
 
 
+def test_a_manifest_that_repeats_a_path_without_end_is_refused() -> None:
+    columns = {"path": [["a", 10**30]], "part": [1], "num_rows": [1], "num_bytes": [1], "identity": [["b", 1]]}
+    with pytest.raises(DataError, match="incomplete"):
+        from_record({"digest": "", "splits": {"train": columns}})
+
+
 @pytest.mark.parametrize("text", ['{"\\ud800"}', '"\\ud800": 1', 'name: "\\ud800"', 'model: {a: ["x\\udfffy"]}'])
 def test_half_a_character_in_a_job_is_a_problem_like_others(text: str, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(text)

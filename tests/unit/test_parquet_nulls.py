@@ -18,7 +18,7 @@ from fuzz import thrift
 from fuzz.thrift import COLUMNS, GROUP_ROWS, META, NUM_ROWS, ROW_GROUPS, SCHEMA, SCHEMA_NAME, STATISTICS, Value
 from raymill.data.arrow import columns_from_arrow
 from raymill.data.sources.parquet import MOST_GROUPS_PER_FILE, ParquetSource, write_parquet
-from raymill.data.sources.parquet_statistics import read_statistics
+from raymill.data.sources.parquet_index import read_index
 from raymill.errors import DataError, InputError
 from raymill.task import Field, Schema
 
@@ -193,16 +193,31 @@ def test_statistics_are_those_that_arrow_reads(file: Path, tmp_path: Path) -> No
     pq.write_table(pa.table(values), tmp_path / "a.parquet", row_group_size=2)
     metadata = pq.read_metadata(tmp_path / "a.parquet")
     index = (tmp_path / "a.parquet").read_bytes()[-8 - metadata.serialized_size : -8]
-    found = read_statistics(index)
+    found = read_index(index)
     for part in range(metadata.num_row_groups):
         for column, name in enumerate(values):
             theirs, ours = metadata.row_group(part).column(column).statistics, found[part][column]
             assert ours.num_nulls == theirs.null_count
+            assert ours.num_values == metadata.row_group(part).column(column).num_values
+            assert ours.compressed_bytes == metadata.row_group(part).column(column).total_compressed_size
             number = ours.limits(signed=name == "i")
             assert number == ((theirs.min, theirs.max) if name in "iub" and theirs.has_min_max else None)
     for size in range(len(index)):
         with pytest.raises(ValueError, match="its index"):
-            read_statistics(index[:size])
+            read_index(index[:size])
+
+
+def test_a_histogram_of_another_length_does_not_end_the_process(tmp_path: Path) -> None:
+    # Arrow 25 calls std::terminate where it is asked for such a column.
+    write_parquet(tmp_path / "set", {"x": [np.arange(3)] * 2}, LISTS, num_shards=1, row_group_rows=2)
+    path = tmp_path / "set" / "part-00000.parquet"
+    pages, footer = thrift.read_footer(path)
+    histogram = footer[ROW_GROUPS][0][COLUMNS][0][META][thrift.SIZE_STATISTICS][thrift.DEFINITION_HISTOGRAM]
+    histogram.value[1].append(histogram[0])
+    thrift.write_footer(path, pages, footer)
+    source = ParquetSource(str(path.parent), LISTS)
+    with pytest.raises(DataError, match="Definition level histogram"):
+        source.read(source.fragments()[0])
 
 
 def test_more_row_groups_than_can_be_read_are_refused(file: Path) -> None:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from raymill.data.arrow import arrow_type, columns_from_arrow, describe, digest_rows, fits, schema_problems, table_from_rows
 from raymill.data.rows import num_rows, take
-from raymill.data.sources.parquet_statistics import ColumnStatistics, read_statistics
+from raymill.data.sources.parquet_index import ColumnChunk, read_index
 from raymill.errors import DataError, InputError, Problem, did_you_mean
 from raymill.task import Field, Fragment, Rows, Schema
 
@@ -184,26 +184,29 @@ def inspect_file(path: Path, name: str, schema: Schema) -> tuple[list[Fragment],
     except DAMAGE as error:
         return [], [Problem(str(path), str(error).rstrip("."), "a whole Parquet file", RESTORE)]
     metadata = footer.metadata
-    if false := _false_claim(metadata, footer.size_bytes):
-        return [], [Problem(str(path), false, "an index that fits the file", RESTORE)]
-    problems = _type_problems(path, footer.schema, schema)
     try:
-        problems += _value_problems(path, footer, schema, read_statistics(footer.index))
+        groups = read_index(footer.index)
     except ValueError as error:
         return [], [Problem(str(path), str(error), "a whole Parquet file", RESTORE)]
+    if false := _false_claim(metadata, groups, footer.size_bytes):
+        return [], [Problem(str(path), false, "an index that fits the file", RESTORE)]
+    problems = _type_problems(path, footer.schema, schema)
+    problems += _value_problems(path, footer, schema, groups)
     leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     wanted = [i for i, leaf in enumerate(leaves) if leaf in schema or leaf.split(".")[0] in schema]
     fragments = []
     for part in range(metadata.num_row_groups):
         group = metadata.row_group(part)
         if group.num_rows:
-            num_bytes = sum(group.column(i).total_compressed_size for i in wanted)
+            num_bytes = sum(groups[part][i].compressed_bytes for i in wanted)
             fragments.append(Fragment(name, part, group.num_rows, num_bytes, footer.identity))
     return fragments, problems
 
 
-def _false_claim(metadata: pq.FileMetaData, size_bytes: int) -> str | None:
+def _false_claim(metadata: pq.FileMetaData, groups: list[list[ColumnChunk]], size_bytes: int) -> str | None:
     """What the index says that cannot be so, in words. All that is planned goes by it, long before a row is read."""
+    if len(groups) != metadata.num_row_groups:
+        return f"{metadata.num_row_groups} and {len(groups)} row groups"
     if metadata.num_row_groups > MOST_GROUPS_PER_FILE:
         return f"{metadata.num_row_groups} row groups; at most {MOST_GROUPS_PER_FILE} are read"
     most_rows = min(MOST_ROWS_OF_A_GROUP, MOST_ROWS_PER_BYTE * size_bytes)
@@ -212,12 +215,11 @@ def _false_claim(metadata: pq.FileMetaData, size_bytes: int) -> str | None:
         group = metadata.row_group(part)
         if not 0 <= group.num_rows <= most_rows:
             return f"row group {part} of {group.num_rows} rows in a file of {size_bytes} bytes"
-        if group.num_columns != metadata.num_columns:
-            return f"row group {part} of {group.num_columns} columns where the file has {metadata.num_columns}"
-        for column in range(group.num_columns):
-            chunk = group.column(column)
-            if not 0 <= chunk.total_compressed_size <= size_bytes:
-                return f"row group {part}, column {column}: {chunk.total_compressed_size} bytes in a file of {size_bytes}"
+        if len(groups[part]) != metadata.num_columns:
+            return f"row group {part} of {len(groups[part])} columns where the file has {metadata.num_columns}"
+        for column, chunk in enumerate(groups[part]):
+            if not 0 <= chunk.compressed_bytes <= size_bytes:
+                return f"row group {part}, column {column}: {chunk.compressed_bytes} bytes in a file of {size_bytes}"
             # Memory is set aside for so many before any is read.
             repeated = metadata.schema.column(column).max_repetition_level
             if not (0 <= chunk.num_values <= most_rows and (repeated or chunk.num_values == group.num_rows)):
@@ -242,7 +244,7 @@ def _type_problems(path: Path, found: pa.Schema, schema: Schema) -> list[Problem
     return problems
 
 
-def _value_problems(path: Path, footer: Footer, schema: Schema, groups: list[list[ColumnStatistics]]) -> list[Problem]:
+def _value_problems(path: Path, footer: Footer, schema: Schema, groups: list[list[ColumnChunk]]) -> list[Problem]:
     """Nulls, and labels outside their classes, from the footer's statistics; without them the column is read."""
     metadata = footer.metadata
     problems = []
@@ -253,7 +255,7 @@ def _value_problems(path: Path, footer: Footer, schema: Schema, groups: list[lis
         if field is None or len(places) != 1 or not fits(footer.schema.field(places[0]).type, field):
             continue
         statistics = [group[i] for group in groups]
-        if num_nulls := sum(max(0, found.num_nulls or 0) for found in statistics):
+        if num_nulls := sum(max(0, found.num_nulls) for found in statistics):
             where = f"{path}: column {name!r}"
             problems.append(Problem(where, f"{num_nulls} nulls", describe(field), "Drop or fill these rows."))
         elif field.classes is not None and not field.shape:
@@ -261,7 +263,7 @@ def _value_problems(path: Path, footer: Footer, schema: Schema, groups: list[lis
     return problems
 
 
-def _label_problems(path: Path, footer: Footer, name: str, field: Field, statistics: list[ColumnStatistics]) -> list[Problem]:
+def _label_problems(path: Path, footer: Footer, name: str, field: Field, statistics: list[ColumnChunk]) -> list[Problem]:
     ranges: dict[int, tuple[int, int]] = {}
     for part, found in enumerate(statistics):
         if limits := found.limits(signed=np.dtype(field.dtype).kind != "u"):

@@ -1,9 +1,9 @@
-"""The statistics of a Parquet file's columns, read from its index.
+"""What a Parquet file says of its columns, read from its index.
 
-Arrow reads them too, but a smallest value that is cut short ends the whole process there ("terminate called", Arrow 25), from
-Python and from its own filters. So what is needed of them is read here, from Thrift's compact protocol: per row group and column
-the number of nulls, and the smallest and largest of whole numbers. All of it may be a lie, and rows are held against the schema
-again when they are read.
+Arrow reads that too, but where a smallest value is cut short, or a histogram is of another length than it should, it ends the
+whole process as soon as it is asked for a column ("terminate called", Arrow 25), from Python and from its own filters. So what is
+needed is read here, from Thrift's compact protocol. All of it may be a lie, and rows are held against the schema again when they
+are read; for those Arrow raises.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from typing import Any
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
 _MOST_LEVELS = 32
 
-# Field numbers of parquet.thrift, down to where statistics stand.
-_ROW_GROUPS, _COLUMNS, _META, _TYPE, _STATISTICS = 4, 1, 3, 1, 12
+# Field numbers of parquet.thrift, down to the statistics of a column.
+_ROW_GROUPS, _COLUMNS, _META = 4, 1, 3
+_TYPE, _NUM_VALUES, _COMPRESSED_BYTES, _STATISTICS = 1, 5, 7, 12
 _OLD_MAX, _OLD_MIN, _NULL_COUNT, _MAX, _MIN = 1, 2, 3, 5, 6
 _LEAF: dict[int, Any] = {}
 _WANTED = {
     _ROW_GROUPS: {
         _COLUMNS: {
-            _META: {_TYPE: _LEAF, _STATISTICS: dict.fromkeys((_OLD_MAX, _OLD_MIN, _NULL_COUNT, _MAX, _MIN), _LEAF)},
+            _META: {
+                **dict.fromkeys((_TYPE, _NUM_VALUES, _COMPRESSED_BYTES), _LEAF),
+                _STATISTICS: dict.fromkeys((_OLD_MAX, _OLD_MIN, _NULL_COUNT, _MAX, _MIN), _LEAF),
+            }
         }
     }
 }
@@ -32,15 +36,19 @@ _WIDTHS_BYTES = {0: 1, 1: 4, 2: 8}
 
 
 @dataclass(frozen=True)
-class ColumnStatistics:
+class ColumnChunk:
     """What a file says of one column of a row group.
 
     Attributes:
-        num_nulls: None: not said.
+        num_values: values, nulls among them; -1: not said.
+        compressed_bytes: bytes in the file; -1: not said.
+        num_nulls: 0: none, or not said.
         low, high: the encoded smallest and largest number; None: not said, not whole numbers, or not as long as its type.
     """
 
-    num_nulls: int | None
+    num_values: int
+    compressed_bytes: int
+    num_nulls: int
     low: bytes | None
     high: bytes | None
 
@@ -51,8 +59,8 @@ class ColumnStatistics:
         return int.from_bytes(self.low, "little", signed=signed), int.from_bytes(self.high, "little", signed=signed)
 
 
-def read_statistics(index: bytes) -> list[list[ColumnStatistics]]:
-    """The statistics of each row group's columns, in the order of the file.
+def read_index(index: bytes) -> list[list[ColumnChunk]]:
+    """The columns of each row group, in the order of the file.
 
     Args:
         index: the bytes of a file's footer, without its length and the mark at the end.
@@ -62,20 +70,26 @@ def read_statistics(index: bytes) -> list[list[ColumnStatistics]]:
     """
     try:
         groups = _Scan(index).struct(_WANTED, 0).get(_ROW_GROUPS, [])
-        return [[_statistics(column.get(_META, {})) for column in group.get(_COLUMNS, [])] for group in groups]
+        return [[_chunk(column.get(_META, {})) for column in group.get(_COLUMNS, [])] for group in groups]
     except (IndexError, AttributeError, TypeError) as error:
         raise ValueError(f"its index is damaged: {type(error).__name__}") from error
 
 
-def _statistics(column: dict[int, Any]) -> ColumnStatistics:
+def _chunk(column: dict[int, Any]) -> ColumnChunk:
     found = column.get(_STATISTICS, {})
-    width_bytes = _WIDTHS_BYTES.get(column.get(_TYPE, -1))
+    kind = column.get(_TYPE)
+    width_bytes = _WIDTHS_BYTES.get(kind) if isinstance(kind, int) else None
 
     def limit(name: int, old_name: int) -> bytes | None:
         encoded = found.get(name, found.get(old_name))
         return encoded if isinstance(encoded, bytes) and len(encoded) == width_bytes else None
 
-    return ColumnStatistics(found.get(_NULL_COUNT), limit(_MIN, _OLD_MIN), limit(_MAX, _OLD_MAX))
+    def number(values: dict[int, Any], name: int, otherwise: int) -> int:
+        value = values.get(name)
+        return value if isinstance(value, int) else otherwise
+
+    num_values, compressed_bytes = number(column, _NUM_VALUES, -1), number(column, _COMPRESSED_BYTES, -1)
+    return ColumnChunk(num_values, compressed_bytes, number(found, _NULL_COUNT, 0), limit(_MIN, _OLD_MIN), limit(_MAX, _OLD_MAX))
 
 
 class _Scan:
