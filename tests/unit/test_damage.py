@@ -214,6 +214,14 @@ def test_a_manifest_that_nests_too_deep_is_refused() -> None:
         deep = deep.pop()
 
 
+@pytest.mark.parametrize("totals", [{"m": {"\ud800": None}}, {"m": ["\udfff"]}, {"\ud800": 1}])
+def test_an_event_with_half_a_character_is_refused(totals: Any, tmp_path: Path) -> None:
+    values = {"format_version": 1, "kind": "evaluation", "time_s": 3.0, "step": 1, "epoch": 0, "rows": 8, "metrics": {}}
+    (tmp_path / "events.jsonl").write_text(json.dumps({**values, "totals": totals}) + "\n")
+    with pytest.raises(InputError, match=r"found evaluation\.totals"):
+        read_events(tmp_path / "events.jsonl")
+
+
 def test_a_manifest_that_repeats_a_path_without_end_is_refused() -> None:
     columns = {"path": [["a", 10**30]], "part": [1], "num_rows": [1], "num_bytes": [1], "identity": [["b", 1]]}
     with pytest.raises(DataError, match="incomplete"):

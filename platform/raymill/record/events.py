@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError
 
 from raymill.data.bad_rows import BadRow
 from raymill.errors import InputError, Problem
@@ -25,6 +25,12 @@ WRITE_INTERVAL_S = 0.25
 
 Metrics = dict[str, float]
 """Name -> value, as "train/loss"."""
+
+
+def _writable(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, if a file can hold their texts; JSON can spell half a character, which none can."""
+    json.dumps(values, ensure_ascii=False).encode()
+    return values
 
 
 class Event(BaseModel):
@@ -101,7 +107,7 @@ class EvaluationDone(Event):
     epoch: int
     rows: int
     metrics: Metrics
-    totals: dict[str, Any] = {}
+    totals: Annotated[dict[str, Any], AfterValidator(_writable)] = {}
 
 
 class CheckpointSaved(Event):
