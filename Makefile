@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint unit worker integration cluster faults benchmark clean
+.PHONY: help setup train test lint unit worker integration cluster faults fuzz benchmark clean
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -27,8 +27,8 @@ lint: setup ## formatting, style, types, directions of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: setup ## pure code, without Ray: seconds
-	$(BIN)/pytest tests/unit
+unit: setup ## pure code, without Ray, and a few fuzzed inputs: seconds
+	$(BIN)/pytest tests/unit tests/fuzz
 
 worker: setup ## torch on the CPU, one process and two
 	$(BIN)/pytest tests/worker
@@ -42,6 +42,9 @@ cluster: setup ## a Ray cluster of several nodes on this machine: lost and added
 faults: setup ## every fault that can be provoked here, with what came of it: an hour
 	$(BIN)/raymill data get mnist
 	PYTHONPATH=tests $(BIN)/python -m faults.run_faults --json .raymill/faults.json
+
+fuzz: setup ## random inputs to all that reads files, packets and what users write: an hour, prints its seeds
+	RAYMILL_FUZZ_S=3600 $(BIN)/pytest -s --timeout=0 tests/fuzz
 
 benchmark: setup ## raymill beside the guide's way and torchrun, and what safety costs: an hour, wants a quiet machine
 	$(BIN)/raymill data get mnist

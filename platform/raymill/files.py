@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,27 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def is_regular_file(path: Path) -> bool:
+    """Whether a file with bytes of its own is there: no link to another one, no folder, no pipe that would never end."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (OSError, ValueError):  # the second for a path that no file can have, such as one with a NUL
+        return False
+
+
 # ---------------------------------------------------------------- records
+
+
+def parse_json(content: str | bytes) -> Any:
+    """The values of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or nests deeper than anything that raymill writes.
+    """
+    try:
+        return json.loads(content.decode() if isinstance(content, bytes) else content)
+    except RecursionError as error:
+        raise ValueError("it nests too deep") from error
 
 
 def write_record(path: Path, values: Mapping[str, Any]) -> None:
@@ -57,7 +78,7 @@ def read_record(path: Path) -> dict[str, Any]:
         FileNotFoundError, ValueError: it is not there, or not JSON.
         InputError: this raymill does not know the version of its format.
     """
-    return without_version(json.loads(path.read_text()), str(path))
+    return without_version(parse_json(path.read_bytes()), str(path))
 
 
 def with_version(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,14 +97,15 @@ def without_version(record: Any, where: str) -> dict[str, Any]:
         InputError: the version is missing or another one; says what to do.
     """
     found = record.get(VERSION_FIELD) if isinstance(record, dict) else None
-    if found == FORMAT_VERSION:
+    if type(found) is int and found == FORMAT_VERSION:
         return {name: value for name, value in record.items() if name != VERSION_FIELD}
     if isinstance(found, int) and found > FORMAT_VERSION:
         fix = "It was written by a newer raymill: use that version here too."
     else:
         fix = "It was written by a raymill older than 0.2, or is damaged: train again with this version."
     expected = f"{VERSION_FIELD} {FORMAT_VERSION}, which this raymill reads"
-    raise InputError([Problem(where, f"{VERSION_FIELD} {found!r}", expected, fix)])
+    shown = repr(found) if found is None or isinstance(found, int | float | str) else f"of type {type(found).__name__}"
+    raise InputError([Problem(where, f"{VERSION_FIELD} {shown}", expected, fix)])
 
 
 # ---------------------------------------------------------------- locks

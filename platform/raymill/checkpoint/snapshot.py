@@ -21,7 +21,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save, save_file
 
-from raymill.checkpoint.directory import OPTIMIZER, RECORD, WEIGHTS, Content, Packed, read_state, verify
+from raymill.checkpoint.directory import (
+    OPTIMIZER,
+    RECORD,
+    WEIGHTS,
+    Content,
+    Packed,
+    other_weights,
+    parse_state,
+    read_state,
+    verify,
+)
 from raymill.errors import CheckpointError
 
 Tensors = dict[str, torch.Tensor]
@@ -61,16 +71,21 @@ def pack(snapshot: Snapshot, *, best: bool) -> Packed:
 
 
 def unpack(packed: Packed) -> Snapshot:
-    """The snapshot of these files."""
-    files = packed.files
-    return Snapshot(load_tensors(files[WEIGHTS]), load_tensors(files[OPTIMIZER]), json.loads(files[RECORD]))
+    """The snapshot of these files.
+
+    Raises:
+        CheckpointError: the weights are not those that were saved.
+    """
+    files, where = packed.files, f"the checkpoint of step {packed.step}"
+    record = parse_state(files[RECORD], where, "weights_sha256")
+    return _with_its_weights(Snapshot(load_tensors(files[WEIGHTS]), load_tensors(files[OPTIMIZER]), record), where)
 
 
 def load(path: Path) -> Snapshot:
     """Read and verify one checkpoint.
 
     Raises:
-        CheckpointError: when it is not whole.
+        CheckpointError: when it is not whole, or its weights are not those that were saved.
     """
     verify(path)
     tensors = {}
@@ -79,7 +94,16 @@ def load(path: Path) -> Snapshot:
             tensors[name] = load_file(path / name)
         except SafetensorError as error:
             raise CheckpointError(f"{path / name}: is no safetensors file: {error}") from error
-    return Snapshot(tensors[WEIGHTS], tensors[OPTIMIZER], read_state(path))
+    record = read_state(path, "weights_sha256")
+    return _with_its_weights(Snapshot(tensors[WEIGHTS], tensors[OPTIMIZER], record), str(path / WEIGHTS))
+
+
+def _with_its_weights(snapshot: Snapshot, where: str) -> Snapshot:
+    """The snapshot, if its weights hash to what its record says: checksums that were changed along with a file say nothing."""
+    found, recorded = weights_sha256(snapshot.weights), snapshot.record["weights_sha256"]
+    if found != recorded:
+        raise CheckpointError(other_weights(where, found, recorded))
+    return snapshot
 
 
 def _record_text(snapshot: Snapshot, best: bool) -> str:

@@ -142,17 +142,31 @@ def columns_from_arrow(table: pa.Table, schema: Schema) -> Rows:
     """The schema's columns of an Arrow table: an array [num_rows, ...] or a list per column; arrays are read-only.
 
     Raises:
-        ValueError: a column holds nulls, or a row's data does not fill its shape.
-        KeyError: a column is missing.
+        ValueError: a column is not there exactly once or of another type, holds nulls on any level, or has a row whose data does
+            not fill its shape; names the column and the row.
     """
     rows: Rows = {}
     for name, field in schema.items():
-        column = table.column(name)
-        if column.null_count:
-            raise ValueError(f"column {name!r} holds {column.null_count} nulls")
+        found = table.schema.get_all_field_indices(name)
+        if len(found) != 1:
+            raise ValueError(f"there are {len(found)} columns {name!r}, not one")
+        column = table.column(found[0])
+        if not fits(column.type, field):
+            raise ValueError(f"column {name!r} is {column.type}, not {arrow_type(field)}")
         # Of a single chunk, combine_chunks would make a copy.
-        rows[name] = _from_arrow(column.chunk(0) if column.num_chunks == 1 else column.combine_chunks(), field)
+        array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        try:
+            _refuse_nulls(array, "null")
+            rows[name] = _from_arrow(array, field)
+        except ValueError as error:
+            raise ValueError(f"column {name!r}: {error}") from error
     return rows
+
+
+def _refuse_nulls(array: pa.Array, what: str) -> None:
+    if array.null_count:
+        row = array.is_null().to_pylist().index(True)
+        raise ValueError(f"row {row}: {what}; {array.null_count} in all")
 
 
 def _value_bytes(field: Field) -> int:
@@ -204,13 +218,31 @@ def _from_arrow(array: pa.Array, field: Field) -> Column:
         size = _value_bytes(field)
         raw = _view(array.buffers()[1], np.dtype(np.uint8), len(array) * size, array.offset * size)
         return raw.view(dtype).reshape(len(array), *field.shape)
-    flat = _lists_from_arrow(array.field("data"), dtype)
-    shapes = _lists_from_arrow(array.field("shape"), np.dtype(np.int32))
-    return [values.reshape(shape) for values, shape in zip(flat, shapes, strict=True)]
+    flat = _lists_from_arrow(array.field("data"), dtype, "data")
+    shapes = _lists_from_arrow(array.field("shape"), np.dtype(np.int32), "shape")
+    return [_shaped(row, values, shape.tolist()) for row, (values, shape) in enumerate(zip(flat, shapes, strict=True))]
 
 
-def _lists_from_arrow(array: pa.Array, dtype: np.dtype) -> list[np.ndarray]:
+def _shaped(row: int, values: np.ndarray, shape: list[int]) -> np.ndarray:
+    # numpy would take an extent of -1 for "whatever is left".
+    if min(shape, default=0) < 0 or math.prod(shape) != len(values):
+        raise ValueError(f"row {row}: {len(values)} numbers do not fill the shape {shape}")
+    try:
+        return values.reshape(shape)
+    except ValueError as error:
+        raise ValueError(f"row {row}: {error}") from error
+
+
+def _lists_from_arrow(array: pa.Array, dtype: np.dtype, what: str) -> list[np.ndarray]:
+    _refuse_nulls(array, f"its {what} is null")
     offsets = _numbers_from_arrow(array.offsets, np.dtype(np.int32)).tolist()
+    if array.values.null_count:
+        # Under a null lies any number, mostly 0. Nulls before or after these rows' values are none of theirs.
+        nulls = np.flatnonzero(_numbers_from_arrow(array.values.is_null(), np.dtype(bool)))
+        nulls = nulls[(nulls >= offsets[0]) & (nulls < offsets[-1])]
+        if len(nulls):
+            row = int(np.searchsorted(offsets, nulls[0], side="right")) - 1
+            raise ValueError(f"row {row}: a null in its {what}; {len(nulls)} in all")
     values = _numbers_from_arrow(array.values, dtype)
     return [values[start:stop] for start, stop in pairwise(offsets)]
 

@@ -122,7 +122,7 @@ def from_record(record: Mapping[str, Any]) -> Manifest:
         splits = {name: _split_from_record(columns) for name, columns in record["splits"].items()}
         manifest = Manifest(splits)
         whole = manifest.digest == record["digest"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"the manifest's record is incomplete ({error!r}). Start a new run.") from error
     if not whole:
         raise DataError("the manifest's record was changed: its digest does not fit its contents. Start a new run.")

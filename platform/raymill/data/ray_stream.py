@@ -22,7 +22,7 @@ import numpy as np
 from raymill.data.bad_rows import BadRow
 from raymill.data.order import Item, Stream
 from raymill.data.reader import Packet, Reader
-from raymill.data.rows import pack, unpack
+from raymill.data.rows import num_rows, pack, unpack
 from raymill.errors import DataError
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def receive(iterator: DataIterator, rank: int) -> Iterator[Packet]:
     """The packets of one rank in order, from Ray.
 
     Raises:
-        DataError: when a packet is missing or is for somebody else, which would break the order.
+        DataError: when a packet is missing or is for somebody else, which would break the order, or was changed on its way.
     """
     # Ray takes None for "whole blocks", and its annotation forgets it.
     blocks: Iterable[pa.Table] = iterator.iter_batches(
@@ -156,10 +156,24 @@ def receive(iterator: DataIterator, rank: int) -> Iterator[Packet]:
                     "Ray Data changed how it deals blocks; the run cannot keep its order. Use the pinned version of Ray."
                 )
             expected += 1
-            item = Item(values["split"], values["epoch"], values["window"], values["skip"])
-            rows = unpack(values["header"], _buffers(block, index))
-            present = np.frombuffer(block["present"][index].as_buffer(), bool)
-            yield Packet(item, rank, rows, present, [BadRow(**row) for row in json.loads(values["bad"])])
+            try:
+                yield _packet(values, block["present"][index].as_buffer(), _buffers(block, index))
+            except (ValueError, TypeError) as error:
+                raise DataError(f"packet {values['index']} of rank {rank} came damaged: {error}. Resume the run.") from error
+
+
+def _packet(values: dict[str, Any], present: Any, buffers: list[Any]) -> Packet:
+    """What `_read_block` has packed, from one row of a block.
+
+    Raises:
+        ValueError, TypeError: its parts do not fit together.
+    """
+    item = Item(values["split"], values["epoch"], values["window"], values["skip"])
+    rows = unpack(values["header"], buffers)
+    marks = np.frombuffer(present, np.uint8)
+    if marks.max(initial=0) > 1 or num_rows(rows) != marks.sum():
+        raise ValueError(f"it holds {num_rows(rows)} rows, and marks {int(marks.sum())} of {len(marks)} as good")
+    return Packet(item, values["rank"], rows, marks.view(bool), [BadRow(**row) for row in json.loads(values["bad"])])
 
 
 def _buffers(block: pa.Table, index: int) -> list[Any]:

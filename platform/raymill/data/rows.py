@@ -7,7 +7,9 @@ JSON header and a few flat buffers, which is all that is ever sent between proce
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,9 @@ from raymill.task import Column, Rows
 
 ROW_ID = "__row__"
 """The column that holds each row's number in its split, int64 [num_rows]. Every batch has it."""
+
+NUMBERS = "biufc"
+"""The kinds of numpy types that travel: no objects, which only a pickle could carry, and no texts or times."""
 
 
 def num_rows(rows: Rows) -> int:
@@ -86,7 +91,7 @@ def pack(rows: Rows) -> tuple[str, list[bytes | memoryview]]:
 
 def _pack(name: str, column: Column) -> tuple[str, dict[str, Any], list[bytes | memoryview]]:
     if isinstance(column, np.ndarray):
-        if column.dtype.hasobject or column.dtype.kind not in "biufc":
+        if column.dtype.hasobject or column.dtype.kind not in NUMBERS:
             raise TypeError(f"column {name!r}: an array of {column.dtype} cannot travel; use numbers, or a list of str or bytes")
         flat = np.ascontiguousarray(column)
         return "array", {"dtype": flat.dtype.str, "shape": flat.shape}, [flat.tobytes()]
@@ -107,19 +112,52 @@ def _pack(name: str, column: Column) -> tuple[str, dict[str, Any], list[bytes | 
 
 
 def unpack(header: str, buffers: Sequence[Any]) -> Rows:
-    """The rows that `pack` was given. Arrays are views of the buffers and cannot be written to."""
-    return {entry["name"]: _unpack(entry, buffer) for entry, buffer in zip(json.loads(header), buffers, strict=True)}
+    """The rows that `pack` was given. Arrays are views of the buffers and cannot be written to.
+
+    Raises:
+        ValueError: the header does not describe these buffers to the last byte.
+    """
+    try:
+        entries = json.loads(header)
+        rows = {entry["name"]: _unpack(entry, buffer) for entry, buffer in zip(entries, buffers, strict=True)}
+        named = len(rows) == len(entries) and all(isinstance(name, str) for name in rows)
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"the header of a packet is none: {type(error).__name__}: {error}") from error
+    if not named:
+        raise ValueError("the header of a packet does not name each of its columns once")
+    num_rows(rows)
+    return rows
 
 
 def _unpack(entry: dict[str, Any], buffer: Any) -> Column:
-    if entry["kind"] == "array":
-        return np.frombuffer(buffer, dtype=entry["dtype"]).reshape(entry["shape"])
-    if entry["kind"] == "arrays":
-        flat = np.frombuffer(buffer, dtype=entry["dtype"])
-        sizes = [int(np.prod(shape)) for shape in entry["shapes"]]
-        ends = np.cumsum([0, *sizes])
-        return [flat[ends[i] : ends[i + 1]].reshape(shape) for i, shape in enumerate(entry["shapes"])]
-    data = memoryview(buffer)
-    ends = np.cumsum([0, *entry["sizes"]])
-    values = [bytes(data[ends[i] : ends[i + 1]]) for i in range(len(entry["sizes"]))]
-    return values if entry["kind"] == "bytes" else [value.decode() for value in values]
+    kind, data = entry["kind"], memoryview(buffer)
+    if kind in ("array", "arrays"):
+        dtype = np.dtype(str(entry["dtype"]))
+        if dtype.hasobject or dtype.kind not in NUMBERS:
+            raise ValueError(f"the header of a packet names the type {entry['dtype']}, which is not one of numbers")
+        shapes = [entry["shape"]] if kind == "array" else entry["shapes"]
+        flat = np.frombuffer(data, dtype=dtype)
+        parts = _cut([math.prod(_counts(shape)) for shape in shapes], len(flat))
+        arrays = [flat[part].reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        if kind == "array" and not arrays[0].ndim:
+            raise ValueError("the header of a packet gives a column no rows")
+        return arrays[0] if kind == "array" else arrays
+    if kind not in ("bytes", "text"):
+        raise ValueError(f"the header of a packet names the kind {kind!r}, which there is not")
+    values = [bytes(data[part]) for part in _cut(_counts(entry["sizes"]), len(data))]
+    return values if kind == "bytes" else [value.decode() for value in values]
+
+
+def _counts(values: Sequence[Any]) -> Sequence[int]:
+    """The numbers of a header, none below zero: a slice would count that from the end, and a shape guess it."""
+    if not isinstance(values, list) or any(type(value) is not int or value < 0 for value in values):
+        raise ValueError("the header of a packet holds sizes that are none")
+    return values
+
+
+def _cut(sizes: Sequence[int], whole: int) -> list[slice]:
+    """The places of parts of these sizes that lie end to end; together they are the whole."""
+    ends = [0, *accumulate(sizes)]
+    if ends[-1] != whole:
+        raise ValueError(f"the header of a packet speaks of {ends[-1]} values or bytes, and there are {whole}")
+    return [slice(start, stop) for start, stop in pairwise(ends)]

@@ -69,7 +69,7 @@ def register(folder: RunFolder) -> dict[str, Any]:
     verify(checkpoint)
     tags = {
         RUN_ID_TAG: folder.run_id,
-        WEIGHTS_TAG: read_state(checkpoint)["weights_sha256"],
+        WEIGHTS_TAG: read_state(checkpoint, "weights_sha256")["weights_sha256"],
         DATA_TAG: data_digest(folder),
         METRICS_TAG: json.dumps(end.metrics),
     }

@@ -96,7 +96,7 @@ def find_model(reference: str) -> Trained:
     if NAME.fullmatch(reference) and folder.spec.is_file():
         chosen = _best_checkpoint(folder)
         verify(chosen)
-        return _trained(reference, reference, chosen, read_state(chosen)["weights_sha256"], folder.path)
+        return _trained(reference, reference, chosen, read_state(chosen, "weights_sha256")["weights_sha256"], folder.path)
     version = registry.resolve(reference)
     files = registry.model_files(version)
     verify(files, registry.VERSION_FILES)

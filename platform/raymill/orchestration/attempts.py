@@ -5,7 +5,6 @@ Nothing of a dead attempt is used but what stands in the run's folder, so it doe
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 from raymill.checkpoint.directory import read_pointer, read_state
 from raymill.config.spec import JobSpec
-from raymill.errors import Interrupted, RaymillError
+from raymill.errors import CheckpointError, Interrupted, RaymillError
 from raymill.orchestration import retry
 from raymill.orchestration.retry import Failure
 from raymill.record.events import AttemptFailed, Event
@@ -46,8 +45,8 @@ def committed_step(folder: RunFolder) -> int:
     """The step of the newest checkpoint that is pointed at, or 0."""
     pointer = read_pointer(folder.checkpoints)
     try:
-        return int(read_state(folder.checkpoints / pointer.latest)["step"]) if pointer else 0
-    except (FileNotFoundError, json.JSONDecodeError):
+        return int(read_state(folder.checkpoints / pointer.latest, "step")["step"]) if pointer else 0
+    except CheckpointError:
         return 0
 
 

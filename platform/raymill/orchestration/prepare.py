@@ -16,6 +16,7 @@ from raymill.orchestration.cluster_facts import unsafe_variables
 from raymill.record.catalog import find_run, show_run
 from raymill.record.folder import RunFolder
 from raymill.task import Pipeline
+from raymill.tracking.mlflow_client import store_problems
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def prepare(job: load.LoadedJob, facts: ClusterFacts) -> Prepared:
     Raises:
         InputError: with everything that is wrong, the job's own problems included.
     """
-    problems = [*unsafe_variables(os.environ), *job.problems]
+    problems = [*unsafe_variables(os.environ), *store_problems(), *job.problems]
     pipeline = taken = None
     if job.is_sound("pipeline", "data"):
         try:
@@ -69,7 +70,7 @@ def prepare_resume(run_id: str, num_workers: int | None, facts: ClusterFacts) ->
     Raises:
         InputError: when there is no such run, it is finished, or its data changed.
     """
-    if problems := unsafe_variables(os.environ):
+    if problems := [*unsafe_variables(os.environ), *store_problems()]:
         raise InputError(problems)
     folder = find_run(run_id)
     recorded = read_record(folder.spec)

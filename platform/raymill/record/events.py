@@ -14,17 +14,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError
 
 from raymill.data.bad_rows import BadRow
 from raymill.errors import InputError, Problem
-from raymill.files import with_version, without_version
+from raymill.files import parse_json, with_version, without_version
 from raymill.record.folder import RunFolder
 
 WRITE_INTERVAL_S = 0.25
 
 Metrics = dict[str, float]
 """Name -> value, as "train/loss"."""
+
+
+def _writable(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, if a file can hold their texts; JSON can spell half a character, which none can."""
+    json.dumps(values, ensure_ascii=False).encode()
+    return values
 
 
 class Event(BaseModel):
@@ -101,7 +107,7 @@ class EvaluationDone(Event):
     epoch: int
     rows: int
     metrics: Metrics
-    totals: dict[str, Any] = {}
+    totals: Annotated[dict[str, Any], AfterValidator(_writable)] = {}
 
 
 class CheckpointSaved(Event):
@@ -336,7 +342,7 @@ def read_events(path: Path, offset: int = 0, limit: int | None = None) -> tuple[
                 break
             offset += len(line)
             try:
-                values = json.loads(line)
+                values = parse_json(line)
             except ValueError:
                 continue
             events.append(parse_event(values, f"{path}, the line before byte {offset}"))

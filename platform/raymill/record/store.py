@@ -58,7 +58,7 @@ def begin_attempt(folder: RunFolder) -> ResumePoint:
     folder.handover_request.unlink(missing_ok=True)
     notes: list[str] = []
     name = directory.find_latest(folder.checkpoints, notes.append)
-    position = directory.read_state(folder.checkpoints / name)["position"] if name else 0
+    position = directory.read_state(folder.checkpoints / name, "position")["position"] if name else 0
     events, _ = read_events(folder.events)
     refused = [event for event in events if isinstance(event, StepRefused) and event.policy == "rollback"]
     return ResumePoint(attempt, name, position, frozenset(event.position for event in refused), tuple(notes))

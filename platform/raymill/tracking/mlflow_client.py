@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raymill.errors import InputError, Problem
 from raymill.files import waiting_lock
 from raymill.paths import home
 
@@ -21,10 +23,43 @@ if TYPE_CHECKING:
 SETTINGS = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 """Environment variables under which raymill uses MLflow."""
 
+SQLITE = "sqlite:///"
+
+ADDRESS_MARKS = ("?", "%")
+"""What begins the query of an address, and an escape. All else of a path, such as a space or `#`, stands for itself."""
+
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, else a SQLite file in the state folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+    """MLFLOW_TRACKING_URI, else a SQLite file in the state folder.
+
+    Raises:
+        InputError: the state folder's path cannot be part of an address.
+    """
+    if problems := store_problems():
+        raise InputError(problems)
+    return _named_uri() or f"{SQLITE}{home() / 'mlflow.db'}"
+
+
+def store_problems() -> list[Problem]:
+    """Why the project's store could not be where it belongs, to be said before a run has begun."""
+    path = str(home())
+    if _named_uri() or not set(ADDRESS_MARKS) & set(path):
+        return []
+    # Escaped they would still be wrong: SQLAlchemy takes escapes for the characters, and MLflow makes a folder of that name.
+    expected = f"a path without {' or '.join(ADDRESS_MARKS)}, which have a meaning in the address of MLflow's store"
+    fix = "Name another folder with RAYMILL_HOME, or a store with MLFLOW_TRACKING_URI."
+    return [Problem("the state folder", path, expected, fix)]
+
+
+def _named_uri() -> str | None:
+    return os.environ.get("MLFLOW_TRACKING_URI")
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    """The file that an address of SQLite names; None where it is none, or one that only SQLAlchemy can read."""
+    path = uri.removeprefix(SQLITE)
+    plain = uri.startswith(SQLITE) and path not in ("", ":memory:") and not set(ADDRESS_MARKS) & set(path)
+    return Path(path) if plain else None
 
 
 @contextmanager
@@ -62,8 +97,8 @@ def connect() -> MlflowClient:
     import mlflow
 
     uri = tracking_uri()
-    if uri.startswith("sqlite:///"):
-        _make_store(Path(uri.removeprefix("sqlite:///")))
+    if path := _sqlite_path(uri):
+        _make_store(path)
     client = mlflow.MlflowClient(uri)
     client.search_experiments(max_results=1)
     return client
@@ -90,9 +125,10 @@ def _make_store(path: Path) -> None:
         if path.exists():
             return
         stage = path.with_name(f"{path.name}.stage")
-        for left in path.parent.glob(f"{stage.name}*"):
+        # SQLite keeps files of its own beside, with longer names.
+        for left in path.parent.glob(f"{escape(stage.name)}*"):
             left.unlink()
-        store = SqlAlchemyStore(f"sqlite:///{stage}", (home() / "artifacts").as_uri())  # type: ignore[no-untyped-call]
+        store = SqlAlchemyStore(f"{SQLITE}{stage}", (home() / "artifacts").as_uri())  # type: ignore[no-untyped-call]
         # Closed, so that all of it is in the one file.
         store.engine.dispose()
         stage.rename(path)

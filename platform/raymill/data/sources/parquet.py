@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raymill.data.arrow import arrow_type, columns_from_arrow, describe, digest_rows, fits, schema_problems, table_from_rows
-from raymill.data.rows import take
+from raymill.data.rows import num_rows, take
+from raymill.data.sources.parquet_index import ColumnChunk, read_index
 from raymill.errors import DataError, InputError, Problem, did_you_mean
 from raymill.task import Field, Fragment, Rows, Schema
 
@@ -30,7 +31,9 @@ from raymill.task import Field, Fragment, Rows, Schema
 class ParquetSource:
     """The rows of all Parquet files of a folder; a fragment is a row group.
 
-    A fragment's path is the file's path inside the folder, so that a data set keeps its identity when it is moved.
+    A fragment's path is the file's path inside the folder, so that a data set keeps its identity when it is moved. A file may
+    be a link to one elsewhere: data sets are often put together so, and whoever may write in the folder says what the data
+    are anyway. (The files of checkpoints and model versions may not, see `checkpoint.directory`.)
 
     Attributes:
         folder: holds the files.
@@ -70,14 +73,16 @@ class ParquetSource:
         """
         path = str(Path(self.folder, fragment.path))
         where = f"{path}, row group {fragment.part}"
+        fix = "Restore this file from its source, then resume."
         try:
             footer = read_footer(path)
             if footer.identity != fragment.identity:
                 raise DataError(f"{where}: the file has changed since the run's manifest was taken. Start a new run.")
             rows = columns_from_arrow(read_group(path, footer, fragment.part, list(self.schema)), self.schema)
         except DAMAGE as error:
-            fix = "Restore this file from its source, then resume."
             raise DataError(f"{where}: cannot be read: {error}. {fix}") from error
+        if (found := num_rows(rows)) != fragment.num_rows:
+            raise DataError(f"{where}: {found} rows were read where the file's index says {fragment.num_rows}. {fix}")
         if problems := schema_problems(rows, self.schema, where):
             raise DataError("\n".join(map(str, problems)))
         return rows
@@ -100,6 +105,15 @@ DAMAGE = (OSError, pa.ArrowException, ValueError)
 """What opening or decoding a damaged file raises."""
 
 
+MOST_ROWS_OF_A_GROUP = 2**31 - 1
+"""A row group is read at once, and its values are counted in 32 bits."""
+
+MOST_ROWS_PER_BYTE = 2**16
+"""Of a file. Repeated values take next to nothing, but no writer puts more of them into a byte; memory is set aside for what a
+footer claims, so a claim has to cost something."""
+
+MOST_GROUPS_PER_FILE = 100_000
+
 RESTORE = "Restore the file from its source, or delete the data set's folder and run `raymill data get`."
 
 
@@ -109,11 +123,15 @@ class Footer:
 
     Attributes:
         identity: of the file's size and the footer's bytes.
+        size_bytes: of the file.
+        index: the same as bytes.
     """
 
     metadata: pq.FileMetaData
     schema: pa.Schema
     identity: str
+    size_bytes: int
+    index: bytes
 
 
 def read_footer(path: str) -> Footer:
@@ -139,9 +157,10 @@ def _parse_footer(path: str, size_bytes: int, mtime_ns: int) -> Footer:
         raise ValueError(f"the types of its columns cannot be read: {type(error).__name__}: {error}") from error
     with open(path, "rb") as raw:
         raw.seek(-8 - metadata.serialized_size, os.SEEK_END)
-        digest = hashlib.sha256(raw.read())
+        end = raw.read()
+    digest = hashlib.sha256(end)
     digest.update(str(size_bytes).encode())
-    return Footer(metadata, schema, digest.hexdigest()[:16])
+    return Footer(metadata, schema, digest.hexdigest()[:16], size_bytes, end[: metadata.serialized_size])
 
 
 def read_group(path: str, footer: Footer, group: int, columns: list[str]) -> pa.Table:
@@ -164,25 +183,59 @@ def inspect_file(path: Path, name: str, schema: Schema) -> tuple[list[Fragment],
         footer = read_footer(str(path))
     except DAMAGE as error:
         return [], [Problem(str(path), str(error).rstrip("."), "a whole Parquet file", RESTORE)]
-    problems = _type_problems(path, footer.schema, schema)
-    problems += _value_problems(path, footer, schema)
     metadata = footer.metadata
+    try:
+        groups = read_index(footer.index)
+    except ValueError as error:
+        return [], [Problem(str(path), str(error), "a whole Parquet file", RESTORE)]
+    if false := _false_claim(metadata, groups, footer.size_bytes):
+        return [], [Problem(str(path), false, "an index that fits the file", RESTORE)]
+    problems = _type_problems(path, footer.schema, schema)
+    problems += _value_problems(path, footer, schema, groups)
     leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     wanted = [i for i, leaf in enumerate(leaves) if leaf in schema or leaf.split(".")[0] in schema]
     fragments = []
     for part in range(metadata.num_row_groups):
         group = metadata.row_group(part)
         if group.num_rows:
-            num_bytes = sum(group.column(i).total_compressed_size for i in wanted)
+            num_bytes = sum(groups[part][i].compressed_bytes for i in wanted)
             fragments.append(Fragment(name, part, group.num_rows, num_bytes, footer.identity))
     return fragments, problems
+
+
+def _false_claim(metadata: pq.FileMetaData, groups: list[list[ColumnChunk]], size_bytes: int) -> str | None:
+    """What the index says that cannot be so, in words. All that is planned goes by it, long before a row is read."""
+    if len(groups) != metadata.num_row_groups:
+        return f"{metadata.num_row_groups} and {len(groups)} row groups"
+    if metadata.num_row_groups > MOST_GROUPS_PER_FILE:
+        return f"{metadata.num_row_groups} row groups; at most {MOST_GROUPS_PER_FILE} are read"
+    most_rows = min(MOST_ROWS_OF_A_GROUP, MOST_ROWS_PER_BYTE * size_bytes)
+    total_rows = 0
+    for part in range(metadata.num_row_groups):
+        group = metadata.row_group(part)
+        if not 0 <= group.num_rows <= most_rows:
+            return f"row group {part} of {group.num_rows} rows in a file of {size_bytes} bytes"
+        if len(groups[part]) != metadata.num_columns:
+            return f"row group {part} of {len(groups[part])} columns where the file has {metadata.num_columns}"
+        for column, chunk in enumerate(groups[part]):
+            if not 0 <= chunk.compressed_bytes <= size_bytes:
+                return f"row group {part}, column {column}: {chunk.compressed_bytes} bytes in a file of {size_bytes}"
+            # Memory is set aside for so many before any is read.
+            repeated = metadata.schema.column(column).max_repetition_level
+            if not (0 <= chunk.num_values <= most_rows and (repeated or chunk.num_values == group.num_rows)):
+                return f"row group {part}, column {column}: {chunk.num_values} values of {group.num_rows} rows"
+        total_rows += group.num_rows
+    return f"{metadata.num_rows} rows where its row groups have {total_rows}" if metadata.num_rows != total_rows else None
 
 
 def _type_problems(path: Path, found: pa.Schema, schema: Schema) -> list[Problem]:
     problems = []
     for name, field in schema.items():
         where = f"{path}: column {name!r}"
-        if name not in found.names:
+        if found.names.count(name) > 1:
+            fix = "Write the file again with each name once."
+            problems.append(Problem(where, f"{found.names.count(name)} columns of this name", describe(field), fix))
+        elif name not in found.names:
             problems.append(Problem(where, "no such column", describe(field), did_you_mean(name, found.names)))
         elif not fits(found.field(name).type, field):
             expected = f"{arrow_type(field)} ({describe(field)})"
@@ -191,17 +244,18 @@ def _type_problems(path: Path, found: pa.Schema, schema: Schema) -> list[Problem
     return problems
 
 
-def _value_problems(path: Path, footer: Footer, schema: Schema) -> list[Problem]:
+def _value_problems(path: Path, footer: Footer, schema: Schema, groups: list[list[ColumnChunk]]) -> list[Problem]:
     """Nulls, and labels outside their classes, from the footer's statistics; without them the column is read."""
     metadata = footer.metadata
     problems = []
     for i in range(metadata.num_columns):
         name = metadata.schema.column(i).path
         field = schema.get(name)
-        if field is None or not fits(footer.schema.field(name).type, field):
+        places = footer.schema.get_all_field_indices(name)
+        if field is None or len(places) != 1 or not fits(footer.schema.field(places[0]).type, field):
             continue
-        statistics = [metadata.row_group(part).column(i).statistics for part in range(metadata.num_row_groups)]
-        if num_nulls := sum(found.null_count or 0 for found in statistics if found is not None):
+        statistics = [group[i] for group in groups]
+        if num_nulls := sum(max(0, found.num_nulls) for found in statistics):
             where = f"{path}: column {name!r}"
             problems.append(Problem(where, f"{num_nulls} nulls", describe(field), "Drop or fill these rows."))
         elif field.classes is not None and not field.shape:
@@ -209,11 +263,11 @@ def _value_problems(path: Path, footer: Footer, schema: Schema) -> list[Problem]
     return problems
 
 
-def _label_problems(path: Path, footer: Footer, name: str, field: Field, statistics: list[pq.Statistics | None]) -> list[Problem]:
+def _label_problems(path: Path, footer: Footer, name: str, field: Field, statistics: list[ColumnChunk]) -> list[Problem]:
     ranges: dict[int, tuple[int, int]] = {}
     for part, found in enumerate(statistics):
-        if found is not None and found.has_min_max:
-            ranges[part] = (found.min, found.max)
+        if limits := found.limits(signed=np.dtype(field.dtype).kind != "u"):
+            ranges[part] = limits
         elif footer.metadata.row_group(part).num_rows:
             try:
                 rows = columns_from_arrow(read_group(str(path), footer, part, [name]), {name: field})
@@ -251,6 +305,10 @@ def write_parquet(folder: Path, rows: Rows, schema: Schema, *, num_shards: int, 
         problems.append(Problem(str(folder), f"{num_shards} shards", f"1 to {count}", fix))
     if row_group_rows < 1:
         problems.append(Problem(str(folder), f"row groups of {row_group_rows} rows", "at least 1", "Use 1000 or so."))
+    for name, field in schema.items():
+        if 0 in field.shape and None not in field.shape:
+            where, fix = f"{folder}: column {name!r}", "Leave the column out: its values hold nothing."
+            problems.append(Problem(where, describe(field), "extents of at least 1", fix))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         problems.append(Problem(str(folder), "something there already", "no folder, or an empty one", "Delete it first."))
     if problems:
