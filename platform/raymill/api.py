@@ -283,7 +283,7 @@ def _console(quiet: bool) -> Console | None:
         return None
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, markup=False, emoji=False)
 
 
 def _watch(stack: ExitStack, console: Console | None, in_process: bool) -> runner.Watch:

@@ -18,14 +18,39 @@ FORMAT_VERSION = 1
 
 VERSION_FIELD = "format_version"
 
+
+class NoRecordError(InputError):
+    """JSON, but no object: nothing that any version of raymill wrote."""
+
+
 STAGE = ".stage-"
 """What the names of unfinished files and folders begin with."""
+
+
+def make_private_folder(path: Path) -> None:
+    """Make a folder and what is missing above it, for this user alone. One that is there stays as it is.
+
+    Raises:
+        InputError: it cannot be made there.
+    """
+    try:
+        if not path.parent.exists():
+            make_private_folder(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        fix = "Name another folder with RAYMILL_HOME, or correct what is there."
+        raise InputError([Problem(str(path), error.strerror or str(error), "a folder that can be made", fix)]) from error
+
+
+def private(path: str | Path, flags: int) -> int:
+    """Open a file that, where it is new, is this user's alone; an `opener` for `open`."""
+    return os.open(path, flags, 0o600)
 
 
 def replace_file(path: Path, content: str) -> None:
     """Replace a small file so that a kill at any moment leaves the old or the new content."""
     staged = path.with_name(f"{STAGE}{path.name}.{os.getpid()}")
-    with open(staged, "w") as file:
+    with open(staged, "w", opener=private) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -57,7 +82,11 @@ def read_record(path: Path) -> dict[str, Any]:
         FileNotFoundError, ValueError: it is not there, or not JSON.
         InputError: this raymill does not know the version of its format.
     """
-    return without_version(json.loads(path.read_text()), str(path))
+    try:
+        record = json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
+    return without_version(record, str(path))
 
 
 def with_version(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,6 +105,7 @@ def without_version(record: Any, where: str) -> dict[str, Any]:
         InputError: the version is missing or another one; says what to do.
     """
     found = record.get(VERSION_FIELD) if isinstance(record, dict) else None
+    refusal = InputError if isinstance(record, dict) else NoRecordError
     if found == FORMAT_VERSION:
         return {name: value for name, value in record.items() if name != VERSION_FIELD}
     if isinstance(found, int) and found > FORMAT_VERSION:
@@ -83,7 +113,7 @@ def without_version(record: Any, where: str) -> dict[str, Any]:
     else:
         fix = "It was written by a raymill older than 0.2, or is damaged: train again with this version."
     expected = f"{VERSION_FIELD} {FORMAT_VERSION}, which this raymill reads"
-    raise InputError([Problem(where, f"{VERSION_FIELD} {found}", expected, fix)])
+    raise refusal([Problem(where, f"{VERSION_FIELD} {found}", expected, fix)])
 
 
 # ---------------------------------------------------------------- locks

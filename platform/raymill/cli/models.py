@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from raymill.cli.output import JsonOption, ModelArgument, emit, errors, show_table, show_values
+from raymill.cli.output import JsonOption, ModelArgument, emit, errors, plain_console, show_table, show_values
 
 app = typer.Typer(help="Browse registered models.", no_args_is_help=True)
 
@@ -47,5 +46,5 @@ def ui(port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 5000) -> N
     with errors(False):
         from raymill.tracking.ui import serve_ui
 
-        Console(stderr=True).print(f"MLflow: http://127.0.0.1:{port}  (Ctrl-C ends it)", highlight=False)
+        plain_console(stderr=True).print(f"MLflow: http://127.0.0.1:{port}  (Ctrl-C ends it)")
         serve_ui(port)

@@ -3,7 +3,8 @@
 What a plain word means follows the core schema of YAML 1.2, so `1e-4` and `1e3` are floats, only true and false are
 booleans, and `yes`, `on`, `12:30`, `1_000` and `2024-01-01` are strings. Refused, with the field and the reason:
 duplicate keys, keys that are not text, tags, anchors and aliases, directives, a second document, byte order marks,
-numbers that JSON cannot hold, and whole numbers with a leading zero (`010` is 8 in YAML 1.1 and 10 in 1.2).
+numbers that JSON cannot hold, whole numbers with a leading zero (`010` is 8 in YAML 1.1 and 10 in 1.2), and texts with what no
+file name or message can hold (`"\\0"`, halves of surrogate pairs).
 
 Values are built from the stream of parser events, so nothing is ever constructed by tag, and a file that nests or
 repeats without end stops at the first event that goes too far.
@@ -25,6 +26,7 @@ MAX_BYTES = 64 * 1024
 MAX_DEPTH = 32
 MAX_INTEGER_BITS = 64
 
+_NO_CHARACTER = re.compile(r"[\0\ud800-\udfff]")
 _CONSTANTS: dict[str, bool | None] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -137,6 +139,8 @@ class _Builder:
             line = event.start_mark.line + 1
             if not isinstance(event, yaml.ScalarEvent) or event.tag is not None or event.anchor is not None:
                 raise _refusal("a key that is not plain text", event)
+            if _NO_CHARACTER.search(event.value):
+                raise _refusal("a key with a character that is none", event)
             key, path = event.value, _join(field, event.value)
             if key in items:
                 found = f"the key {key!r} twice, on lines {first_lines[key]} and {line}"
@@ -150,6 +154,9 @@ class _Builder:
         return items
 
     def scalar(self, event: Any, field: str) -> Any:
+        if _NO_CHARACTER.search(event.value):
+            self.refuse(field, _short(repr(event.value)), "text without NUL or half a character", "Remove it.")
+            return ""
         if event.style is not None or event.tag is not None:
             return event.value
         value = _plain(event.value)

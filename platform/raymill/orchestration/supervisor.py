@@ -15,7 +15,7 @@ from typing import Any
 
 from raymill import errors
 from raymill.errors import Interrupted, RaymillError, StallError
-from raymill.files import read_record
+from raymill.files import private, read_record
 from raymill.orchestration.attempts import Show, committed_step, run_attempts, stop_on_signal
 from raymill.orchestration.on_ray import driver, ray_session
 from raymill.orchestration.prepare import Prepared
@@ -57,7 +57,7 @@ def supervise(folder: RunFolder, prepared: Prepared, show: Show) -> dict[str, An
 def _attempt(folder: RunFolder, monitor: _EventMonitor) -> RaymillError | None:
     """Start a driver and watch it to its end; returns why it failed, or None when the run is finished."""
     folder.failure.unlink(missing_ok=True)
-    with open(folder.ray_log, "ab") as log:
+    with open(folder.ray_log, "ab", opener=private) as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "raymill.orchestration.on_ray.driver", str(folder.path)],
             stdin=subprocess.DEVNULL,
