@@ -231,7 +231,7 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> tuple[frozens
     problems = []
     for override in overrides:
         name, equals, text = override.partition("=")
-        where = f"--set {name}"
+        where = f"--set {name if len(name) <= MAX_SHOWN_LETTERS else shortened(name)}"
         if not equals or not _FIELD_PATH.fullmatch(name):
             fix = "Write for example --set loop.epochs=1."
             shown = override if len(override) <= MAX_SHOWN_LETTERS and override.isprintable() else shortened(override)
