@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
@@ -19,7 +20,7 @@ from raymill.config.plan import ClusterFacts
 from raymill.errors import InputError, RunError, did_you_mean
 from raymill.files import write_record
 from raymill.orchestration.prepare import prepare_resume
-from raymill.record import catalog, store
+from raymill.record import store
 from raymill.record.catalog import find_run, list_runs, show_run
 from raymill.record.events import (
     AttemptStarted,
@@ -139,8 +140,6 @@ def test_damaged_lines_of_events_are_counted_and_the_next_attempt_is_told() -> N
 
 
 def test_a_pid_that_another_process_has_now_keeps_no_run_running() -> None:
-    import psutil
-
     started_s = psutil.Process().create_time()
     for at_s, status in ((started_s, "running"), (started_s - 1000, "interrupted"), (None, "running")):
         again = START.model_copy(update={"pid": os.getpid(), "process_started_s": at_s})
@@ -339,7 +338,3 @@ def test_a_suggestion_does_not_depend_on_capitals() -> None:
 def test_a_field_of_a_section_is_suggested_with_its_section(given: str, meant: str) -> None:
     (problem,) = refused("check", "smoke", "--set", given)
     assert f"Did you mean '{meant}'?" in problem["fix"]
-
-
-def test_catalogue_of_no_runs_is_empty() -> None:
-    assert catalog.list_runs() == []

@@ -117,7 +117,7 @@ def test_what_is_hidden_is_refused_too(key: str) -> None:
     assert list(find_secrets(values)) == [f"data.deep.0.{key}"]
 
 
-def test_a_job_may_name_keys_and_is_refused_with_a_secret_that_no_message_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_may_name_keys_and_is_refused_with_a_secret_that_no_message_repeats() -> None:
     with pytest.raises(InputError) as caught:
         load_job("smoke", ["data.keys=[image, label]", f"data.dbpassword={SECRET}"])
     found = {problem.where: problem for problem in caught.value.problems}
@@ -138,8 +138,10 @@ def test_the_records_beside_a_model_are_those_of_the_run(tmp_path: Path) -> None
     }
     for path, values in records.items():
         write_record(path, values)
-    registration._files_beside(folder, checkpoint, tmp_path)
-    assert {path: read_record(tmp_path / path.name) for path in records} == records
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    registration._files_beside(folder, checkpoint, beside)
+    assert {path: read_record(beside / path.name) for path in records} == records
 
 
 # ---------------------------------------------------------------- ways out
