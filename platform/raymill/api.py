@@ -179,7 +179,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """One of "starting", "running", "finished", "interrupted" or "failed"."""
+        """As in `raymill.record.catalog.show_run`: "running", "finished", "interrupted", "failed" and so on."""
         return str(self.facts()["status"])
 
     @property

@@ -18,11 +18,6 @@ FORMAT_VERSION = 1
 
 VERSION_FIELD = "format_version"
 
-
-class NoRecordError(InputError):
-    """JSON, but no object: nothing that any version of raymill wrote."""
-
-
 STAGE = ".stage-"
 """What the names of unfinished files and folders begin with."""
 
@@ -105,7 +100,6 @@ def without_version(record: Any, where: str) -> dict[str, Any]:
         InputError: the version is missing or another one; says what to do.
     """
     found = record.get(VERSION_FIELD) if isinstance(record, dict) else None
-    refusal = InputError if isinstance(record, dict) else NoRecordError
     if found == FORMAT_VERSION:
         return {name: value for name, value in record.items() if name != VERSION_FIELD}
     if isinstance(found, int) and found > FORMAT_VERSION:
@@ -113,7 +107,7 @@ def without_version(record: Any, where: str) -> dict[str, Any]:
     else:
         fix = "It was written by a raymill older than 0.2, or is damaged: train again with this version."
     expected = f"{VERSION_FIELD} {FORMAT_VERSION}, which this raymill reads"
-    raise refusal([Problem(where, f"{VERSION_FIELD} {found}", expected, fix)])
+    raise InputError([Problem(where, f"{VERSION_FIELD} {found}", expected, fix)])
 
 
 # ---------------------------------------------------------------- locks
@@ -127,7 +121,7 @@ def run_lock(path: Path) -> Iterator[None]:
         RunError: when another process holds it; names the process.
     """
     holder = path.read_text() if path.exists() else ""
-    lock = FileLock(path, blocking=False)
+    lock = FileLock(path, mode=0o600, blocking=False)
     try:
         lock.acquire()
     except Timeout as error:
@@ -144,5 +138,5 @@ def run_lock(path: Path) -> Iterator[None]:
 @contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
     """Hold a lock file, once whoever holds it now lets go of it."""
-    with FileLock(path):
+    with FileLock(path, mode=0o600):
         yield

@@ -18,7 +18,7 @@ from raymill import api
 from raymill.cli.app import app
 from raymill.config.plan import ClusterFacts
 from raymill.errors import InputError, RunError, did_you_mean
-from raymill.files import write_record
+from raymill.files import run_lock, write_record
 from raymill.orchestration.prepare import prepare_resume
 from raymill.record import store
 from raymill.record.catalog import find_run, list_runs, show_run
@@ -244,6 +244,8 @@ def test_the_state_folder_and_its_files_are_the_users_alone(state_folder: Path) 
         assert mode(path) == 0o700, path
     for path in (folder.events, folder.spec):
         assert mode(path) == 0o600, path
+    with run_lock(folder.driver_lock):
+        assert mode(folder.driver_lock) == 0o600
     with mlflow_client.mlflow_settings():
         mlflow_client.connect()
     assert mode(state_folder / "mlflow.db") == 0o600

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raymill.errors import InputError, Problem, did_you_mean
-from raymill.files import NoRecordError, read_record
+from raymill.files import read_record
 from raymill.record.events import AttemptStarted, Event, RunFinished, RunStopped, read_events, scan_events
 from raymill.record.folder import RunFolder, is_run_id, run_folder, runs_folder
 from raymill.record.processes import ProcessId
@@ -95,14 +95,12 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "version": None,
     }
     try:
-        facts["name"] = read_record(folder.spec)["name"]
-        facts["mlflow_run_id"] = _record(folder.delivery).get("mlflow_run_id")
-        if made := _record(folder.model_version):
+        facts["name"] = _record(folder.spec)["name"]
+        facts["mlflow_run_id"] = _record_if_there(folder.delivery).get("mlflow_run_id")
+        if made := _record_if_there(folder.model_version):
             facts["version"] = f"{made['name']}/{made['version']}"
         read = scan_events(folder.events)
     except InputError as error:
-        if isinstance(error, NoRecordError):
-            return facts | {"status": "damaged", "message": str(error.problems[0])}
         return facts | {"status": "unreadable", "message": str(error.problems[0])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         return facts | {"status": "damaged", "message": f"a file of the run cannot be read: {type(error).__name__}: {error}"}
@@ -128,5 +126,12 @@ def _take_in(facts: dict[str, Any], event: Event) -> None:
         facts["status"] = "finished"
 
 
+def _record_if_there(path: Path) -> dict[str, Any]:
+    return _record(path) if path.exists() else {}
+
+
 def _record(path: Path) -> dict[str, Any]:
-    return read_record(path) if path.exists() else {}
+    # Of another version is only what could be a record at all.
+    if not path.read_text().lstrip().startswith("{"):
+        raise ValueError(f"{path} holds no JSON object")
+    return read_record(path)
