@@ -179,7 +179,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """See `raymill.record.catalog.show_run`: "starting", "running", "finished", "interrupted", "failed", "unreadable"."""
+        """As in `raymill.record.catalog.show_run`: "running", "finished", "interrupted", "failed" and so on."""
         return str(self.facts()["status"])
 
     @property
@@ -283,7 +283,7 @@ def _console(quiet: bool) -> Console | None:
         return None
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, markup=False, emoji=False)
 
 
 def _watch(stack: ExitStack, console: Console | None, in_process: bool) -> runner.Watch:

@@ -167,7 +167,9 @@ def from_record(record: Mapping[str, Any]) -> RaymillError:
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """The sentence that leads from a wrong name to the right one."""
     names = sorted(valid)
-    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    # Of names that differ only in capitals, the first is meant as well as any.
+    by_letters = {known.lower(): known for known in reversed(names)}
+    near = get_close_matches(name.lower(), by_letters, n=1, cutoff=0.5)
     if near:
-        return f"Did you mean {near[0]!r}?"
+        return f"Did you mean {by_letters[near[0]]!r}?"
     return f"Valid names: {', '.join(names) or '(none)'}."

@@ -23,10 +23,30 @@ STAGE = ".stage-"
 """What the names of unfinished files and folders begin with."""
 
 
+def make_private_folder(path: Path) -> None:
+    """Make a folder and what is missing above it, for this user alone. One that is there stays as it is.
+
+    Raises:
+        InputError: it cannot be made there.
+    """
+    try:
+        if not path.parent.exists():
+            make_private_folder(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        fix = "Name another folder with RAYMILL_HOME, or correct what is there."
+        raise InputError([Problem(str(path), error.strerror or str(error), "a folder that can be made", fix)]) from error
+
+
+def private(path: str | Path, flags: int) -> int:
+    """Open a file that, where it is new, is this user's alone; an `opener` for `open`."""
+    return os.open(path, flags, 0o600)
+
+
 def replace_file(path: Path, content: str) -> None:
     """Replace a small file so that a kill at any moment leaves the old or the new content."""
     staged = path.with_name(f"{STAGE}{path.name}.{os.getpid()}")
-    with open(staged, "w") as file:
+    with open(staged, "w", opener=private) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -78,7 +98,11 @@ def read_record(path: Path) -> dict[str, Any]:
         FileNotFoundError, ValueError: it is not there, or not JSON.
         InputError: this raymill does not know the version of its format.
     """
-    return without_version(parse_json(path.read_bytes()), str(path))
+    try:
+        record = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return without_version(record, str(path))
 
 
 def with_version(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +142,7 @@ def run_lock(path: Path) -> Iterator[None]:
     Raises:
         RunError: when another process holds it; names the process.
     """
-    lock = FileLock(path, blocking=False)
+    lock = FileLock(path, mode=0o600, blocking=False)
     try:
         lock.acquire()
     except Timeout as error:
@@ -136,5 +160,5 @@ def run_lock(path: Path) -> Iterator[None]:
 @contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
     """Hold a lock file, once whoever holds it now lets go of it."""
-    with FileLock(path):
+    with FileLock(path, mode=0o600):
         yield

@@ -84,8 +84,12 @@ def init_project(folder: Path, job: str = DEMO) -> dict[str, str]:
     problems = []
     if template not in known:
         problems.append(Problem("--from", repr(job), "a job of the catalogue", did_you_mean(job, [DEMO, *known])))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        problems.append(Problem(str(folder), "something there already", "a new or empty folder", "Name another one."))
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            problems.append(Problem(str(folder), "something there already", "a new or empty folder", "Name another one."))
+    except OSError as error:  # such as a name that is too long for any file
+        found = error.strerror or str(error)
+        problems.append(Problem(str(folder), found, "a folder that can be made", "Name another one."))
     if not NAME.fullmatch(folder.resolve().name):
         expected = "letters, digits, '.', '_' or '-', beginning with a letter or digit"
         problems.append(Problem(str(folder), f"the name {folder.resolve().name!r}", expected, "Name another one."))

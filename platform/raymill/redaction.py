@@ -1,20 +1,85 @@
-"""Secrets: what looks like one, by its key or as a URI with a password, and how it is kept out of what is written down."""
+"""Secrets: what looks like one, and how it is kept out of whatever leaves a process: records, messages, logs, MLflow.
+
+One predicate, `is_secret`, decides about a key and its value; a job is refused by it (`find_secrets`) and records are redacted by
+it (`redact`). Of a text only the part that looks like a secret is replaced (`redact_text`), so that a message stays a message.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
 from typing import Any
+from urllib.parse import unquote
 
-_SECRET_WORDS = {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials", "apikey"}
-_SECRET_ENDINGS = {"key", "keys", "token"}
-_URI_WITH_PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@", re.IGNORECASE)
-_HIDDEN = "***"
+HIDDEN = "***"
+
+MIN_VARIABLE_LETTERS = 6
+"""Shorter values of secret-looking environment variables are not looked for in text: they would be found in any word."""
+
+_ALWAYS = re.compile(
+    r".*(?:password|passwd|passphrase|pwd|secret|credential|(?:api|access|secret|private|account)key"
+    r"|(?:access|api|auth|bearer|refresh|session)token)s?"
+)
+"""A word in a key that says that its value is a secret, whatever kind of value it is."""
+
+_OF_TEXT = {"key", "keys", "token", "tokens", "auth", "authorization", "pat", "dsn"}
+"""Last words of keys under which a text is a secret. Numbers and lists are settings: `pad_token: 0`, `keys: [image, label]`."""
+
+_ABOUT = {"file", "path", "folder", "length", "column", "columns", "field", "fields", "env", "variable"}
+"""Last words of keys that speak of a secret without holding it: `password_file`, `key_columns`."""
+
+_COUNTS = {"num", "max", "min"}
+_SIGNATURES = {"sig", "signature"}
+_NO_TEXT = re.compile(r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?")
+_NO_SECRET = {"", "none", "null", "true", "false", HIDDEN}
+_NOT_ENVIRONMENT_SECRETS = {"PWD", "OLDPWD"}
+
+# Lengths are bounded, so that no text takes more than linear time.
+_PASSWORD_OF_URI = re.compile(
+    r"""(?<=://)([^/\s:@"'<>]{0,256}:)(?!\d+[/?\#]|\*\*\*@)(?:[^\s"'<>/]{1,512}(?=@)|[^\s"'<>@]{1,512}(?=@))"""
+)
+_USER_OF_WEB_ADDRESS = re.compile(r"""(https?://)(?!\*\*\*@)[^/\s:@"'<>]{1,512}(?=@)""", re.IGNORECASE)
+_BEARER = re.compile(r"\b(bearer\s+)(?!(?:token|auth)\w*\b)[\w.~+/=-]{1,4096}", re.IGNORECASE)
+_NAME = re.compile(r"""(?<![\w.-])([\w.-]{1,100})(\\?["']?(?:\s{0,2}=(?!=)\s{0,2}|:\s{0,2}))""")
+_VALUE = re.compile(r"""\\?"(?P<double>[^"\n]*)"?|\\?'(?P<single>[^'\n]*)'?|\{[^}]*\}|[^\s;"'<>]+(?=;)|[^\s&;,"'<>]+""")
+_QUOTE = re.compile(r"""(?:\\?["'])?""")
+_SCHEME = re.compile(r"(?:basic|bearer|digest|token)\s+", re.IGNORECASE)
+
+
+def is_secret(key: str, value: Any) -> bool:
+    """Whether a value under this key looks like a secret."""
+    words = _words(key)
+    if not words or value is None or isinstance(value, bool) or words[-1] in _ABOUT:
+        return False
+    if isinstance(value, str) and value.lower() in _NO_SECRET:
+        return False
+    if any(_ALWAYS.fullmatch(word) for word in words) and words[0] not in _COUNTS:
+        return not isinstance(value, Mapping | Sequence) or bool(value)
+    return isinstance(value, str) and words[-1] in _OF_TEXT and words[0] not in _COUNTS
+
+
+def find_secrets(values: Any, path: str = "") -> Iterator[str]:
+    """The dotted paths of all values that look like secrets, in nested dicts and lists."""
+    items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list | tuple) else ()
+    for key, value in items:
+        place = f"{path}.{key}" if path else str(key)
+        hidden = isinstance(value, str) and _without_secrets(value) != value
+        if hidden or (isinstance(key, str) and is_secret(key, value)):
+            yield place
+        else:
+            yield from find_secrets(value, place)
 
 
 def redact(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in which every value that looks like a secret, by its key or as a URI with a password, is "***"."""
-    return {key: _HIDDEN if is_secret(key, value) else _redacted(value) for key, value in values.items()}
+    """A copy in which every value that looks like a secret is "***", and every text is as `redact_text` leaves it.
+
+    For what goes out, never for a record that is read back: a job that holds a secret is refused before there is one.
+    """
+    return {key: HIDDEN if is_secret(key, value) else _redacted(value) for key, value in values.items()}
 
 
 def _redacted(value: Any) -> Any:
@@ -22,42 +87,118 @@ def _redacted(value: Any) -> Any:
         return redact(value)
     if isinstance(value, list | tuple):
         return [_redacted(item) for item in value]
-    if isinstance(value, str) and _URI_WITH_PASSWORD.search(value):
-        return _HIDDEN
-    return value
-
-
-def is_secret(key: str, value: Any) -> bool:
-    """Whether a value under this key looks like a secret."""
-    words = re.findall(r"[a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", key).lower())
-    if not words or value is None or isinstance(value, bool):
-        return False
-    # Numbers such as num_key or pad_token are settings; a number under "password" is not.
-    return bool(_SECRET_WORDS & set(words)) or (words[-1] in _SECRET_ENDINGS and not isinstance(value, int | float))
+    return redact_text(value) if isinstance(value, str) else value
 
 
 def redact_arguments(arguments: Sequence[str]) -> list[str]:
     """A command line in which every value that looks like a secret is "***"."""
     shown: list[str] = []
     for argument in arguments:
-        name, equals, value = argument.partition("=")
         option_before = shown[-1] if shown and shown[-1].startswith("-") and "=" not in shown[-1] else ""
-        if equals and is_secret(name, value):
-            shown.append(f"{name}={_HIDDEN}")
-        elif is_secret(option_before, argument):
-            shown.append(_HIDDEN)
-        else:
-            shown.append(_redacted(argument))
+        shown.append(HIDDEN if is_secret(option_before, argument) else _redacted_argument(argument))
     return shown
 
 
-def find_secrets(values: Any, path: str = "") -> Iterator[str]:
-    """The dotted paths of all values that look like secrets, in nested dicts and lists."""
-    items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in items:
-        place = f"{path}.{key}" if path else str(key)
-        if (isinstance(value, str) and _URI_WITH_PASSWORD.search(value)) or (
-            isinstance(value, str | int) and isinstance(key, str) and is_secret(key, value)
-        ):
-            yield place
-        yield from find_secrets(value, place)
+def _redacted_argument(argument: str) -> str:
+    names = argument.split("=")
+    for count in range(1, len(names)):
+        # All that follows the name is the value, spaces and further "=" included: --set=data.password=a b=c
+        if is_secret(names[count - 1], _typed("=".join(names[count:]))):
+            return "=".join([*names[:count], HIDDEN])
+    return redact_text(argument)
+
+
+# ---------------------------------------------------------------- text
+
+
+def redact_text(text: str) -> str:
+    """The text with "***" for each part that looks like a secret: in addresses, after names, and values of the environment."""
+    for value in _environment_secrets():
+        text = text.replace(value, HIDDEN)
+    return _without_secrets(text)
+
+
+def for_people(text: object) -> str:
+    """What may be printed of a text that came from a file, an event or an error: no secrets, nothing that steers a terminal."""
+    shown = "".join(letter if letter.isprintable() or letter in "\n\t" else "" for letter in str(text))
+    return redact_text(shown)
+
+
+def print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error with its traceback to stderr, without secrets; in the form of `sys.excepthook`."""
+    print(redact_text("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
+
+
+def _environment_secrets() -> list[str]:
+    """What stands in the environment under names that look secret, and the passwords in its addresses; the longest first."""
+    found = set()
+    for name, value in os.environ.items():
+        if name not in _NOT_ENVIRONMENT_SECRETS and is_secret(name, _typed(value)):
+            found.add(value)
+        elif "://" in value:
+            for match in _PASSWORD_OF_URI.finditer(value):
+                password = match.group()[len(match.group(1)) :]
+                found |= {password, unquote(password)}
+    return sorted((value for value in found if len(value) >= MIN_VARIABLE_LETTERS), key=lambda value: (-len(value), value))
+
+
+def _without_secrets(text: str) -> str:
+    text = _PASSWORD_OF_URI.sub(rf"\1{HIDDEN}", text)
+    text = _USER_OF_WEB_ADDRESS.sub(rf"\1{HIDDEN}", text)
+    text = _BEARER.sub(rf"\1{HIDDEN}", text)
+    return _without_named_secrets(text)
+
+
+def _without_named_secrets(text: str) -> str:
+    """Hide what stands after a name that says so: `password=x`, `'api_key': 'x'`, `?token=x&sig=y`, `Authorization: Basic x`."""
+    shown, done = [], 0
+    for name in _NAME.finditer(text):
+        if name.start() < done or not _announces_secret(text, name):
+            continue
+        scheme = _SCHEME.match(text, name.end())
+        start = scheme.end() if scheme else name.end()
+        value = _VALUE.match(text, start)
+        if value is None or not is_secret(_plain_name(name.group(1)), _typed(_unquoted(value))):
+            continue
+        quote = match.group() if (match := _QUOTE.match(value.group())) else ""
+        shown += [text[done:start], quote, HIDDEN, quote]
+        done = value.end()
+    return "".join([*shown, text[done:]])
+
+
+def _announces_secret(text: str, name: re.Match[str]) -> bool:
+    """Whether a name in a text is that of a value, not a word of a sentence such as `unexpected token: }`."""
+    words, separator = _words(name.group(1)), name.group(2)
+    if text[max(0, name.start() - 1) : name.start()] in ("?", "&"):
+        return True
+    if not words or words in (["key"], ["keys"], ["sig"], ["signature"]):
+        return False
+    if "'" in separator or '"' in separator:
+        return True
+    if ":" in separator and "." in name.group(1):
+        return False  # the place of a problem: "data.password: found a literal secret"
+    known = words == ["authorization"] or any(_ALWAYS.fullmatch(word) for word in words)
+    return known or (separator == "=" if len(words) == 1 else separator.strip() == "=" or ":" in separator)
+
+
+def _plain_name(name: str) -> str:
+    """The name; one of a signature in an address counts as a key."""
+    words = _words(name)
+    return f"{name}_key" if words and words[-1] in _SIGNATURES else name
+
+
+def _unquoted(value: re.Match[str]) -> str:
+    inner = value["double"] if value["double"] is not None else value["single"]
+    return value.group() if inner is None else inner.rstrip("\\")
+
+
+def _typed(text: str) -> Any:
+    """A text as `is_secret` asks for it: numbers and lists are no texts."""
+    if _NO_TEXT.fullmatch(text):
+        return float(text)
+    return [text] if text.startswith("[") else text
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name, in lower case: dbPassword, X-Amz-Signature, data.api_key."""
+    return re.findall(r"[a-z0-9]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())

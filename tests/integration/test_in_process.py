@@ -189,7 +189,7 @@ def spoil(rows, split, generator):
     return rows
 
 
-def points():
+def points() -> Pipeline:
     schema = {{"x": Field("float32", (3,)), "y": Field("float32")}}
     return Pipeline(sources={{"train": ArraySource("points", rows_of, 8)}}, schema=schema, transform=spoil)
 """

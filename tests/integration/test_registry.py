@@ -51,7 +51,7 @@ class Points:
         return {"x": np.full((fragment.num_rows, 3), fragment.part, np.float32)}
 
 
-def points():
+def points() -> Pipeline:
     return Pipeline(sources={"train": Points()}, schema={"x": Field("float32", (3,))})
 
 

@@ -52,7 +52,7 @@ def noisy(rows, split, generator):
     return {**rows, "x": rows["x"] + generator.normal(0, 0.1, rows["x"].shape).astype(np.float32)}
 
 
-def points(validate: bool = True):
+def points(validate: bool = True) -> Pipeline:
     splits = ROWS if validate else ["train"]
     schema = {"x": Field("float32", (5,)), "label": Field("int64", classes=2)}
     return Pipeline(

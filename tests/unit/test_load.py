@@ -39,10 +39,12 @@ TASK = """\
 import os
 from pathlib import Path
 
+from raymill.task import Task
+
 Path(os.environ["MARKER"]).write_text("imported")
 
 
-class Base:
+class Base(Task):
     def __init__(self, width: int, rate: float = 0.1, schema=None) -> None:
         self.width, self.schema = width, schema
 
@@ -64,11 +66,11 @@ PIPELINE = """\
 from raymill.task import Pipeline
 
 
-def digits(root: str | None = None):
+def digits(root: str | None = None) -> Pipeline:
     return Pipeline(sources={}, schema={})
 
 
-def wrong(root=None):
+def wrong(root=None) -> Pipeline:
     return 3
 """
 
@@ -511,7 +513,9 @@ def test_import_names_a_missing_library_and_a_module_from_another_project(projec
     monkeypatch.chdir(other)
     with pytest.raises(InputError, match="already imported from"):
         import_pipeline(spec)
-    (other / "pipelines/broken.py").write_text("import no_such_library\ndef make(): ...")
+    (other / "pipelines/broken.py").write_text(
+        "import no_such_library\nfrom raymill.task import Pipeline\ndef make() -> Pipeline: ..."
+    )
     for name in [name for name in sys.modules if name.partition(".")[0] == "pipelines"]:
         del sys.modules[name]
     with pytest.raises(InputError, match="no_such_library"):

@@ -198,7 +198,7 @@ def test_a_secret_in_an_event_is_not_sent_and_what_mlflow_has_no_place_for_is_pa
     append_event(folder, FirstStepDone(step=1))
     append_event(folder, CheckpointSaved(step=1, path="https://me:hunter2@host/x", best=False))
     assert opened(folder, store).deliver() == 2
-    assert store.tags == {"raymill.checkpoint.last": "***"}
+    assert store.tags == {"raymill.checkpoint.last": "https://me:***@host/x"}
     assert store.points == []
 
 
@@ -246,7 +246,7 @@ def delivered(folder: RunFolder, end: Event) -> WholeStore:
 def test_a_finished_run_is_finished_in_mlflow_before_its_model_is_registered() -> None:
     folder = new_run(register={"model": "digits", "alias": "candidate"})
     store = delivered(folder, RunFinished(best_checkpoint="checkpoints/step-1.1", metrics={"validation/loss": 0.25}))
-    assert store.log == ["spec.json", "pictures", "FINISHED", "register run-1"]
+    assert store.log == ["spec.json", "FINISHED", "register run-1", "pictures"]
     assert read_record(folder.model_version) == {"name": "digits", "version": 3, "alias": "candidate"}
     assert read_record(folder.delivery)["status"] == "FINISHED"
     assert ("final/validation/loss", 1, 0.25) in store.points
@@ -255,7 +255,7 @@ def test_a_finished_run_is_finished_in_mlflow_before_its_model_is_registered() -
 @pytest.mark.parametrize(
     ("end", "log"),
     [
-        (RunFinished(best_checkpoint=None, metrics={}), ["spec.json", "pictures", "FINISHED"]),
+        (RunFinished(best_checkpoint=None, metrics={}), ["spec.json", "FINISHED", "pictures"]),
         (RunStopped(reason="failed", message="rank 1 died"), ["FAILED"]),
         (RunStopped(reason="interrupted", message=""), ["KILLED"]),
     ],

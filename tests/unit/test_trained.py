@@ -125,7 +125,7 @@ def add_a_file(files: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (drop_checksums, r"no readable checksums\.json"),
+        (drop_checksums, r"no regular file checksums\.json"),
         (drop_weights, r"weights\.safetensors: missing"),
         (add_a_file, r"its checksums\.json names \['code\.py'"),
     ],

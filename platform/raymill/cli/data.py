@@ -6,6 +6,9 @@ import typer
 
 from raymill.cli.output import JobArgument, JsonOption, SetOption, emit, errors, overrides, show_values
 from raymill.errors import InputError, Problem
+from raymill.files import make_private_folder
+from raymill.paths import home
+from raymill.redaction import for_people
 
 app = typer.Typer(help="Get, check and look at data sets.", no_args_is_help=True)
 
@@ -21,8 +24,10 @@ def get(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -> 
         if pipeline.get is None:
             fix = "This job's data need no fetching, or you bring them."
             raise InputError([Problem(loaded.where("pipeline"), "a pipeline without `get`", "one that fetches data", fix)])
+        # Before the pipeline makes folders below it.
+        make_private_folder(home())
         folder = pipeline.get()
-        emit({"folder": str(folder)}, json_, lambda console: console.print(str(folder), highlight=False, soft_wrap=True))
+        emit({"folder": str(folder)}, json_, lambda console: console.print(for_people(folder), soft_wrap=True))
 
 
 @app.command("check")

@@ -19,9 +19,11 @@ from raymill.cli.output import (
     emit,
     errors,
     overrides,
+    plain_console,
     show_table,
 )
 from raymill.errors import InputError, Problem
+from raymill.redaction import for_people
 
 
 def init(
@@ -37,7 +39,7 @@ def init(
         next_steps = [f"cd {folder}", f"raymill train {made['job']} --in-process", f"raymill train {made['job']}"]
 
         def show(console: Console) -> None:
-            console.print("\n".join([f"made {folder}", "", "Next:", *(f"  {step}" for step in next_steps)]), highlight=False)
+            console.print("\n".join([f"made {folder}", "", "Next:", *(f"  {step}" for step in next_steps)]))
 
         emit({**made, "next": next_steps}, json_, show)
 
@@ -55,7 +57,7 @@ def check(job: JobArgument, set_: SetOption = None, workers: WorkersOption = Non
         emit(
             {"job": prepared.spec.name, "valid": True, "rows": rows, "problems": []},
             json_,
-            lambda console: console.print(f"{loaded.path}: valid; rows: {rows}", highlight=False),
+            lambda console: console.print(for_people(f"{loaded.path}: valid; rows: {rows}")),
         )
 
 
@@ -97,7 +99,7 @@ def train(
         if resume is not None and set_:
             fix = "Resume it as it was, or start a new run."
             raise InputError([Problem("--set", "--resume with changed values", "the values of the run", fix)])
-        console = Console(stderr=True)
+        console = plain_console(stderr=True)
         started_s = psutil.Process().create_time()
         if job is not None:
             summary = api.train_job(job, overrides(set_, workers), in_process=in_process, console=console, started_s=started_s)
@@ -113,7 +115,7 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
     for name in ("run_id", "status", "steps", "best_step", "weights_sha256", "rows_per_s", "seconds_to_first_step"):
         table.add_row(name, str(summary[name]))
     for name, value in summary["metrics"].items():
-        table.add_row(name, f"{value:.4f}")
+        table.add_row(for_people(name), f"{value:.4f}")
     table.add_row("rows", ", ".join(f"{name} {count}" for name, count in summary["rows"].items()))
     if summary["degraded"]:
         table.add_row("bad rows", f"{summary['bad_rows']['distinct']} left out ({summary['bad_rows']['policy']})")
@@ -122,12 +124,12 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
     if model:
         table.add_row("model", f"{model['name']} version {model['version']}, alias {model['alias']}")
     if "note" in summary:
-        table.add_row("note", summary["note"])
+        table.add_row("note", for_people(summary["note"]))
     console.print(table)
-    console.print("\nNext:", highlight=False)
+    console.print("\nNext:")
     if model:
-        console.print(f"  raymill evaluate {model['name']}@{model['alias']}", highlight=False)
-    console.print(f"  raymill runs show {summary['run_id']}\n  raymill ui", highlight=False)
+        console.print(f"  raymill evaluate {model['name']}@{model['alias']}")
+    console.print(f"  raymill runs show {summary['run_id']}\n  raymill ui")
 
 
 def list_jobs(json_: JsonOption = False) -> None:

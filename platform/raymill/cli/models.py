@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from raymill.cli.output import JsonOption, ModelArgument, emit, errors, show_table, show_values
+from raymill.cli.output import JsonOption, ModelArgument, emit, errors, plain_console, show_table, show_values
 
 app = typer.Typer(help="Browse registered models.", no_args_is_help=True)
 
@@ -48,6 +47,6 @@ def ui(port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 5000) -> N
         from raymill.tracking.ui import serve_ui
 
         def show(page: str) -> None:
-            Console(stderr=True).print(f"MLflow: {page}  (Ctrl-C ends it)", highlight=False, markup=False, soft_wrap=True)
+            plain_console(stderr=True).print(f"MLflow: {page}  (Ctrl-C ends it)", soft_wrap=True)
 
         serve_ui(port, show)

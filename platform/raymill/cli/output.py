@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raymill.errors import InputError, RaymillError
+from raymill.redaction import for_people, print_redacted, redact
 
 JobArgument = Annotated[str, typer.Argument(help="a job file, its folder, or the name of a folder in jobs/")]
 ModelArgument = Annotated[str, typer.Argument(help="name@alias, name/version, or a run id")]
@@ -28,9 +28,14 @@ InProcessOption = Annotated[bool, typer.Option("--in-process", help="one worker 
 def emit(result: dict[str, Any], as_json: bool, show: Callable[[Console], None]) -> None:
     """Print a result as JSON, or as people read it."""
     if as_json:
-        print(json.dumps(result, indent=1))
+        print(json.dumps(redact(result), indent=1))
     else:
-        show(Console())
+        show(plain_console())
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """Where people read. What is printed often comes from files and events, so no text is taken for markup or highlighted."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 @contextmanager
@@ -44,14 +49,14 @@ def errors(as_json: bool) -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        traceback.print_exception(error)
+        print_redacted(type(error), error, error.__traceback__)
         _fail(error, [], as_json, 1)
 
 
 def _fail(error: Exception, problems: list[dict[str, str]], as_json: bool, exit_code: int) -> None:
     if as_json:
-        print(json.dumps({"error": type(error).__name__, "message": str(error), "problems": problems}, indent=1))
-    Console(stderr=True).print(f"{type(error).__name__}: {error}", highlight=False, markup=False, soft_wrap=True)
+        print(json.dumps(redact({"error": type(error).__name__, "message": str(error), "problems": problems}), indent=1))
+    plain_console(stderr=True).print(for_people(f"{type(error).__name__}: {error}"), soft_wrap=True)
     raise typer.Exit(exit_code) from error
 
 
@@ -66,7 +71,7 @@ def show_values(console: Console, values: dict[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, dict):
             value = json.dumps(value, indent=1)
-        table.add_row(str(name), f"{value:.4f}" if isinstance(value, float) else str(value))
+        table.add_row(for_people(name), f"{value:.4f}" if isinstance(value, float) else for_people(value))
     console.print(table)
 
 
@@ -74,7 +79,7 @@ def show_table(console: Console, rows: list[dict[str, Any]], columns: tuple[str,
     """Print rows as a table."""
     table = Table(*columns, box=None, header_style="bold")
     for row in rows:
-        table.add_row(*(_short(row.get(column, "")) for column in columns))
+        table.add_row(*(for_people(_short(row.get(column, ""))) for column in columns))
     console.print(table)
 
 

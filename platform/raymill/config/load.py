@@ -34,6 +34,9 @@ from raymill.redaction import find_secrets
 if TYPE_CHECKING:
     from raymill.task import Pipeline, Schema, Task
 
+MAX_INDEX_DIGITS = 9
+MAX_SHOWN_LETTERS = 200
+
 _FIELD_PATH = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
 
 
@@ -147,7 +150,11 @@ def examine_job(job: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
     problems = [problem for problem in problems if not _within(problem.where, overridden)]
     unreadable = {name for name in document.unreadable if not _within(name, overridden)}
     spec, spec_problems = _validate(values)
-    judged = [*spec_problems, *check_names(values, packages), *_secret_problems(values)]
+    secrets = _secret_problems(values)
+    # What else is wrong with a secret is not said: it would be repeated.
+    hidden = {problem.where for problem in secrets}
+    others = [*spec_problems, *check_names(values, packages)]
+    judged = [*(problem for problem in others if not _within(problem.where, hidden)), *secrets]
     problems += [problem for problem in judged if problem.where not in unreadable]
     placed = (*_placed(problems, path, lines, overridden), *override_problems)
     faults = frozenset(problem.where for problem in problems)
@@ -248,10 +255,15 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> tuple[frozens
     problems = []
     for override in overrides:
         name, equals, text = override.partition("=")
-        where = f"--set {name}"
+        where = f"--set {name if len(name) <= MAX_SHOWN_LETTERS else shortened(name)}"
         if not equals or not _FIELD_PATH.fullmatch(name):
             fix = "Write for example --set loop.epochs=1."
-            problems.append(Problem(f"--set {override}", shortened(override), "a field path, '=', a value", fix))
+            shown = override if len(override) <= MAX_SHOWN_LETTERS and override.isprintable() else shortened(override)
+            problems.append(Problem(f"--set {shown}", shortened(override), "a field path, '=', a value", fix))
+            continue
+        if name.count(".") >= strict_yaml.MAX_DEPTH:
+            expected = f"at most {strict_yaml.MAX_DEPTH} levels"
+            problems.append(Problem(f"--set {shortened(name)}", f"{name.count('.') + 1} levels", expected, "Set a field above."))
             continue
         document = strict_yaml.parse(text.encode("utf-8", "surrogateescape"))
         problems += [replace(problem, where=where) for problem in document.problems]
@@ -274,17 +286,22 @@ def _set(values: dict[str, Any], parts: Sequence[str], value: Any) -> Problem | 
             if not last and inner.get(part) is None:
                 inner[part] = {}
             key: Any = part
-        elif isinstance(inner, list) and part.isdecimal() and int(part) < len(inner):
-            key = int(part)
+        elif isinstance(inner, list) and (index := _index(part)) is not None and index < len(inner):
+            key = index
         else:
             above = ".".join(parts[:depth])
             expected = f"a number below {len(inner)} after {above}" if isinstance(inner, list) else "no deeper field"
-            return Problem("", f"{part!r}, while {above} is {shortened(inner)}", expected, f"Set {above} itself.")
+            return Problem("", f"{shortened(part)}, while {above} is {shortened(inner)}", expected, f"Set {above} itself.")
         if last:
             inner[key] = value
         else:
             inner = inner[key]
     return None
+
+
+def _index(part: str) -> int | None:
+    """The number of an item of a list; None for what is none. Python refuses to convert thousands of digits."""
+    return int(part) if part.isdecimal() and len(part) <= MAX_INDEX_DIGITS else None
 
 
 def _secret_problems(values: dict[str, Any]) -> list[Problem]:
@@ -297,7 +314,7 @@ def _validate(values: dict[str, Any]) -> tuple[JobSpec | None, list[Problem]]:
     try:
         return JobSpec.model_validate(values), []
     except ValidationError as error:
-        return None, [_translated(dict(details)) for details in error.errors(include_url=False)]
+        return None, [_translated(dict(details), values) for details in error.errors(include_url=False)]
 
 
 def _without(values: dict[str, Any], faults: Collection[str]) -> dict[str, Any]:
@@ -310,8 +327,8 @@ def _without(values: dict[str, Any], faults: Collection[str]) -> dict[str, Any]:
     return kept
 
 
-def _translated(details: dict[str, Any]) -> Problem:
-    """One pydantic error in our terms."""
+def _translated(details: dict[str, Any], values: dict[str, Any]) -> Problem:
+    """One pydantic error about these values in our terms."""
     parts = [str(part) for part in details["loc"]]
     if parts[0] in ("optimizer", "schedule"):
         del parts[1:2]  # pydantic puts the tag of the chosen shape there
@@ -320,12 +337,25 @@ def _translated(details: dict[str, Any]) -> Problem:
     info = fields.get(name)
     meaning = f" ({info.description})" if info is not None and info.description else ""
     if kind == "extra_forbidden":
-        return Problem(where, f"the unknown field {name!r}", "a known field", did_you_mean(name, fields))
+        meant = _sections_with(name, values) if len(parts) == 1 else []
+        fix = f"Did you mean {' or '.join(map(repr, meant))}?" if meant else did_you_mean(name, fields)
+        return Problem(where, f"the unknown field {shortened(name)}", "a known field", fix)
     if kind == "missing":
         return Problem(where, "nothing", f"a value{meaning}", f"Add {where}.")
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     message = message.replace("valid dictionary or instance of", "mapping of fields for").replace("dictionary", "mapping")
     return Problem(where, shortened(details["input"]), f"{message}{meaning}", f"Change {where}.")
+
+
+def _sections_with(name: str, values: dict[str, Any]) -> list[str]:
+    """The fields of sections that a name at the top of a job may stand for: `lr` for `optimizer.lr`."""
+    sections = {section: {*_fields_of(info.annotation)} for section, info in _fields_of(JobSpec).items()}
+    for section in ("optimizer", "schedule"):
+        given = values.get(section)
+        sections[section] |= {*given} if isinstance(given, dict) else set()
+    return [
+        f"{section}.{field}" for section, known in sections.items() for field in sorted(known) if field.lower() == name.lower()
+    ]
 
 
 def _fields_beside(parts: Sequence[str]) -> dict[str, FieldInfo]:

@@ -40,6 +40,9 @@ JUDGED = (
 )
 """The fields that `find_problems` looks at."""
 
+MAX_PROPOSED_WORKERS = 10_000
+"""A refusal proposes no more workers than this."""
+
 Where = Callable[[str], str]
 """Dotted field of the spec -> where the user wrote it."""
 
@@ -221,7 +224,7 @@ def _batch_problems(spec: JobSpec, where: Where) -> list[Problem]:
         ]
     if batch % (workers * gradient_accumulation_steps) == 0:
         return []
-    fitting = [count for count in range(1, batch + 1) if batch % (count * gradient_accumulation_steps) == 0]
+    fitting = [count for count in range(1, MAX_PROPOSED_WORKERS + 1) if batch % (count * gradient_accumulation_steps) == 0]
     lower = max((count for count in fitting if count < workers), default=None)
     upper = min((count for count in fitting if count > workers), default=None)
     near = " or ".join(str(count) for count in (lower, upper) if count)

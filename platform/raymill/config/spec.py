@@ -22,6 +22,11 @@ def _plain_name(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_plain_name)]
 Positive = Annotated[int, Field(gt=0)]
+Workers = Annotated[int, Field(gt=0, le=100_000)]
+Pieces = Annotated[int, Field(gt=0, le=1_000_000)]
+BatchRows = Annotated[int, Field(gt=0, le=2**31 - 1)]
+Threads = Annotated[int, Field(gt=0, le=1024)]
+"""Counts that something is made for, one by one. Far more than any job needs, and few enough for 64 bits and for memory."""
 
 
 class StrictModel(BaseModel):
@@ -77,15 +82,15 @@ OneOrSeveralSchedules = Annotated[
 class LoopSpec(StrictModel):
     """The training loop."""
 
-    epochs: Positive = Field(default=1, description="passes over the training rows")
-    global_batch_rows: Positive = Field(default=64, description="rows between optimizer steps, all workers together")
-    gradient_accumulation_steps: Positive = Field(default=1, description="backward passes per optimizer step on each worker")
+    epochs: Pieces = Field(default=1, description="passes over the training rows")
+    global_batch_rows: BatchRows = Field(default=64, description="rows between optimizer steps, all workers together")
+    gradient_accumulation_steps: Pieces = Field(default=1, description="backward passes per optimizer step on each worker")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="type of the forward pass")
     seed: int = Field(default=0, ge=0, description="seed of first weights, order, transforms and dropout")
-    window_rows: Positive | None = Field(default=None, description="rows that are read and shuffled together")
-    threads: Positive | None = Field(default=None, description="CPU threads per worker for tensor operations")
+    window_rows: BatchRows | None = Field(default=None, description="rows that are read and shuffled together")
+    threads: Threads | None = Field(default=None, description="CPU threads per worker for tensor operations")
     strict: bool = Field(default=False, description="the same weights to the bit at any number of workers; slower")
-    shards: Positive | None = Field(default=None, description="pieces a strict step is computed in")
+    shards: Pieces | None = Field(default=None, description="pieces a strict step is computed in")
     on_nan: Literal["stop", "skip", "rollback"] = Field(
         default="stop", description="a gradient is NaN: end the run, skip the batch, or go back and leave it out"
     )
@@ -96,9 +101,9 @@ class LoopSpec(StrictModel):
 class ScaleSpec(StrictModel):
     """How many workers: a fixed number, or as many as there is room for, between a least and a most."""
 
-    workers: Positive | None = Field(default=None, description="worker processes; null: 1, or min_workers to max_workers")
-    min_workers: Positive | None = Field(default=None, description="least workers of an elastic job")
-    max_workers: Positive | None = Field(default=None, description="most workers of an elastic job")
+    workers: Workers | None = Field(default=None, description="worker processes; null: 1, or min_workers to max_workers")
+    min_workers: Workers | None = Field(default=None, description="least workers of an elastic job")
+    max_workers: Workers | None = Field(default=None, description="most workers of an elastic job")
     resize_check_s: float = Field(default=60, gt=0, description="seconds between looks whether another number would fit")
     strategy: Literal["ddp"] = Field(default="ddp", description="how the model is spread over workers")
     gpus_per_worker: int = Field(default=0, ge=0, description="GPUs of each worker; whole ones, since each rank needs its own")

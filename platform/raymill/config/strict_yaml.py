@@ -2,9 +2,9 @@
 
 What a plain word means follows the core schema of YAML 1.2, so `1e-4` and `1e3` are floats, only true and false are
 booleans, and `yes`, `on`, `12:30`, `1_000` and `2024-01-01` are strings. Refused, with the field and the reason:
-duplicate keys, keys that are not text, halves of characters (`"\\ud800"`, which no file can hold), tags, anchors and
-aliases, directives, a second document, byte order marks, numbers that JSON cannot hold, and whole numbers with a leading
-zero (`010` is 8 in YAML 1.1 and 10 in 1.2).
+duplicate keys, keys that are not text, tags, anchors and aliases, directives, a second document, byte order marks,
+numbers that JSON cannot hold, whole numbers with a leading zero (`010` is 8 in YAML 1.1 and 10 in 1.2), and texts with what no
+file name or message can hold (`"\\0"`, halves of surrogate pairs).
 
 Values are built from the stream of parser events, so nothing is ever constructed by tag, and a file that nests or
 repeats without end stops at the first event that goes too far.
@@ -26,6 +26,7 @@ MAX_BYTES = 64 * 1024
 MAX_DEPTH = 32
 MAX_INTEGER_BITS = 64
 
+_NO_CHARACTER = re.compile(r"[\0\ud800-\udfff]")
 _CONSTANTS: dict[str, bool | None] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -34,7 +35,6 @@ _CONSTANTS: dict[str, bool | None] = {
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 
 
@@ -139,8 +139,8 @@ class _Builder:
             line = event.start_mark.line + 1
             if not isinstance(event, yaml.ScalarEvent) or event.tag is not None or event.anchor is not None:
                 raise _refusal("a key that is not plain text", event)
-            if _HALF_CHARACTER.search(event.value):
-                raise _refusal("a key with half a character", event)
+            if _NO_CHARACTER.search(event.value):
+                raise _refusal("a key with NUL or half a character", event)
             key, path = event.value, _join(field, event.value)
             if key in items:
                 found = f"the key {key!r} twice, on lines {first_lines[key]} and {line}"
@@ -154,13 +154,8 @@ class _Builder:
         return items
 
     def scalar(self, event: Any, field: str) -> Any:
-        if half := _HALF_CHARACTER.search(event.value):
-            self.refuse(
-                field,
-                f"half a character (\\u{ord(half.group()):04x})",
-                "text that a file can hold",
-                "Write the character itself.",
-            )
+        if _NO_CHARACTER.search(event.value):
+            self.refuse(field, _short(repr(event.value)), "text without NUL or half a character", "Remove it.")
             return ""
         if event.style is not None or event.tag is not None:
             return event.value

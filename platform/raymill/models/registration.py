@@ -26,7 +26,6 @@ from raymill.models.registry import DATA_TAG, METRICS_TAG, MODEL_TAG, RUN_ID_TAG
 from raymill.record.catalog import data_digest
 from raymill.record.events import RunFinished, read_events
 from raymill.record.folder import RunFolder
-from raymill.redaction import redact
 from raymill.task import TRAIN, VALIDATION, Pipeline, Task
 from raymill.tracking.mlflow_client import connect, store_failures
 from raymill.training.batch import default_collate
@@ -157,7 +156,7 @@ def example_inputs(task: Task, pipeline: Pipeline) -> tuple[torch.Tensor, ...]:
 def _files_beside(folder: RunFolder, checkpoint: Path, beside: Path) -> list[str]:
     """Lay out what a version holds beside the graph, `VERSION_FILES` and their checksums, in a folder; returns the paths."""
     for path in (folder.spec, folder.plan, folder.data_manifest):
-        write_record(beside / path.name, redact(read_record(path)))
+        write_record(beside / path.name, read_record(path))
     shutil.copyfile(checkpoint / WEIGHTS, beside / WEIGHTS)
     write_checksums(beside)
     return [str(path) for path in sorted(beside.iterdir())]

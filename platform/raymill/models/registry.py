@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymill.checkpoint.directory import WEIGHTS
-from raymill.config.spec import NAME
 from raymill.errors import InputError, Problem, TrackingError, did_you_mean
+from raymill.record.folder import is_run_id
+from raymill.redaction import redact_text
 from raymill.tracking.mlflow_client import connect, mlflow_settings, store_failures
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def resolve(reference: str) -> ModelVersion:
             name, _, number = reference.rpartition("/")
         if name in aliases and number is not None:
             found = [made for made in _versions(client, f"name = '{name}'") if str(made.version) == str(number)]
-        elif NAME.fullmatch(reference):
+        elif is_run_id(reference):
             found = _versions(client, f"tags.`{RUN_ID_TAG}` = '{reference}'")
         else:
             found = []
@@ -150,4 +151,5 @@ def _registry() -> Iterator[MlflowClient]:
         with mlflow_settings():
             yield connect()
     except store_failures() as error:
-        raise TrackingError(f"the model registry cannot be reached: {error}. Check MLFLOW_TRACKING_URI.") from error
+        why = redact_text(str(error))
+        raise TrackingError(f"the model registry cannot be reached: {why}. Check MLFLOW_TRACKING_URI.") from error

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from raymill.checkpoint.directory import WEIGHTS, read_pointer, read_state, verify
 from raymill.config.plan import Plan
-from raymill.config.spec import NAME, JobSpec
+from raymill.config.spec import JobSpec
 from raymill.errors import CheckpointError, InputError, Problem
 from raymill.files import read_record
 from raymill.models import registry
-from raymill.record.folder import RunFolder, run_folder
+from raymill.record.folder import RunFolder, is_run_id, run_folder
 from raymill.task import Task
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ def find_model(reference: str) -> Trained:
         CheckpointError: when its files are damaged or were changed.
         TrackingError: when the registry cannot be reached.
     """
-    folder = run_folder(reference)
-    if NAME.fullmatch(reference) and folder.spec.is_file():
+    if is_run_id(reference) and (folder := run_folder(reference)).spec.is_file():
         chosen = _best_checkpoint(folder)
         verify(chosen)
         return _trained(reference, reference, chosen, read_state(chosen, "weights_sha256")["weights_sha256"], folder.path)

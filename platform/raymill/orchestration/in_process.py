@@ -7,7 +7,6 @@ changed for the caller: not its environment, not torch's threads or random state
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from raymill.orchestration.summary import conclude
 from raymill.orchestration.tracker import tracking_summary
 from raymill.record.events import DeliveryStarted, Event, RunStopped, append_event
 from raymill.record.folder import RunFolder
+from raymill.record.processes import ProcessId
 from raymill.record.store import LocalRunStore
 from raymill.training.assembly import Job, WorkerContext, assemble, attempt_started
 
@@ -65,7 +65,7 @@ def _attempt(folder: RunFolder, job: Job, show: Show) -> RaymillError | None:
             faults.point("run_taken")
             device = torch.device("cuda", 0) if job.spec.scale.gpus_per_worker else torch.device("cpu")
             context = WorkerContext(rank=0, world_size=1, device=device, store=store)
-            report(attempt_started(job, point, 1, os.getpid()))
+            report(attempt_started(job, point, 1, ProcessId.of_this()))
             packets = read_locally(job.reader(f"{folder.run_id}.{point.attempt}"), point.position, rank=0)
             outcome = loop.train(job, context, point, packets, report, store.wants_stop)
     except RaymillError as error:

@@ -72,18 +72,27 @@ def prepare_resume(run_id: str, num_workers: int | None, facts: ClusterFacts) ->
     """
     if problems := [*unsafe_variables(os.environ), *store_problems()]:
         raise InputError(problems)
-    folder = find_run(run_id)
-    recorded = read_record(folder.spec)
-    if num_workers is not None:
-        recorded["scale"] |= {"workers": num_workers, "min_workers": None, "max_workers": None}
-    spec = JobSpec.model_validate(recorded)
-    if show_run(run_id)["status"] == "finished":
-        raise InputError(
-            [Problem(f"--resume {run_id}", "a run that is finished", "an interrupted or failed run", "Start a new run.")]
-        )
+    folder, known = find_run(run_id), show_run(run_id)
+    if known["status"] in ("finished", "damaged"):
+        found = "a run that is finished" if known["status"] == "finished" else known["message"]
+        raise InputError([Problem(f"--resume {run_id}", found, "an interrupted or failed run", "Start a new run.")])
+    spec, recorded_manifest = _read_records(folder, num_workers)
     pipeline = load.import_pipeline(spec)
     taken = manifest.take_manifest(pipeline, lenient=spec.bad_rows.lenient)
-    if changed := manifest.differences(manifest.from_record(read_record(folder.data_manifest)), taken):
+    if changed := manifest.differences(recorded_manifest, taken):
         raise InputError(changed)
     planned = plan.make_plan(spec, taken, facts, lambda field: f"run {run_id} {field}")
     return folder, Prepared(spec, pipeline, taken, planned)
+
+
+def _read_records(folder: RunFolder, num_workers: int | None) -> tuple[JobSpec, Manifest]:
+    """The job, with another number of workers where one is given, and the input of a run as they were written down."""
+    try:
+        recorded = read_record(folder.spec)
+        if num_workers is not None:
+            recorded["scale"] |= {"workers": num_workers, "min_workers": None, "max_workers": None}
+        return JobSpec.model_validate(recorded), manifest.from_record(read_record(folder.data_manifest))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = f"records that cannot be read: {type(error).__name__}: {error}"
+        fix = "Restore the run's folder, or start a new run."
+        raise InputError([Problem(f"--resume {folder.run_id}", found, "a run whose records are whole", fix)]) from error

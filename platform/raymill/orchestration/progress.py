@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from raymill.record.events import (
     AttemptFailed,
@@ -25,6 +26,7 @@ from raymill.record.events import (
     StepRefused,
     StragglerFound,
 )
+from raymill.redaction import for_people
 
 PLAIN_INTERVAL_S = 2.0
 """Seconds between plain lines about steps."""
@@ -104,7 +106,7 @@ class Progress:
             self._say(line)
 
     def _say(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(for_people(line), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def _show_step(self, event: StepDone) -> None:
         loss = next((value for name, value in event.metrics.items() if name.endswith("loss")), float("nan"))
@@ -177,5 +179,5 @@ Panel = TerminalPanel | NotebookPanel
 def _table(values: dict[str, str]) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, value in values.items():
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))
     return table

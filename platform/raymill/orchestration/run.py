@@ -9,7 +9,7 @@ from typing import Any
 
 from raymill.config import load
 from raymill.data import manifest
-from raymill.files import run_lock, write_record
+from raymill.files import make_private_folder, run_lock, write_record
 from raymill.orchestration.attempts import Show
 from raymill.orchestration.executors import Executor
 from raymill.orchestration.prepare import Prepared, prepare_resume
@@ -38,7 +38,7 @@ def train(prepared: Prepared, executor: Executor, watch: Watch, started_s: float
     """
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     folder = run_folder(f"{prepared.spec.name}-{stamp}-{secrets.token_hex(3)}")
-    folder.path.mkdir(parents=True, mode=0o700)
+    make_private_folder(folder.path)
     write_record(folder.data_manifest, manifest.as_record(prepared.manifest))
     write_record(folder.environment, environment())
     return _execute(folder, prepared, executor, watch, started_s)

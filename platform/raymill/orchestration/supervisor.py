@@ -17,7 +17,7 @@ from typing import Any
 
 from raymill import errors
 from raymill.errors import Interrupted, RaymillError, StallError
-from raymill.files import read_record
+from raymill.files import private, read_record
 from raymill.orchestration.attempts import Show, committed_step, run_attempts, stop_on_signal
 from raymill.orchestration.on_ray import driver, session_folder
 from raymill.orchestration.prepare import Prepared
@@ -65,7 +65,7 @@ def _attempt(folder: RunFolder, monitor: _EventMonitor) -> RaymillError | None:
 
 
 def _drive(folder: RunFolder, monitor: _EventMonitor, session: Path) -> RaymillError | None:
-    with open(folder.ray_log, "ab") as log:
+    with open(folder.ray_log, "ab", opener=private) as log:
         process = subprocess.Popen(
             # -P: no code from the current folder. Ray lets its workers import from there, so it is the project's root.
             [sys.executable, "-P", "-m", "raymill.orchestration.on_ray.driver", str(folder.path)],

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raymill.files import read_record
+from raymill.files import private, read_record
 from raymill.orchestration.attempts import Show
 from raymill.record.events import DeliveryStarted
 from raymill.record.folder import RunFolder
+from raymill.redaction import print_redacted
 
 MAX_STARTS = 3
 NICENESS = 5
@@ -36,7 +37,7 @@ class Tracker:
         """Start it if it does not run, apart from this terminal's Ctrl-C."""
         if self._process is not None and self._process.poll() is None:
             return self._process
-        with open(self._folder.tracking_log, "ab") as log:
+        with open(self._folder.tracking_log, "ab", opener=private) as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "raymill.orchestration.tracker", str(self._folder.path)],
                 stdin=subprocess.DEVNULL,
@@ -97,4 +98,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.excepthook = print_redacted
     sys.exit(main())

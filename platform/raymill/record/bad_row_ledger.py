@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from raymill.data.bad_rows import BadRow
 from raymill.errors import DataError
-from raymill.files import replace_file
+from raymill.files import private, replace_file
 from raymill.record.events import BadRowsFound, Event, read_events
 from raymill.record.folder import RunFolder
+from raymill.redaction import redact_text
 
 QUARANTINE = "quarantine"
 
@@ -58,7 +59,8 @@ class BadRowLedger:
         Raises:
             DataError: more than the budget; names the first of them, and lists none.
         """
-        new = [row for row in rows if (row.split, row.row) not in self._known]
+        unknown = [row for row in rows if (row.split, row.row) not in self._known]
+        new = [replace(row, reason=redact_text(row.reason)) for row in unknown]
         if not new:
             return
         count = len(self._known) + len(new)
@@ -73,7 +75,7 @@ class BadRowLedger:
         self._known |= {(row.split, row.row) for row in new}
         self._report(BadRowsFound(rows=new))
         if self._file:
-            with open(self._file, "a") as file:
+            with open(self._file, "a", opener=private) as file:
                 file.write(_lines(new))
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.files import read_record
-from raymill.record.events import AttemptStarted, Event, RunFinished, RunStopped, read_events
-from raymill.record.folder import RunFolder, run_folder, runs_folder
+from raymill.record.events import AttemptStarted, Event, RunFinished, RunStopped, read_events, scan_events
+from raymill.record.folder import RunFolder, is_run_id, run_folder, runs_folder
+from raymill.record.processes import ProcessId
+
+MAX_SHOWN_LETTERS = 200
 
 
 def find_run(run_id: str) -> RunFolder:
@@ -20,7 +22,8 @@ def find_run(run_id: str) -> RunFolder:
     """
     known = [folder.run_id for folder in _all_folders()]
     if run_id not in known:
-        raise InputError([Problem("run", repr(run_id), "the id of a run of this project", did_you_mean(run_id, known))])
+        found = repr(run_id[:MAX_SHOWN_LETTERS])
+        raise InputError([Problem("run", found, "the id of a run of this project", did_you_mean(run_id, known))])
     return run_folder(run_id)
 
 
@@ -34,9 +37,10 @@ def show_run(run_id: str) -> dict[str, Any]:
     """What is known of one run.
 
     Returns:
-        run_id, name (of the job), status ("starting", "running", "finished", "interrupted", "failed", or "unreadable" for one of
-        another version of raymill), message (why it stopped, or None), started_s (Unix seconds, or None), attempts, step,
-        num_total_steps, metrics (name -> latest value), mlflow_run_id and version ("name/1"), both None until they exist.
+        run_id, name (of the job), status ("starting", "running", "finished", "interrupted", "failed", "unreadable" for one of
+        another version of raymill, or "damaged" where a file of it is torn or gone), message (why it stopped, or None), started_s
+        (Unix seconds, or None), attempts, step, num_total_steps, metrics (name -> latest value), mlflow_run_id and version
+        ("name/1"), both None until they exist; damaged_lines, where lines of its events had to be passed over.
 
     Raises:
         InputError: when there is no such run.
@@ -66,19 +70,14 @@ def data_digest(folder: RunFolder) -> str:
     return str(read_record(folder.data_manifest)["digest"])
 
 
-def process_lives(pid: int) -> bool:
-    """Whether a process of this number runs on this machine."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _all_folders() -> list[RunFolder]:
-    return [RunFolder(path) for path in runs_folder().glob("*/") if (path / "spec.json").is_file()]
+    """The runs that have begun, and what is left of them where files are gone; not what lies beside them."""
+    try:
+        folders = [RunFolder(path) for path in runs_folder().glob("*/") if is_run_id(path.name)]
+        return [folder for folder in folders if any(path.exists() for path in (folder.spec, folder.events, folder.checkpoints))]
+    except OSError as error:
+        fix = "Name another folder with RAYMILL_HOME, or correct what is there."
+        raise InputError([Problem("runs", f"{error}"[:MAX_SHOWN_LETTERS], "a folder that can be read", fix)]) from error
 
 
 def _facts(folder: RunFolder) -> dict[str, Any]:
@@ -96,13 +95,18 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "version": None,
     }
     try:
-        facts["name"] = read_record(folder.spec)["name"]
-        facts["mlflow_run_id"] = _record(folder.delivery).get("mlflow_run_id")
-        if made := _record(folder.model_version):
+        facts["name"] = _record(folder.spec)["name"]
+        facts["mlflow_run_id"] = _record_if_there(folder.delivery).get("mlflow_run_id")
+        if made := _record_if_there(folder.model_version):
             facts["version"] = f"{made['name']}/{made['version']}"
-        events, _ = read_events(folder.events)
+        read = scan_events(folder.events)
     except InputError as error:
         return facts | {"status": "unreadable", "message": str(error.problems[0])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return facts | {"status": "damaged", "message": f"a file of the run cannot be read: {type(error).__name__}: {error}"}
+    events = read.events
+    if read.num_damaged_lines:
+        facts["damaged_lines"] = read.num_damaged_lines
     facts["started_s"] = events[0].time_s if events else None
     for event in events:
         _take_in(facts, event)
@@ -113,7 +117,7 @@ def _take_in(facts: dict[str, Any], event: Event) -> None:
     facts["step"] = getattr(event, "step", facts["step"])
     facts["metrics"] |= getattr(event, "metrics", {})
     if isinstance(event, AttemptStarted):
-        alive = event.pid is None or process_lives(event.pid)
+        alive = event.pid is None or ProcessId(event.pid, event.process_started_s).lives()
         facts |= {"status": "running" if alive else "interrupted", "message": None}
         facts |= {"attempts": event.attempt, "num_total_steps": event.num_total_steps}
     elif isinstance(event, RunStopped):
@@ -122,5 +126,12 @@ def _take_in(facts: dict[str, Any], event: Event) -> None:
         facts["status"] = "finished"
 
 
+def _record_if_there(path: Path) -> dict[str, Any]:
+    return _record(path) if path.exists() else {}
+
+
 def _record(path: Path) -> dict[str, Any]:
-    return read_record(path) if path.exists() else {}
+    # Of another version is only what could be a record at all.
+    if not path.read_text().lstrip().startswith("{"):
+        raise ValueError(f"{path} holds no JSON object")
+    return read_record(path)

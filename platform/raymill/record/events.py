@@ -10,21 +10,35 @@ import json
 import os
 import threading
 import time
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+)
 
 from raymill.data.bad_rows import BadRow
 from raymill.errors import InputError, Problem
-from raymill.files import parse_json, with_version, without_version
+from raymill.files import make_private_folder, parse_json, private, with_version, without_version
 from raymill.record.folder import RunFolder
+from raymill.redaction import redact_text
 
 WRITE_INTERVAL_S = 0.25
 
 Metrics = dict[str, float]
 """Name -> value, as "train/loss"."""
+
+Prose = Annotated[str, PlainSerializer(redact_text)]
+"""What people are told, often in the words of an error: written down without secrets."""
 
 
 def _writable(values: dict[str, Any]) -> dict[str, Any]:
@@ -56,6 +70,7 @@ class AttemptStarted(Event):
         resumed: whether it goes on from a checkpoint.
         notes: what a person should know, such as a checkpoint that was passed over.
         pid: the process that drives it.
+        process_started_s: when that process was started, Unix seconds: its number may be another one's later.
     """
 
     kind: Literal["start"] = "start"
@@ -64,8 +79,9 @@ class AttemptStarted(Event):
     step: int
     num_total_steps: int
     resumed: bool
-    notes: tuple[str, ...] = ()
+    notes: tuple[Prose, ...] = ()
     pid: int | None = None
+    process_started_s: float | None = None
 
 
 class FirstStepDone(Event):
@@ -190,7 +206,7 @@ class RunStopped(Event):
 
     kind: Literal["stop"] = "stop"
     reason: Literal["interrupted", "failed"]
-    message: str
+    message: Prose
 
 
 class RunFinished(Event):
@@ -210,7 +226,7 @@ class AttemptFailed(Event):
 
     kind: Literal["restart"] = "restart"
     cause: str
-    message: str
+    message: Prose
     step: int
 
 
@@ -264,7 +280,7 @@ def as_record(event: Event) -> dict[str, Any]:
 
 def append_event(folder: RunFolder, event: Event) -> None:
     """Append one event to the run's file and wait until it is on disk."""
-    folder.path.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder.path)
     with EventWriter(folder.events) as writer:
         writer.write(event)
 
@@ -279,7 +295,7 @@ class EventWriter:
 
     def __init__(self, path: Path, every_s: float = WRITE_INTERVAL_S) -> None:
         # O_APPEND, and whole lines in one write: lines of the driver and of rank 0 never mix.
-        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = private(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         self._every_s = every_s
         self._lock = threading.Lock()
         self._lines: list[str] = []
@@ -322,28 +338,50 @@ class EventWriter:
         self.close()
 
 
-def read_events(path: Path, offset: int = 0, limit: int | None = None) -> tuple[list[Event], int]:
-    """Read the whole lines from `offset` (bytes) on, at most `limit` of them.
+@dataclass(frozen=True)
+class EventsRead:
+    """What was read of a run's events.
 
-    Returns:
-        (events, the offset after the last line read). A last line without its end is left for later; a torn line that
-        a later one follows is passed over: its writer died before anything depended on it. No file: no events.
+    Attributes:
+        events: in their order.
+        offset: bytes up to the end of the last whole line.
+        num_damaged_lines: lines that are no JSON, and a last one without its end: a killed writer, or a changed file.
+    """
+
+    events: list[Event]
+    offset: int
+    num_damaged_lines: int
+
+
+def read_events(path: Path, offset: int = 0, limit: int | None = None) -> tuple[list[Event], int]:
+    """Events and offset of `scan_events`, for those to whom a damaged line is nothing new."""
+    read = scan_events(path, offset, limit)
+    return read.events, read.offset
+
+
+def scan_events(path: Path, offset: int = 0, limit: int | None = None) -> EventsRead:
+    """Read the whole lines from `offset` (bytes) on, at most `limit` of them. No file: no events.
+
+    A last line without its end is left for later; a torn line that a later one follows is passed over: its writer died
+    before anything depended on it. Both are counted.
 
     Raises:
         InputError: a line is of another version of raymill, or was changed.
     """
     if not path.exists():
-        return [], offset
-    events = []
+        return EventsRead([], offset, 0)
+    events, num_damaged_lines = [], 0
     with path.open("rb") as file:
         file.seek(offset)
         for line in islice(file, limit):
             if not line.endswith(b"\n"):
+                num_damaged_lines += 1
                 break
             offset += len(line)
             try:
                 values = parse_json(line)
             except ValueError:
+                num_damaged_lines += 1
                 continue
             events.append(parse_event(values, f"{path}, the line before byte {offset}"))
-    return events, offset
+    return EventsRead(events, offset, num_damaged_lines)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from raymill.errors import InputError, Problem
 from raymill.paths import home
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,18 @@ def runs_folder() -> Path:
     return home() / "runs"
 
 
+def is_run_id(name: str) -> bool:
+    """Whether this could be the id of a run: a plain name, and so no path that leads elsewhere."""
+    return _PLAIN_NAME.fullmatch(name) is not None
+
+
 def run_folder(run_id: str) -> RunFolder:
-    """The folder of one run, which may not exist yet."""
+    """The folder of one run, which may not exist yet.
+
+    Raises:
+        InputError: the id is no plain name.
+    """
+    if not is_run_id(run_id):
+        expected = "the id of a run: letters, digits, '.', '_' or '-', beginning with a letter or digit"
+        raise InputError([Problem("run", f"{run_id[:60]!r}", expected, "`raymill runs list` names them.")])
     return RunFolder(runs_folder() / run_id)

@@ -18,7 +18,7 @@ from raymill.data.bad_rows import BadRow
 from raymill.errors import CheckpointError
 from raymill.record import stacks
 from raymill.record.bad_row_ledger import BadRowLedger
-from raymill.record.events import CheckpointSaved, Event, EventWriter, StepRefused, read_events
+from raymill.record.events import CheckpointSaved, Event, EventWriter, StepRefused, scan_events
 from raymill.record.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -59,7 +59,10 @@ def begin_attempt(folder: RunFolder) -> ResumePoint:
     notes: list[str] = []
     name = directory.find_latest(folder.checkpoints, notes.append)
     position = directory.read_state(folder.checkpoints / name, "position")["position"] if name else 0
-    events, _ = read_events(folder.events)
+    read = scan_events(folder.events)
+    if read.num_damaged_lines:
+        notes.append(f"{read.num_damaged_lines} damaged lines of {folder.events.name} were passed over")
+    events = read.events
     refused = [event for event in events if isinstance(event, StepRefused) and event.policy == "rollback"]
     return ResumePoint(attempt, name, position, frozenset(event.position for event in refused), tuple(notes))
 

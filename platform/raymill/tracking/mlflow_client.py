@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raymill.errors import InputError, Problem
-from raymill.files import waiting_lock
+from raymill.files import make_private_folder, waiting_lock
 from raymill.paths import home
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _make_store(path: Path) -> None:
     """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(path.parent)
     with waiting_lock(path.with_name(f"{path.name}.lock")):
         if path.exists():
             return
@@ -131,6 +131,8 @@ def _make_store(path: Path) -> None:
         store = SqlAlchemyStore(f"{SQLITE}{stage}", (home() / "artifacts").as_uri())  # type: ignore[no-untyped-call]
         # Closed, so that all of it is in the one file.
         store.engine.dispose()
+        # SQLite gives its journals the same mode.
+        stage.chmod(0o600)
         stage.rename(path)
 
 

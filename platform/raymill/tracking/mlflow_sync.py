@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from raymill import faults
 from raymill.errors import RaymillError
 from raymill.files import read_record, waiting_lock, write_record
-from raymill.record.catalog import data_digest, process_lives
+from raymill.record.catalog import data_digest
 from raymill.record.events import (
     AttemptStarted,
     CheckpointSaved,
@@ -38,7 +38,8 @@ from raymill.record.events import (
     read_events,
 )
 from raymill.record.folder import RunFolder
-from raymill.redaction import redact
+from raymill.record.processes import ProcessId
+from raymill.redaction import redact, redact_text
 from raymill.tracking import plots
 from raymill.tracking.mlflow_client import connect, experiment_id, mlflow_settings, store_failures
 
@@ -88,6 +89,7 @@ class Delivered:
         offset: bytes of the events that are delivered.
         started_s: Unix time of the first event.
         driver_pid: the process that drives the run, where it said so.
+        driver_started_s: when that process was started, Unix seconds.
         steps: metric -> highest step delivered.
     """
 
@@ -96,6 +98,7 @@ class Delivered:
     offset: int = 0
     started_s: float = 0.0
     driver_pid: int | None = None
+    driver_started_s: float | None = None
     steps: dict[str, int] = field(default_factory=dict)
 
 
@@ -132,7 +135,7 @@ class Delivery:
         self._unsure = True
         for event in events:
             if isinstance(event, AttemptStarted):
-                self.done.driver_pid = event.pid
+                self.done.driver_pid, self.done.driver_started_s = event.pid, event.process_started_s
         points = list(samples or [])
         for event in events:
             if not self.done.mlflow_run_id:
@@ -223,9 +226,9 @@ class Delivery:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
         run_id, documents = self.done.mlflow_run_id, self._log_documents()
-        spec, plan, machine = documents["spec"], documents.get("plan", {}), documents.get("environment", {})
+        spec, plan, machine = read_record(self.folder.spec), documents.get("plan", {}), documents.get("environment", {})
         numbers = {key: value for key, value in plan.items() if key != "reasons"}
-        params = {key[:MAX_KEY_LENGTH]: value for key, value in _flat({**spec, "plan": numbers})}
+        params = {key[:MAX_KEY_LENGTH]: value for key, value in _flat({**documents["spec"], "plan": numbers})}
         there = self.client.get_run(run_id).data.params
         new = [Param(key, value[:MAX_PARAM_LENGTH]) for key, value in params.items() if key not in there]
         tags = {f"raymill.{key}": value for key, value in _flat(machine)}
@@ -243,7 +246,7 @@ class Delivery:
         self.client.log_batch(run_id, tags=[RunTag(key, value[:MAX_TAG_LENGTH]) for key, value in tags.items()])
 
     def _log_documents(self) -> dict[str, Any]:
-        """Log the run's JSON files that are there, without secrets. Returns name -> content."""
+        """Log the run's JSON files that are there, without secrets. Returns name -> what was logged."""
         folder = self.folder
         files = (folder.spec, folder.plan, folder.data_manifest, folder.environment, folder.summary)
         documents = {path.stem: redact(read_record(path)) for path in files if path.exists()}
@@ -255,16 +258,22 @@ class Delivery:
         steps = [step for key, step in self.done.steps.items() if not key.startswith(("system/", "final/"))]
         final = {f"final/{key}": value for key, value in event.metrics.items()}
         self._send(_points(final, max(steps, default=0), event.time_s))
-        spec = self._log_documents()["spec"]
-        with tempfile.TemporaryDirectory() as drawn:
-            plots.draw(read_events(self.folder.events)[0], Path(drawn))
-            self.client.log_artifacts(self.done.mlflow_run_id, drawn, "pictures")
+        self._log_documents()
         if self.folder.quarantine.exists():
             self.client.log_artifact(self.done.mlflow_run_id, str(self.folder.quarantine))
         # Before registering: a model that cannot be registered does not make its run unfinished.
         self._set_status("FINISHED", event.time_s)
-        if spec.get("register"):
-            write_record(self.folder.model_version, self._register(self.folder))
+        try:
+            if read_record(self.folder.spec).get("register"):
+                write_record(self.folder.model_version, self._register(self.folder))
+        finally:
+            # Last, since no picture is worth a model; and also where the model could not be registered.
+            self._log_pictures()
+
+    def _log_pictures(self) -> None:
+        with tempfile.TemporaryDirectory() as drawn:
+            plots.draw(read_events(self.folder.events)[0], Path(drawn))
+            self.client.log_artifacts(self.done.mlflow_run_id, drawn, "pictures")
 
     def _set_status(self, status: str, ended_s: float | None) -> None:
         if ended_s is None:
@@ -281,6 +290,14 @@ class Delivery:
 # ---------------------------------------------------------------- following a run
 
 
+class RedactingFormatter(logging.Formatter):
+    """Lines of a log, tracebacks included, without secrets: MLflow's errors name the address of its store, password and all."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return redact_text(super().format(record))
+
+
 def follow(folder: RunFolder, register: Register, give_up_s: float) -> int:
     """Deliver a run's events as they come, until it is over and all are delivered.
 
@@ -289,7 +306,9 @@ def follow(folder: RunFolder, register: Register, give_up_s: float) -> int:
     Returns:
         0: all is delivered. 1: it is not, `tracking_failure.json` says why; the same command goes on where this one stopped.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     # A resumed run may start its process while the one before still delivers; it waits here.
     with waiting_lock(folder.delivery_lock), mlflow_settings():
         failure = _follow(Delivery(folder, register), give_up_s)
@@ -315,8 +334,9 @@ def _note_failure(folder: RunFolder, failure: Exception | None) -> bool:
     """Write down why not all was delivered; returns whether there is anything to write."""
     folder.tracking_failure.unlink(missing_ok=True)
     if failure is not None:
-        log.error("%s", failure)
-        write_record(folder.tracking_failure, {"message": str(failure)})
+        message = redact_text(str(failure))
+        log.error("%s", message)
+        write_record(folder.tracking_failure, {"message": message})
     return failure is not None
 
 
@@ -327,7 +347,7 @@ def _follow(delivery: Delivery, give_up_s: float) -> Exception | None:
     pause_s, sampled_s, over_s = POLL_S, 0.0, None
     while True:
         # Looked at before the events are read, so that none is missed that a dying driver wrote.
-        gone = _driver_is_gone(delivery.done.driver_pid, parent)
+        gone = _driver_is_gone(delivery.done, parent)
         try:
             num_events = delivery.deliver(samples)
             if gone and not num_events:
@@ -354,10 +374,10 @@ def _follow(delivery: Delivery, give_up_s: float) -> Exception | None:
         time.sleep(pause_s)
 
 
-def _driver_is_gone(driver_pid: int | None, parent: int) -> bool:
-    if driver_pid is None or driver_pid == parent:
+def _driver_is_gone(done: Delivered, parent: int) -> bool:
+    if done.driver_pid is None or done.driver_pid == parent:
         return os.getppid() != parent
-    return not process_lives(driver_pid)
+    return not ProcessId(done.driver_pid, done.driver_started_s).lives()
 
 
 def sample_machine(folder: RunFolder, started_s: float) -> list[Point]:
@@ -403,7 +423,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def _compact(event: Event) -> str:
-    return json.dumps(event.model_dump(mode="json", exclude={"kind", "pid"}))
+    return json.dumps(event.model_dump(mode="json", exclude={"kind", "pid", "process_started_s"}))
 
 
 def _load(path: Path) -> Delivered:

@@ -1,19 +1,36 @@
-"""Pictures of a run, as PNG files. matplotlib draws them without a display and without global state."""
+"""Pictures of a run, as PNG files. matplotlib draws them without a display and without global state.
+
+What is drawn comes from the job's own code, so its number and size are bounded, names are never read as formulas, and a picture
+that cannot be drawn is logged and left out.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raymill.record.events import EvaluationDone, Event, StepDone
 
+log = logging.getLogger("raymill.tracking")
+
 MAX_CLASSES_WITH_NUMBERS = 20
+MAX_CLASSES = 1000
+MAX_TABLES = 8
+MAX_PLOTS = 20
+MAX_CURVES_PER_PLOT = 10
+MAX_POINTS_PER_CURVE = 2000
+MAX_TITLE_LETTERS = 60
 
 
 def draw(events: Iterable[Event], into: Path) -> None:
-    """Draw what a run's events hold: `curves.png`, and a heat map of each square table among the last totals."""
+    """Draw what a run's events hold: `curves.png`, and a heat map of each square table among the last totals.
+
+    Of very many, the first by name are drawn. Never raises for what the events hold.
+    """
     series: dict[str, dict[int, float]] = {}
     totals: dict[str, Any] = {}
     for event in events:
@@ -22,10 +39,35 @@ def draw(events: Iterable[Event], into: Path) -> None:
             for key, value in event.metrics.items():
                 series.setdefault(key, {})[event.step] = value
     if series:
-        curves({key: sorted(points.items()) for key, points in series.items()}, into / "curves.png")
-    for name, total in totals.items():
-        if isinstance(total, list) and all(isinstance(row, list) and len(row) == len(total) for row in total):
-            confusion_matrix(total, into / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.png", name)
+        points = {key: _thinned(sorted(by_step.items())) for key, by_step in series.items()}
+        _try("curves.png", lambda: curves(points, into / "curves.png"))
+    tables = sorted(name for name, total in totals.items() if _is_square_table(total))
+    for name in tables[:MAX_TABLES]:
+        file = f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)[:MAX_TITLE_LETTERS]}.png"
+        _try(file, lambda name=name, file=file: confusion_matrix(totals[name], into / file, name))  # type: ignore[misc]
+    if len(tables) > MAX_TABLES:
+        log.warning("%d tables were not drawn: there are more than %d", len(tables) - MAX_TABLES, MAX_TABLES)
+
+
+def _try(name: str, picture: Callable[[], None]) -> None:
+    try:
+        picture()
+    except Exception as error:  # matplotlib raises whatever its parts raise, and no picture is worth a run
+        log.warning("the picture %s was not drawn: %s: %s", name, type(error).__name__, error)
+
+
+def _is_square_table(total: Any) -> bool:
+    """Whether these totals are counts by true and predicted class."""
+    if not isinstance(total, list) or not 0 < len(total) <= MAX_CLASSES:
+        return False
+    rows = [row for row in total if isinstance(row, list) and len(row) == len(total)]
+    return len(rows) == len(total) and all(isinstance(count, int | float) for row in rows for count in row)
+
+
+def _thinned(points: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:
+    """At most `MAX_POINTS_PER_CURVE` of the points, the last among them; a picture has no more pixels."""
+    every = math.ceil(len(points) / MAX_POINTS_PER_CURVE)
+    return points if every <= 1 else points[::-1][::every][::-1]
 
 
 def confusion_matrix(matrix: Sequence[Sequence[float]], path: Path, title: str) -> None:
@@ -45,7 +87,8 @@ def confusion_matrix(matrix: Sequence[Sequence[float]], path: Path, title: str) 
     shares = [[count / max(sum(row), 1) for count in row] for row in matrix]
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
-    axes.set(title=title, xlabel="predicted class", ylabel="true class")
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_title(title[:MAX_TITLE_LETTERS], parse_math=False)
     if num_classes <= MAX_CLASSES_WITH_NUMBERS:
         axes.set_xticks(range(num_classes))
         axes.set_yticks(range(num_classes))
@@ -60,6 +103,8 @@ def confusion_matrix(matrix: Sequence[Sequence[float]], path: Path, title: str) 
 def curves(series: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
     """Draw metrics over steps; those that differ only in their split (train/loss, validation/loss) share one plot.
 
+    Of more than `MAX_PLOTS` plots, the first by name are drawn.
+
     Args:
         series: metric name -> (step, value) in the order of steps.
         path: the PNG file to write.
@@ -69,13 +114,25 @@ def curves(series: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> Non
     plots: dict[str, list[str]] = {}
     for name in series:
         plots.setdefault(name.partition("/")[2] or name, []).append(name)
-    figure = Figure(figsize=(7, 2.6 * max(1, len(plots))), layout="constrained")
-    for number, (title, names) in enumerate(sorted(plots.items()), start=1):
-        axes = figure.add_subplot(len(plots), 1, number)
-        for name in sorted(names):
+    if len(plots) > MAX_PLOTS:
+        log.warning("%d metrics were not drawn: there are more than %d", len(plots) - MAX_PLOTS, MAX_PLOTS)
+    shown = sorted(plots.items())[:MAX_PLOTS]
+    figure = Figure(figsize=(7, 2.6 * max(1, len(shown))), layout="constrained")
+    for number, (title, names) in enumerate(shown, start=1):
+        axes = figure.add_subplot(len(shown), 1, number)
+        for name in sorted(names)[:MAX_CURVES_PER_PLOT]:
             steps, values = [step for step, _ in series[name]], [value for _, value in series[name]]
-            axes.plot(steps, values, label=name, linewidth=1, marker="o" if len(values) < 30 else None, markersize=3)
-        axes.set(title=title, xlabel="step")
+            axes.plot(
+                steps,
+                values,
+                label=name[:MAX_TITLE_LETTERS].lstrip("_"),
+                linewidth=1,
+                marker="o" if len(values) < 30 else None,
+                markersize=3,
+            )
+        axes.set(xlabel="step")
+        axes.set_title(title[:MAX_TITLE_LETTERS], parse_math=False)
         axes.grid(alpha=0.3)
-        axes.legend()
+        for label in axes.legend().get_texts():
+            label.set_parse_math(False)
     figure.savefig(path, dpi=100)

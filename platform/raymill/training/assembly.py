@@ -18,6 +18,7 @@ from raymill.data.manifest import Manifest
 from raymill.data.order import BatchSharding, JobOrder
 from raymill.data.reader import Reader
 from raymill.record.events import AttemptStarted
+from raymill.record.processes import ProcessId
 from raymill.record.store import ResumePoint
 from raymill.task import TRAIN, VALIDATION, Batch, Fragment, Pipeline, Rows, Task
 
@@ -107,7 +108,7 @@ def assemble(
     )
 
 
-def attempt_started(job: Job, point: ResumePoint, world_size: int, driver_pid: int) -> AttemptStarted:
+def attempt_started(job: Job, point: ResumePoint, world_size: int, driver: ProcessId) -> AttemptStarted:
     """The event that tells of a new attempt."""
     return AttemptStarted(
         attempt=point.attempt,
@@ -116,5 +117,6 @@ def attempt_started(job: Job, point: ResumePoint, world_size: int, driver_pid: i
         num_total_steps=job.plan.total_steps,
         resumed=point.checkpoint is not None,
         notes=point.notes,
-        pid=driver_pid,
+        pid=driver.pid,
+        process_started_s=driver.started_s,
     )

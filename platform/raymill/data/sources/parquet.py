@@ -89,17 +89,23 @@ class ParquetSource:
 
     def _files(self) -> list[Path]:
         root = Path(self.folder)
-        files = sorted(
-            path
-            for path in root.glob(self.pattern)
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        )
+        try:
+            files = sorted(
+                path
+                for path in root.glob(self.pattern)
+                if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+            )
+        except (OSError, ValueError) as error:  # such as a name that is too long for any file
+            found, fix = getattr(error, "strerror", None) or str(error), "Correct the name in the job's `data:`."
+            raise InputError([Problem(repr(self.folder[:MAX_SHOWN_LETTERS]), found, "a folder of Parquet files", fix)]) from error
         if not files:
             found = f"no file that matches {self.pattern!r}" if root.is_dir() else "no such folder"
             fix = "Run `raymill data get`, or name the folder of your files in the job's `data:`."
             raise InputError([Problem(self.folder, found, "a folder of Parquet files", fix)])
         return files
 
+
+MAX_SHOWN_LETTERS = 200
 
 DAMAGE = (OSError, pa.ArrowException, ValueError)
 """What opening or decoding a damaged file raises."""

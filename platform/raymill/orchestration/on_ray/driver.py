@@ -21,6 +21,7 @@ from raymill.files import read_record, run_lock, write_record
 from raymill.orchestration.on_ray import ray_session
 from raymill.orchestration.summary import conclude
 from raymill.record.folder import RunFolder
+from raymill.redaction import print_redacted, redact
 
 FINISHED, FAILED, INTERRUPTED = 0, 1, 3
 
@@ -34,11 +35,11 @@ def main(arguments: list[str]) -> int:
             faults.point("driver_start")
             return _drive(folder)
     except RaymillError as error:
-        write_record(folder.failure, errors.as_record(error))
+        write_record(folder.failure, redact(errors.as_record(error)))
         return FAILED
     except Exception as error:
         # A fault of our own: its traceback goes to the log, its text to the user.
-        write_record(folder.failure, errors.as_record(RunError(f"{type(error).__name__}: {error}")))
+        write_record(folder.failure, redact(errors.as_record(RunError(f"{type(error).__name__}: {error}"))))
         raise
 
 
@@ -65,4 +66,5 @@ def _drive(folder: RunFolder) -> int:
 
 
 if __name__ == "__main__":
+    sys.excepthook = print_redacted
     sys.exit(main(sys.argv[1:]))

@@ -24,6 +24,7 @@ from raymill.orchestration.on_ray.worker import WorkerConfig, work
 from raymill.orchestration.retry import Cause
 from raymill.record.events import ResizeStarted, append_event
 from raymill.record.folder import RunFolder
+from raymill.record.processes import ProcessId
 from raymill.record.remote_store import start_store_actor
 from raymill.training.outcome import Outcome
 
@@ -76,7 +77,7 @@ def _trainer(folder: RunFolder, planned: Plan, spec: JobSpec, each: dict[str, fl
         spec=spec,
         plan=planned,
         manifest=manifest.from_record(read_record(folder.data_manifest)),
-        driver_pid=os.getpid(),
+        driver=ProcessId.of_this(),
         driver_node=ray.get_runtime_context().get_node_id(),
         store_actor=start_store_actor(folder, variables) if on_cluster else None,
     )

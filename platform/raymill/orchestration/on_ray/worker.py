@@ -25,6 +25,7 @@ from raymill.data.manifest import Manifest
 from raymill.data.reader import Packet
 from raymill.record.events import Event, FirstStepDone
 from raymill.record.folder import RunFolder
+from raymill.record.processes import ProcessId
 from raymill.record.remote_store import RemoteRunStore, RunStore
 from raymill.record.store import LocalRunStore, ResumePoint
 from raymill.training.assembly import Job, WorkerContext, assemble, attempt_started
@@ -45,7 +46,7 @@ class WorkerConfig:
         spec: the resolved job.
         plan: every derived number.
         manifest: the input when the run began.
-        driver_pid: the process that drives the run.
+        driver: the process that drives the run.
         driver_node: the Ray node where the folder is.
         store_actor: does what workers on other nodes ask of the folder; None: there are no other nodes.
     """
@@ -54,7 +55,7 @@ class WorkerConfig:
     spec: JobSpec
     plan: Plan
     manifest: Manifest
-    driver_pid: int
+    driver: ProcessId
     driver_node: str
     store_actor: Any
 
@@ -155,7 +156,7 @@ def _train(
         if rank == 0:
             store.report(event)
 
-    report(attempt_started(job, start.point, world_size, worker.driver_pid))
+    report(attempt_started(job, start.point, world_size, worker.driver))
     together = False
     try:
         outcome = loop.train(job, context, start.point, packets, report, store.wants_stop)

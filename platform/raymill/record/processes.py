@@ -1,0 +1,39 @@
+"""Processes as a run's records name them: a number alone is given to another process one day, so its start goes with it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import psutil
+
+SAME_START_S = 2.0
+"""Two looks at one process may say starts that differ by less: the system counts from its boot, whose time is corrected."""
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A process of this machine, also after its end.
+
+    Attributes:
+        pid: its number.
+        started_s: when it was started, Unix seconds; None: not known, so whoever has the number is taken for it.
+    """
+
+    pid: int
+    started_s: float | None = None
+
+    @classmethod
+    def of_this(cls) -> ProcessId:
+        """The process that asks."""
+        return cls(os.getpid(), psutil.Process().create_time())
+
+    def lives(self) -> bool:
+        """Whether it runs on this machine."""
+        try:
+            started_s = psutil.Process(self.pid).create_time()
+        except (psutil.NoSuchProcess, ValueError, OverflowError):
+            return False
+        except psutil.AccessDenied:
+            return True
+        return self.started_s is None or abs(started_s - self.started_s) < SAME_START_S
