@@ -5,6 +5,7 @@ Importing this file imports no MLflow.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 SETTINGS = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 """Environment variables under which raymill uses MLflow."""
 
+PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+"""The same, where the user did not set them: MLflow's own retries would hide an outage for minutes."""
+
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, else a SQLite file in the state folder."""
@@ -30,10 +34,12 @@ def tracking_uri() -> str:
 @contextmanager
 def mlflow_settings() -> Iterator[None]:
     """Within this, MLflow reads no pickles and uses the project's store; afterwards everything is as the caller had it."""
-    changed = {*SETTINGS, "MLFLOW_TRACKING_URI"}
+    changed = {*SETTINGS, *PATIENCE, "MLFLOW_TRACKING_URI"}
     before = {name: os.environ.get(name) for name in changed}
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
     uri = tracking_uri()
-    os.environ |= SETTINGS
+    os.environ |= SETTINGS | {name: value for name, value in PATIENCE.items() if name not in os.environ}
     try:
         import mlflow
 
@@ -47,6 +53,9 @@ def mlflow_settings() -> Iterator[None]:
         finally:
             mlflow.set_tracking_uri(uri_before)  # type: ignore[arg-type]  # None takes it back
     finally:
+        # A part of MLflow sets up logging for the whole process when it is imported.
+        root.setLevel(level)
+        root.handlers[:] = handlers
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
