@@ -78,8 +78,11 @@ PRIVATE_NAMES = (
     ),
     PrivateName(
         "ray._private.state:state",
-        "which nodes are to leave (`get_draining_nodes`), what each has (`total_resources_per_node`), and `actors`' places",
+        "which nodes are to leave (`get_draining_nodes`), and what each has (`total_resources_per_node`)",
         "a machine that is taken away is a lost process: work since the last checkpoint is done again",
+    ),
+    PrivateName(
+        "ray._private.state:actors", "on which nodes a run's actors live, so which of those that leave concern it", "as above"
     ),
     PrivateName(
         "ray.init(_temp_dir)",
@@ -222,7 +225,7 @@ def nodes_in_use() -> set[str]:
     import ray
 
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
-    actors: dict[str, dict[str, dict[str, str]]] = _state().actors(job_id=job, actor_state_name="ALIVE")
+    actors: dict[str, dict[str, dict[str, str]]] = ray._private.state.actors(job_id=job, actor_state_name="ALIVE")
     return {actor["Address"]["NodeID"] for actor in actors.values()}
 
 

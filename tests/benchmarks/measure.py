@@ -192,7 +192,8 @@ def environment() -> Iterator[dict[str, str]]:
     # whoever comes next.
     with tempfile.TemporaryDirectory(prefix="rb-") as home:
         quiet = {"RAYMILL_HOME": home, "RAY_TMPDIR": home, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-        yield {**os.environ, **quiet}
+        # The scripts of others train the model of jobs/mnist too.
+        yield {**os.environ, **quiet, "PYTHONPATH": str(PROJECT)}
 
 
 def run_once(name: str, command: Sequence[str], variables: Mapping[str, str]) -> dict[str, Any]:

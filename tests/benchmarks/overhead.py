@@ -12,12 +12,12 @@ Strict mode is compared run by run.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from measure import contest_arguments, contestants, enlarged, environment, report, run_once, run_rounds
+from raymill.record.events import Event, StepDone, read_events
 
 STEPS = 50
 
@@ -44,7 +44,7 @@ def print_checkpoints(plain: Sequence[str], options: argparse.Namespace) -> None
     with environment() as variables:
         for number in range(options.repeats):
             done = run_once("raymill", [*plain, "--set", f"checkpoint.every_steps={2 * STEPS}"], variables)
-            found = pairs((Path(done["folder"]) / "events.jsonl").read_text().splitlines())
+            found = pairs(read_events(Path(done["folder"]) / "events.jsonl")[0])
             shares += [with_save_s / without_s - 1 for with_save_s, without_s in found]
             print(f"run {number + 1}: {len(found)} pairs, {median_of(shares)} so far", flush=True)
     print(f"a checkpoint every {STEPS} steps costs {median_of(shares)} of the time\n")
@@ -56,17 +56,15 @@ def median_of(shares: Sequence[float]) -> str:
     return f"{statistics.median(shares):+.2%} (+-{spread:.2%})"
 
 
-def pairs(lines: Sequence[str]) -> list[tuple[float, float]]:
+def pairs(events: Sequence[Event]) -> list[tuple[float, float]]:
     """Seconds of 50 steps with a checkpoint, and of the 50 after them without one.
 
     A step is reported during the next one, but before a checkpoint at once: so a stretch begins and ends one step before
     the checkpoint's. Those around an evaluation are left out: it takes time of its own.
     """
-    ends_s: dict[int, float] = {}
-    epochs: dict[int, int] = {}
-    for event in map(json.loads, lines):
-        if event["kind"] == "step":
-            ends_s[event["step"]], epochs[event["step"]] = event["time_s"], event["epoch"]
+    steps = [event for event in events if isinstance(event, StepDone)]
+    ends_s = {event.step: event.time_s for event in steps}
+    epochs = {event.step: event.epoch for event in steps}
     found = []
     for start in range(2 * STEPS - 1, max(ends_s) - 2 * STEPS, 2 * STEPS):
         middle, end = start + STEPS, start + 2 * STEPS

@@ -1,6 +1,6 @@
 """The way without Ray: plain DDP under `python -m torch.distributed.run`, fed by a DataLoader or from memory.
 
-    python -m torch.distributed.run --standalone --nproc-per-node=2 tests/benchmarks/torchrun_way.py --data FOLDER
+    PYTHONPATH=. python -m torch.distributed.run --standalone --nproc-per-node=2 tests/benchmarks/torchrun_way.py --data FOLDER
 
 * `--loader-workers N`: a map-style dataset over the same Parquet files whose row groups are decoded once and kept, a
   DistributedSampler, and N loader processes per rank.

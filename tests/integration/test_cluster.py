@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,15 +26,19 @@ import psutil
 import pytest
 
 from faults.cases import flip_page, own_digits
+from raymill.checkpoint import directory
 from raymill.config import load, plan
 from raymill.config.plan import ClusterFacts
 from raymill.data.manifest import take_manifest
 from raymill.data.order import Stream, window, window_rows
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 PROJECT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
+HIDE = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o ro none "$1" && shift && exec "$@"', "sh"]
+"""Begins a command that shall not see what is in the folder named next. Needs root."""
+
 START_TIMEOUT_S = 120.0
 STEP_TIMEOUT_S = 300.0
 
@@ -73,8 +78,7 @@ class Nodes:
         command += ["--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={100 * 2**20}", *options]
         command += [f"--address={self.address}"] if self.address else []
         if hidden is not None:
-            mount = 'mount -t tmpfs -o ro none "$1" && shift && exec "$@"'
-            command = ["unshare", "--mount", "sh", "-c", mount, "sh", str(hidden), *command]
+            command = [*HIDE, str(hidden), *command]
         with open(self.folder / f"node-{len(self.running)}.log", "wb") as log:
             # Apart from this process, which no signal among Ray's own may reach.
             node = subprocess.Popen(command, env=self.variables, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
@@ -191,6 +195,35 @@ def planned(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=variables, cwd=PROJECT, capture_output=True, text=True, check=False)
 
 
+def can_hide(folder: Path) -> bool:
+    """Whether this process may start others that see another file system."""
+    return shutil.which("unshare") is not None and subprocess.run([*HIDE, str(folder), "true"], check=False).returncode == 0
+
+
+@pytest.mark.cluster_short
+@pytest.mark.integration
+def test_a_worker_on_a_machine_without_the_runs_folder_writes_it_all_there_and_ends_with_the_weights_of_this_machine(
+    nodes: Nodes,
+) -> None:
+    if not can_hide(nodes.folder / "home"):
+        pytest.skip("needs the right to mount")
+    start_head(nodes, 0)
+    nodes.add(2, hidden=nodes.folder / "home")
+    nodes.wait_for_cpus(2)
+    summary = finish(nodes.start("smoke", "--workers=1", "--set", "loop.record_order=true"))
+    [run] = nodes.runs()
+    assert "host" in json.loads((run / "rank-0.json").read_text()), "the rank was on a machine that has the folder"
+    here = embedded_run(nodes.folder / "here", "smoke", "--in-process", "--set", "loop.record_order=true")
+    assert summary["weights_sha256"] == here["weights_sha256"]
+    assert summary["metrics"] == here["metrics"]
+    assert [event["step"] for event in nodes.events() if event["kind"] == "step"] == list(range(1, 21))
+    assert read_lines(run / "order-0.jsonl") == read_lines(Path(here["folder"]) / "order-0.jsonl")
+    checkpoint, expected = run / summary["best_checkpoint"], Path(here["folder"]) / here["best_checkpoint"]
+    assert (checkpoint / "checksums.json").read_bytes() == (expected / "checksums.json").read_bytes()
+    directory.verify(checkpoint)
+
+
+@pytest.mark.cluster
 def test_a_cluster_that_asks_for_another_token_says_so(nodes: Nodes) -> None:
     start_head(nodes, 1)
     done = planned(nodes.variables | {"RAY_AUTH_TOKEN": secrets.token_hex(32)})
@@ -199,6 +232,7 @@ def test_a_cluster_that_asks_for_another_token_says_so(nodes: Nodes) -> None:
     assert planned(nodes.variables).returncode == 0
 
 
+@pytest.mark.cluster
 def test_a_cluster_that_asks_for_no_token_is_refused_unless_the_user_says_so(nodes: Nodes) -> None:
     token = nodes.variables.pop("RAY_AUTH_TOKEN")
     nodes.variables["RAY_AUTH_MODE"] = "disabled"
@@ -209,6 +243,7 @@ def test_a_cluster_that_asks_for_no_token_is_refused_unless_the_user_says_so(nod
     assert "runs code for whoever can reach it" in done.stdout
 
 
+@pytest.mark.cluster
 def test_workers_on_machines_without_the_runs_folder_end_with_the_weights_of_one_machine(nodes: Nodes) -> None:
     start_head(nodes, 0)
     nodes.add(3, hidden=nodes.folder / "home")
@@ -235,6 +270,7 @@ def test_workers_on_machines_without_the_runs_folder_end_with_the_weights_of_one
     assert summary["weights_sha256"] == embedded_run(nodes.folder / "embedded", "smoke")["weights_sha256"]
 
 
+@pytest.mark.cluster
 def test_ranks_here_and_on_a_machine_without_the_runs_folder_train_together_and_count_bad_rows_once(nodes: Nodes) -> None:
     data = own_digits(nodes.folder)
     flip_page(sorted(data.glob("*.parquet"))[2])
@@ -260,6 +296,7 @@ def test_ranks_here_and_on_a_machine_without_the_runs_folder_train_together_and_
     )
 
 
+@pytest.mark.cluster
 def test_a_run_leaves_a_machine_that_is_to_go_and_stops_when_there_is_no_other(nodes: Nodes) -> None:
     nodes.variables |= {"RAYMILL_FAULT": "step_done:slow:seconds=0.5", "RAYMILL_FAULT_FOLDER": str(nodes.folder)}
     start_head(nodes, 0)
@@ -326,6 +363,7 @@ ELASTIC = ["scale.workers=null", "scale.min_workers=1", "scale.max_workers=3", "
 LONG = ["data.num_rows=7200", "checkpoint.every_steps=10", "loop.record_order=true"]
 
 
+@pytest.mark.cluster
 def test_two_workers_then_one_then_three_train_on_the_same_batches_in_one_run(nodes: Nodes) -> None:
     # Steps that take a while, so that there is time to change the cluster.
     nodes.variables |= {"RAYMILL_FAULT": "step_done:slow:seconds=0.5", "RAYMILL_FAULT_FOLDER": str(nodes.folder)}

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -338,7 +340,8 @@ def state():
         "signal handlers": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
         "garbage collection": [gc.isenabled(), *gc.get_threshold(), gc.get_freeze_count()],
         "logging": [logging.root.level, str(logging.root.handlers)],
-        "threads of Python": sorted(thread.name for thread in threading.enumerate()),
+        # MLflow keeps idle threads of its own.
+        "threads of Python": sorted(thread.name for thread in threading.enumerate() if not thread.name.startswith("Mlflow")),
         "process group": torch.distributed.is_initialized(),
         "MLflow": [mlflow.is_tracking_uri_set(), mlflow.active_run() and "a run"],
     }
@@ -361,6 +364,22 @@ print(json.dumps({
     "children": [child.cmdline() for child in psutil.Process().children(recursive=True)],
 }))
 """
+
+
+def test_a_tracking_server_that_is_gone_holds_a_finished_run_up_for_seconds_and_its_events_are_kept(tmp_path: Path) -> None:
+    home = line_project(tmp_path / "mine")
+    home.environment["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"
+    begun_s = time.monotonic()
+    told = home.json("train", "line", "--in-process", "--json")
+    # MLflow alone would try for more than four minutes.
+    assert time.monotonic() - begun_s < 120
+    assert (told["status"], told["delivered_to_mlflow"]) == ("finished", False)
+    del home.environment["MLFLOW_TRACKING_URI"]
+    again = re.search(r"`python (-m raymill\.\S+ \S+)`", told["note"])
+    assert again, told["note"]
+    command = [sys.executable, *again[1].split()]
+    subprocess.run(command, cwd=home.project, env=home.environment, capture_output=True, timeout=TIMEOUT_S, check=True)
+    assert home.json("runs", "show", told["run_id"], "--json")["mlflow_run_id"]
 
 
 def test_a_caller_from_python_finds_everything_as_it_was_and_no_ray(here: Trained, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ info = ray.init(
     log_to_driver=False,
     logging_level="ERROR",
     **ray_internals.private_session(folder),
-)
+).address_info
 
 
 @ray.remote(num_cpus=0)

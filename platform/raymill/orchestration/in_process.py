@@ -82,6 +82,9 @@ def _deliver(folder: RunFolder, show: Show) -> dict[str, Any]:
     """Deliver the run's events to MLflow, and register its model, in this process."""
     from raymill.models.registration import register
     from raymill.tracking.mlflow_sync import deliver_all
+    from raymill.training.seeds import unchanged_caller
 
     show(DeliveryStarted())
-    return tracking_summary(folder, delivered=deliver_all(folder, register))
+    # A model that is registered is built again, which draws random numbers.
+    with unchanged_caller():
+        return tracking_summary(folder, delivered=deliver_all(folder, register))

@@ -86,9 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--give-up-s", type=float, default=600.0, help="seconds to go on trying once the run is over")
     arguments = parser.parse_args(argv)
     os.nice(NICENESS)
-    # MLflow's own retries would hide an outage for minutes; `follow` retries instead.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     folder = RunFolder(arguments.run_folder.resolve())
     os.environ["RAYMILL_HOME"] = str(folder.path.parent.parent)
     from raymill.models.registration import register

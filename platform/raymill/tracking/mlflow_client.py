@@ -5,6 +5,7 @@ Importing this file imports no MLflow.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ SQLITE = "sqlite:///"
 
 ADDRESS_MARKS = ("?", "%")
 """What begins the query of an address, and an escape. All else of a path, such as a space or `#`, stands for itself."""
+
+PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+"""The same, where the user did not set them: MLflow's own retries would hide an outage for minutes."""
 
 
 def tracking_uri() -> str:
@@ -65,10 +69,12 @@ def _sqlite_path(uri: str) -> Path | None:
 @contextmanager
 def mlflow_settings() -> Iterator[None]:
     """Within this, MLflow reads no pickles and uses the project's store; afterwards everything is as the caller had it."""
-    changed = {*SETTINGS, "MLFLOW_TRACKING_URI"}
+    changed = {*SETTINGS, *PATIENCE, "MLFLOW_TRACKING_URI"}
     before = {name: os.environ.get(name) for name in changed}
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
     uri = tracking_uri()
-    os.environ |= SETTINGS
+    os.environ |= SETTINGS | {name: value for name, value in PATIENCE.items() if name not in os.environ}
     try:
         import mlflow
 
@@ -82,6 +88,9 @@ def mlflow_settings() -> Iterator[None]:
         finally:
             mlflow.set_tracking_uri(uri_before)  # type: ignore[arg-type]  # None takes it back
     finally:
+        # A part of MLflow sets up logging for the whole process when it is imported.
+        root.setLevel(level)
+        root.handlers[:] = handlers
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -292,11 +292,11 @@ class _Loop:
         return event.model_copy(update=speeds)
 
     def finish_first_step(self) -> None:
-        """Start the clock for speeds after the first step, and say that it is done."""
+        """Say that the first step is done, and then start the clock for speeds: who hears of it may take some time."""
+        self.report(FirstStepDone(step=self.job.order.step(self.state.position)))
         self.clock.first_step_s = time.perf_counter()
         self.clock.rows_before = self.state.position
         self.clock.wait_before_s = self.feed.wait_s
-        self.report(FirstStepDone(step=self.job.order.step(self.state.position)))
 
     def finish_pending_step(self) -> None:
         """Wait for the sums of the step before: report it, and hear whether rank 0 wants to stop."""

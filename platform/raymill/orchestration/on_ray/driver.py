@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from raymill import errors, faults, startup_gc
+from raymill import errors, faults
 from raymill.config.plan import Plan
 from raymill.config.spec import JobSpec
 from raymill.errors import RaymillError, RunError
@@ -49,6 +49,9 @@ def _stop_on_sigterm(folder: RunFolder) -> None:
 
 
 def _drive(folder: RunFolder) -> int:
+    # Imported here: it changes how the whole process collects garbage, and the supervisor's imports this file too.
+    from raymill import startup_gc
+
     spec = JobSpec.model_validate(read_record(folder.spec))
     planned = Plan.from_record(read_record(folder.plan))
     # Importing what is needed next while the cluster starts saves its time.
