@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint unit worker integration cluster faults fuzz benchmark clean
+.PHONY: help setup train test lint unit worker integration cluster lowest faults fuzz benchmark clean
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -39,6 +39,14 @@ integration: setup ## whole runs on a local Ray: minutes
 cluster: setup ## a Ray cluster of several nodes on this machine: lost and added nodes, no shared folder; minutes
 	$(BIN)/pytest -m cluster tests/integration
 
+lowest: ## the tests at the lowest versions that pyproject.toml allows, in .venv-lowest: a quarter of an hour
+	@test -e .venv-lowest/installed || { python=$$($(FIND_PYTHON)) && "$$python" -m venv --clear .venv-lowest; }
+	@PIP_CONSTRAINT=constraints-lowest.txt PIP_BUILD_CONSTRAINT=constraints-lowest.txt \
+		.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch .venv-lowest/installed
+	.venv-lowest/bin/pytest tests/unit tests/worker
+	.venv-lowest/bin/pytest -m "not cluster and not cluster_short" tests/integration tests/faults
+
 faults: setup ## every fault that can be provoked here, with what came of it: an hour
 	$(BIN)/raymill data get mnist
 	PYTHONPATH=tests $(BIN)/python -m faults.run_faults --json .raymill/faults.json
@@ -53,7 +61,7 @@ benchmark: setup ## raymill beside the guide's way and torchrun, and what safety
 	$(BIN)/python tests/benchmarks/overhead.py --data .raymill/data/mnist --out .raymill/overhead.json
 
 clean: ## remove .venv and what the tools leave behind; data sets and runs in .raymill stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	rm -rf .venv .venv-lowest .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
 	find platform pipelines jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A .venv without the mark is what a failed or interrupted installation left: it is made anew.
