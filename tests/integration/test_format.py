@@ -1,0 +1,78 @@
+"""Runs, checkpoints and versions that an earlier raymill wrote are read, gone on with, or refused with what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from integration.commands import Home
+from raymill.checkpoint.directory import WEIGHTS, verify
+from raymill.config.plan import Plan
+from raymill.config.spec import JobSpec
+from raymill.files import FORMAT_VERSION, read_record
+from raymill.models.registry import VERSION_FILES
+
+pytestmark = pytest.mark.integration
+
+FORMAT_1 = Path(__file__).parents[1] / "data" / "format-1"
+FINISHED = FORMAT_1 / "runs" / "smoke-finished"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """A home whose runs were made earlier."""
+    shutil.copytree(FORMAT_1 / "runs", tmp_path / "home" / "runs")
+    return Home(tmp_path / "home")
+
+
+def order(folder: Path) -> dict[int, list[int]]:
+    """Position behind each step -> its rows."""
+    return {line["position"]: line["rows"] for line in map(json.loads, (folder / "order-0.jsonl").read_text().splitlines())}
+
+
+def test_a_run_that_was_killed_then_goes_on_now(home: Home) -> None:
+    run = home.path / "runs" / "smoke-killed"
+    summary = home.json("train", "--json", "--resume", run.name, "--in-process")
+    assert (summary["status"], summary["attempts"], summary["steps"]) == ("finished", 2, 20)
+    assert summary["rows"] == {"used": 1200, "skipped": 0, "remaining": 0, "total": 1200}
+    assert order(run) == order(FINISHED)
+
+    (last,), (expected,) = run.glob("checkpoints/step-00000020.*"), FINISHED.glob("checkpoints/step-00000020.*")
+    # The machine that made them may have computed with other kernels than this one; on that machine they were equal bit for bit.
+    torch.testing.assert_close(load_file(last / WEIGHTS), load_file(expected / WEIGHTS))
+
+
+def test_runs_of_then_are_listed_shown_and_evaluated(home: Home) -> None:
+    listed = {run["run_id"]: run["status"] for run in home.json("runs", "list", "--json")["runs"]}
+    assert listed == {"smoke-finished": "finished", "smoke-killed": "interrupted"}
+    assert home.json("runs", "show", "smoke-finished", "--json")["step"] == 20
+    measured = home.json("evaluate", "smoke-finished", "--json")["metrics"]
+    assert measured == pytest.approx(read_record(FINISHED / "summary.json")["metrics"])
+
+
+def test_the_files_of_a_version_of_then_are_read() -> None:
+    files = FORMAT_1 / "model_version"
+    verify(files, VERSION_FILES)
+    spec = JobSpec.model_validate(read_record(files / "spec.json"))
+    assert (spec.name, spec.register_ and spec.register_.model) == ("smoke", "blobs")
+    assert Plan.from_record(read_record(files / "plan.json")).total_steps == 20
+    assert {name: value.shape for name, value in load_file(files / WEIGHTS).items()}
+
+
+@pytest.mark.parametrize("record", ["spec.json", "data_manifest.json", "events.jsonl"])
+def test_a_run_of_a_newer_raymill_is_refused_and_says_so(home: Home, record: str) -> None:
+    file = home.path / "runs" / "smoke-killed" / record
+    newer, count = re.subn(r'"format_version": ?\d+', f'"format_version": {FORMAT_VERSION + 1}', file.read_text())
+    assert count
+    file.write_text(newer)
+    code, _, stderr = home.run("train", "--resume", "smoke-killed", "--in-process")
+    assert code == 2, stderr
+    assert "written by a newer raymill: use that version" in " ".join(stderr.split())
+    assert record in stderr
+    assert "Traceback" not in stderr
