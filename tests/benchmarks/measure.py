@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +167,17 @@ def contestants(options: argparse.Namespace, data: Path) -> dict[str, list[str]]
     }
 
 
-def run_rounds(commands: Mapping[str, Sequence[str]], repeats: int) -> list[dict[str, dict[str, Any]]]:
+Surroundings = Callable[[], AbstractContextManager[Mapping[str, str]]]
+"""What must be there while a contestant runs, and the environment variables that lead to it."""
+
+
+def run_rounds(
+    commands: Mapping[str, Sequence[str]], repeats: int, surroundings: Mapping[str, Surroundings] | None = None
+) -> list[dict[str, dict[str, Any]]]:
     """Run every command once a round, in turn, each in a state folder that lasts for the contest.
+
+    Args:
+        surroundings: for contestants that need some; made before each run of theirs and gone behind it.
 
     Returns:
         per round: contestant -> its JSON object.
@@ -178,7 +187,8 @@ def run_rounds(commands: Mapping[str, Sequence[str]], repeats: int) -> list[dict
         for number in range(1, repeats + 1):
             results = {}
             for name, command in commands.items():
-                results[name] = run_once(name, command, variables)
+                with (surroundings or {}).get(name, lambda: nullcontext({}))() as needed:
+                    results[name] = run_once(name, command, {**variables, **needed})
                 figures = {key: results[name][key] for key in ("seconds_to_first_step", "rows_per_s")}
                 print(f"round {number}/{repeats}  {name:16}{figures}", file=sys.stderr, flush=True)
             rounds.append(results)

@@ -35,7 +35,9 @@ from raymill.data.order import Stream, window, window_rows
 pytestmark = pytest.mark.timeout(900)
 
 PROJECT = Path(__file__).parents[2]
-RAY = Path(sys.executable).with_name("ray")
+RAY = "ray.scripts.scripts"
+"""The module behind the command `ray`."""
+
 HIDE = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o ro none "$1" && shift && exec "$@"', "sh"]
 """Begins a command that shall not see what is in the folder named next. Needs root."""
 
@@ -71,10 +73,12 @@ class Nodes:
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
     commands: list[subprocess.Popen[str]] = field(default_factory=list)
     address: str = ""
+    python: str = sys.executable
+    project: Path = PROJECT
 
     def add(self, num_cpus: int, *options: str, hidden: Path | None = None) -> subprocess.Popen[bytes]:
         """Start a node; its processes do not see what is in the folder `hidden`."""
-        command = [str(RAY), "start", "--block", f"--num-cpus={num_cpus}", "--disable-usage-stats"]
+        command = [self.python, "-m", RAY, "start", "--block", f"--num-cpus={num_cpus}", "--disable-usage-stats"]
         command += ["--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={100 * 2**20}", *options]
         command += [f"--address={self.address}"] if self.address else []
         if hidden is not None:
@@ -91,7 +95,7 @@ class Nodes:
 
     def facts(self) -> dict[str, Any]:
         """What raymill finds there."""
-        asked = [sys.executable, "-m", "raymill.orchestration.cluster_facts"]
+        asked = [self.python, "-m", "raymill.orchestration.cluster_facts"]
         done = subprocess.run(asked, env=self.variables, capture_output=True, text=True, check=False)
         return json.loads(done.stdout) if done.returncode == 0 and done.stdout else {}
 
@@ -101,21 +105,21 @@ class Nodes:
     def node_with(self, name: str) -> str | None:
         """The id of the living node that has a resource of this name."""
         code = "import json, ray; ray.init(log_to_driver=False); print(json.dumps(ray.nodes()))"
-        done = subprocess.run([sys.executable, "-c", code], env=self.variables, capture_output=True, text=True, check=True)
+        done = subprocess.run([self.python, "-c", code], env=self.variables, capture_output=True, text=True, check=True)
         known = json.loads(done.stdout.splitlines()[-1])
         return next((node["NodeID"] for node in known if node["Alive"] and name in node["Resources"]), None)
 
     def drain(self, name: str, seconds: int = 600) -> None:
         """Give notice that the node with the resource of this name is to leave."""
         node = until(lambda: self.node_with(name), START_TIMEOUT_S, f"a node with the resource {name}")
-        command = [str(RAY), "drain-node", f"--node-id={node}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
+        command = [self.python, "-m", RAY, "drain-node", f"--node-id={node}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
         command += ["--reason-message=taken back", f"--deadline-remaining-seconds={seconds}"]
         subprocess.run(command, env=self.variables, capture_output=True, check=True)
 
     def start(self, job: str, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "raymill", "train", job, "--json", *arguments]
+        command = [self.python, "-m", "raymill", "train", job, "--json", *arguments]
         pipe = subprocess.PIPE
-        self.commands.append(subprocess.Popen(command, env=self.variables, cwd=PROJECT, text=True, stdout=pipe, stderr=pipe))
+        self.commands.append(subprocess.Popen(command, env=self.variables, cwd=self.project, text=True, stdout=pipe, stderr=pipe))
         return self.commands[-1]
 
     def runs(self) -> list[Path]:
@@ -395,3 +399,22 @@ def test_two_workers_then_one_then_three_train_on_the_same_batches_in_one_run(no
     assert trained_batches(run, starts()) == expected_batches("smoke", ELASTIC + LONG)
     assert summary["rows"]["used"] == summary["rows"]["total"]
     assert summary["num_workers"] == 3
+
+
+@pytest.mark.cluster
+@pytest.mark.integration
+def test_a_project_of_its_own_with_the_wheel_alone_trains_on_a_cluster(nodes: Nodes, environment: Path, tmp_path: Path) -> None:
+    nodes.python, nodes.project = str(environment / "python"), tmp_path / "mine"
+    del nodes.variables["PYTHONPATH"]
+    start_head(nodes, 2)
+    made = subprocess.run(
+        [str(environment / "raymill"), "init", str(nodes.project)],
+        env=nodes.variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    summary = finish(nodes.start("demo", "--workers=2"))
+    assert (summary["status"], summary["num_workers"], summary["delivered_to_mlflow"]) == ("finished", 2, True)
+    assert summary["rows"] == {"used": 1200, "skipped": 0, "remaining": 0, "total": 1200}
