@@ -23,12 +23,12 @@ from raymill.config.spec import JobSpec
 from raymill.data.manifest import as_record, take_manifest
 from raymill.errors import CheckpointError, InputError, RunError
 from raymill.files import read_record, write_record
-from raymill.models import registration, registry
+from raymill.models import exported, registration, registry
 from raymill.models.registry import ModelVersion
 from raymill.models.trained import find_model
 from raymill.record.events import RunFinished, append_event
 from raymill.record.folder import RunFolder, run_folder
-from raymill.tracking.mlflow_client import connect, experiment_id, mlflow_settings
+from raymill.tracking.mlflow_client import connect, experiment_id, mlflow_settings, tracking_uri
 
 TRACKER = [sys.executable, "-m", "raymill.orchestration.tracker"]
 
@@ -152,11 +152,18 @@ def mlflow_run(folder: RunFolder) -> Any:
 
 
 def load_exported(made: ModelVersion) -> torch.nn.Module:
-    """The exported graph, as MLflow loads it."""
+    """The exported graph, without pickle: known by its digest in the registry."""
+    with mlflow_settings():
+        tags = connect().get_model_version(made.name, str(made.version)).tags
+    return exported.load_exported(registry.model_files(made).parent / exported.FILE, tags[registry.MODEL_TAG])
+
+
+def load_with_mlflow(made: ModelVersion, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    """The exported graph, as whoever knows MLflow alone loads it."""
     import mlflow
 
-    with mlflow_settings():
-        loaded: torch.nn.Module = mlflow.pytorch.load_model(made.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri())
+    loaded: torch.nn.Module = mlflow.pytorch.load_model(made.uri)
     return loaded
 
 
@@ -164,7 +171,9 @@ def weights_of(folder: RunFolder) -> dict[str, torch.Tensor]:
     return load_file(folder.checkpoints / "step-00000009.1" / "weights.safetensors")
 
 
-def test_a_registered_model_is_found_loads_without_pickle_and_computes_the_same_for_any_batch_size() -> None:
+def test_a_registered_model_is_found_loads_without_pickle_and_computes_the_same_for_any_batch_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     folder = finished_run("run-1")
     made = register(folder)
     assert (made.name, made.version, made.alias, made.run_id) == ("line", 1, "candidate", "run-1")
@@ -173,7 +182,7 @@ def test_a_registered_model_is_found_loads_without_pickle_and_computes_the_same_
         assert registry.resolve(reference) == made
 
     weights = weights_of(folder)
-    loaded = load_exported(made)
+    loaded, by_mlflow = load_exported(made), load_with_mlflow(made, monkeypatch)
     for num_rows in (1, 2, 17):
         x = torch.randn(num_rows, 3)
         inner = x @ weights["layers.0.weight"].T + weights["layers.0.bias"]
@@ -181,6 +190,7 @@ def test_a_registered_model_is_found_loads_without_pickle_and_computes_the_same_
             inner, *(weights[f"layers.1.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
         )
         torch.testing.assert_close(loaded(x), expected)
+        torch.testing.assert_close(by_mlflow(x), expected)
 
     files = registry.model_files(made)
     assert {file.name for file in files.iterdir()} == {
@@ -241,6 +251,28 @@ def test_the_tracking_process_registers_at_the_end_and_the_run_is_finished_eithe
     else:
         assert "no export" in done.stderr
         assert not folder.model_version.exists()
+
+
+def test_a_disk_that_is_full_registers_nothing_says_so_and_the_next_try_makes_the_first_version(state_folder: Path) -> None:
+    # MLflow's artifacts get a disk of their own, smaller than the model is.
+    on_full_disk = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=12k none "$1" && shift && exec "$@"', "sh"]
+    artifacts = state_folder / "artifacts"
+    folder = finished_run("run-1")
+    artifacts.mkdir(exist_ok=True)
+    if subprocess.run([*on_full_disk, str(artifacts), "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    full = subprocess.run(
+        [*on_full_disk, str(artifacts), *TRACKER, str(folder.path), "--give-up-s=1"], capture_output=True, text=True
+    )
+    assert full.returncode == 1
+    assert "No space left on device" in read_record(folder.tracking_failure)["message"]
+    assert not folder.model_version.exists()
+    assert registry.list_models() == []
+
+    done = subprocess.run([*TRACKER, str(folder.path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read_record(folder.model_version) == {"name": "line", "version": 1, "alias": "candidate"}
+    assert find_model("line@candidate").run_id == "run-1"
 
 
 def test_the_files_of_a_version_in_a_local_store_are_not_copied(state_folder: Path) -> None:

@@ -47,6 +47,11 @@ def _writable(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _now_s() -> float:
+    # Looked up at each call, so that the fault "clock" sets back the times of events too.
+    return time.time()
+
+
 class Event(BaseModel):
     """Something that happened in a run.
 
@@ -56,7 +61,7 @@ class Event(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
-    time_s: float = Field(default_factory=time.time)
+    time_s: float = Field(default_factory=_now_s)
 
 
 class AttemptStarted(Event):
