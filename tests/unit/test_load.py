@@ -162,6 +162,12 @@ def test_a_job_that_is_not_there_names_the_nearest(project: Path, name: str) -> 
         find_job(name)
 
 
+def test_outside_of_a_project_the_way_into_one_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"There are no jobs in {tmp_path}/jobs: go to your project's folder, or make one with"):
+        find_job("digits")
+
+
 # ---------------------------------------------------------------- strict YAML
 
 

@@ -80,8 +80,11 @@ def find_job(name: str) -> Path:
         if os.path.isfile(candidate):
             return candidate
     known = [file.parent.name for file in jobs.glob("*/job.yaml")]
-    near = did_you_mean(Path(name).parent.name if name.endswith("job.yaml") else Path(name).name, known)
-    raise InputError([Problem("job", shortened(name), "a job file, its folder, or the name of a job", near)])
+    if known:
+        fix = did_you_mean(Path(name).parent.name if name.endswith("job.yaml") else Path(name).name, known)
+    else:
+        fix = f"There are no jobs in {jobs}: go to your project's folder, or make one with `raymill init DIR`."
+    raise InputError([Problem("job", shortened(name), "a job file, its folder, or the name of a job", fix)])
 
 
 def list_jobs() -> list[dict[str, Any]]:
