@@ -150,14 +150,14 @@ def contestants(options: argparse.Namespace, data: Path) -> dict[str, list[str]]
         "loop.epochs": options.epochs,
         "loop.global_batch_rows": options.global_batch_rows,
         "loop.threads": 1,
-        "scale.workers": options.workers,
     }
     raymill = [*python, "-m", "raymill", "train", "jobs/mnist/job.yaml", "--json"]
     for path, value in settings.items():
         raymill += ["--set", f"{path}={value}"]
     by_torchrun = [*torchrun, str(HERE / "torchrun_way.py"), *common]
     return {
-        "raymill": raymill,
+        "raymill": [*raymill, f"--workers={options.workers}"],
+        "in process": [*raymill, "--in-process"],
         "guide": [*python, str(HERE / "guide_way.py"), *common],
         "in memory": [*by_torchrun, "--in-memory"],
         "loader 0": [*by_torchrun, "--loader-workers=0"],

@@ -32,7 +32,7 @@ def main() -> None:
     with enlarged(options.data, options.copies) as data:
         commands = contestants(options, data)
         starts = {
-            "in process": [*commands["raymill"], "--in-process"],
+            "in process": commands["in process"],
             "raymill": commands["raymill"],
             "on a cluster": commands["raymill"],
             "guide": commands["guide"],

@@ -1,12 +1,15 @@
-"""The commands as a user types them, each in a process of its own, with a state folder that belongs to one test."""
+"""The commands as a user types them, each in a process of its own, with a state folder and a temporary folder of one test."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,6 @@ from typing import Any
 import psutil
 import pytest
 
-from raymill.orchestration.on_ray.ray_session import session_folder
 from raymill.record.events import StepDone, read_events
 from raymill.record.folder import RunFolder
 
@@ -32,7 +34,10 @@ class Home:
 
     def __init__(self, path: Path, project: Path = PROJECT) -> None:
         self.path, self.project = path, project
-        self.environment = {**os.environ, "RAYMILL_HOME": str(path)}
+        # Short, because Ray makes sockets in it, whose paths may have 107 bytes.
+        self.scratch = Path(tempfile.mkdtemp(prefix="rh-"))
+        weakref.finalize(self, shutil.rmtree, self.scratch, ignore_errors=True)
+        self.environment = {**os.environ, "RAYMILL_HOME": str(path), "TMPDIR": str(self.scratch)}
         for address in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
             self.environment.pop(address, None)
 
@@ -80,11 +85,11 @@ class Home:
         except psutil.Error:
             return False
 
-    def sessions(self) -> list[Path]:
-        """Session folders of this home's drivers that are still there."""
-        locks = self.path.glob("runs/*/driver.lock")
-        folders = [session_folder(int(lock.read_text())) for lock in locks]
-        return [folder for folder in folders if folder.exists()]
+    def left_over(self) -> list[str]:
+        """What is still there after its commands have ended: processes, and files in the temporary folder."""
+        # Torch keeps a folder for compiled kernels; it stays on purpose.
+        files = [path.name for path in self.scratch.iterdir() if not path.name.startswith("torchinductor_")]
+        return [*map(str, self.processes()), *files]
 
 
 def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:

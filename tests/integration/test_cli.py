@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -125,8 +126,7 @@ def test_ctrl_c_saves_the_run_and_a_resume_ends_as_if_nothing_had_been(
     code, _, stderr = home.run("train", "--resume", folder.run_id)
     assert (code, "finished" in stderr) == (2, True)
 
-    assert home.processes() == []
-    assert home.sessions() == []
+    assert home.left_over() == []
     assert set(os.listdir("/dev/shm")) - shared_before == set()
 
 
@@ -175,9 +175,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def status_of(port: int, path: str, host: str = "127.0.0.1") -> int | None:
-    """The HTTP status; None while nobody answers."""
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Host": f"{host}:{port}"})
+def status_of(port: int, path: str, host: str = "127.0.0.1", user: str = "") -> int | None:
+    """The HTTP status; None while nobody answers.
+
+    Args:
+        user: "name:password" of who asks; "" for nobody in particular.
+    """
+    headers = {"Host": f"{host}:{port}"}
+    if user:
+        headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return int(answer.status)
@@ -191,10 +198,13 @@ def status_of(port: int, path: str, host: str = "127.0.0.1") -> int | None:
 def test_the_page_is_there_for_this_machine_alone_until_ctrl_c(tmp_path: Path) -> None:
     home, port = Home(tmp_path / "home"), free_port()
     process = home.start("ui", "--port", str(port))
+    assert process.stderr is not None
     try:
+        (user,) = next(found for line in process.stderr if (found := re.findall(rf"http://(\S+)@127\.0\.0\.1:{port}\b", line)))
         wait_until(lambda: status_of(port, "/health") == 200, process)
-        assert status_of(port, "/") == 200
-        assert status_of(port, "/", host="elsewhere.example") == 403
+        assert status_of(port, "/", user=user) == 200
+        assert status_of(port, "/") == 401
+        assert status_of(port, "/", host="elsewhere.example", user=user) == 403
         listening = {
             connection.laddr
             for member in home.processes()
@@ -209,5 +219,5 @@ def test_the_page_is_there_for_this_machine_alone_until_ctrl_c(tmp_path: Path) -
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     assert process.returncode == 0
-    assert home.processes() == []
+    assert home.left_over() == []
     assert not (PROJECT / "mlartifacts").exists()

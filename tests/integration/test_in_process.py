@@ -143,8 +143,7 @@ def test_a_killed_run_goes_on_here_or_on_ray_and_ends_with_the_same_weights(
     assert [(start.attempt, start.num_workers, start.resumed) for start in resumed.starts] == [(1, 1, False), (2, 1, True)]
     # The checkpoint of step 3 was safe before that of step 6 was begun.
     assert resumed.starts[1].step in (3, 6)
-    assert home.processes() == []
-    assert home.sessions() == []
+    assert home.left_over() == []
 
 
 def test_ctrl_c_saves_the_run_and_a_resume_ends_as_if_nothing_had_been(here: Trained, tmp_path: Path) -> None:
@@ -174,7 +173,7 @@ def test_ctrl_c_saves_the_run_and_a_resume_ends_as_if_nothing_had_been(here: Tra
     assert resumed.batches() == here.batches()
     code, _, stderr = home.run("train", "--resume", run_id, *HERE)
     assert (code, "finished" in stderr) == (2, True)
-    assert home.processes() == []
+    assert home.left_over() == []
     assert set(os.listdir("/dev/shm")) - shared_before == set()
 
 
@@ -283,7 +282,7 @@ def test_an_error_in_the_jobs_own_code_comes_with_its_own_traceback(place: str, 
     assert json.loads(stdout) == {"error": "LookupError", "message": "there is no such luck", "problems": []}
     shown = home.json("runs", "show", home.folder().run_id, "--json")
     assert (shown["status"], shown["message"]) == ("failed", "LookupError: there is no such luck")
-    assert home.processes() == []
+    assert home.left_over() == []
 
 
 def test_a_failed_run_goes_on_once_the_code_is_put_right(tmp_path: Path) -> None:
@@ -401,4 +400,4 @@ def test_a_caller_from_python_finds_everything_as_it_was_and_no_ray(here: Traine
     assert told["changed"] == {}
     assert told["ray"] == []
     assert told["children"] == []
-    assert home.processes() == []
+    assert home.left_over() == []
