@@ -174,9 +174,12 @@ class Live:
         """End what is left and remove the folders."""
         if self.servers:
             self.signal_server(signal.SIGKILL)
-        for process in self.processes():
-            with suppress(psutil.Error):
-                process.kill()
+        # Again while there are any: one may have started another meanwhile.
+        while found := self.processes():
+            for process in found:
+                with suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(found, timeout=GRACE_S)
         for folder in [self.scratch, *self.home.glob("runs/*/checkpoints")]:
             if folder.is_mount():
                 subprocess.run(["umount", str(folder)], check=True)
