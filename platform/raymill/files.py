@@ -14,8 +14,11 @@ from filelock import FileLock, Timeout
 
 from raymill.errors import InputError, Problem, RunError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the files of runs, checkpoints and model versions. It goes up when an older raymill could not read them any more."""
+
+READABLE_VERSIONS = (1, 2)
+"""Those that this raymill reads: what a later version added has a default."""
 
 VERSION_FIELD = "format_version"
 
@@ -121,13 +124,13 @@ def without_version(record: Any, where: str) -> dict[str, Any]:
         InputError: the version is missing or another one; says what to do.
     """
     found = record.get(VERSION_FIELD) if isinstance(record, dict) else None
-    if type(found) is int and found == FORMAT_VERSION:
+    if type(found) is int and found in READABLE_VERSIONS:
         return {name: value for name, value in record.items() if name != VERSION_FIELD}
     if isinstance(found, int) and found > FORMAT_VERSION:
         fix = "It was written by a newer raymill: use that version here too."
     else:
         fix = "It was written by a raymill older than 0.2, or is damaged: train again with this version."
-    expected = f"{VERSION_FIELD} {FORMAT_VERSION}, which this raymill reads"
+    expected = f"{VERSION_FIELD} {' or '.join(map(str, READABLE_VERSIONS))}, which this raymill reads"
     shown = repr(found) if found is None or isinstance(found, int | float | str) else f"of type {type(found).__name__}"
     raise InputError([Problem(where, f"{VERSION_FIELD} {shown}", expected, fix)])
 
@@ -142,7 +145,8 @@ def run_lock(path: Path) -> Iterator[None]:
     Raises:
         RunError: when another process holds it; names the process.
     """
-    lock = FileLock(path, mode=0o600, blocking=False)
+    # Whichever thread took it, any may let go of it.
+    lock = FileLock(path, mode=0o600, blocking=False, thread_local=False)
     try:
         lock.acquire()
     except Timeout as error:

@@ -153,6 +153,10 @@ class RetrySpec(StrictModel):
     stalls: int = Field(default=1, ge=0, description="stalls without progress")
     rollbacks: int = Field(default=3, ge=0, description="returns to a checkpoint after NaN, with loop.on_nan: rollback")
     storage: int = Field(default=2, ge=0, description="checkpoints that could not be written or read")
+    standby: bool | None = Field(
+        default=None,
+        description="keep a second driver with its workers ready, on this machine; null: in a run of more than five minutes",
+    )
 
 
 class BadRowsSpec(StrictModel):

@@ -18,7 +18,7 @@ from raymill.orchestration.attempts import Show, committed_step, run_attempts, s
 from raymill.orchestration.prepare import Prepared
 from raymill.orchestration.summary import conclude
 from raymill.orchestration.tracker import tracking_summary
-from raymill.record.events import DeliveryStarted, Event, RunStopped, append_event
+from raymill.record.events import DeliveryStarted, Event, RunStopped, StageReached, append_event
 from raymill.record.folder import RunFolder
 from raymill.record.processes import ProcessId
 from raymill.record.store import LocalRunStore
@@ -48,16 +48,17 @@ def execute(folder: RunFolder, prepared: Prepared, show: Show) -> dict[str, Any]
 
 def _attempt(folder: RunFolder, job: Job, show: Show) -> RaymillError | None:
     """Train from the last commit; returns why it failed, or None when the run is finished."""
-    import torch
-
-    from raymill.training import loop
-    from raymill.training.seeds import unchanged_caller
-
     store = LocalRunStore(folder)
 
     def report(event: Event) -> None:
         store.report(event)
         show(event)
+
+    report(StageReached(stage="importing torch"))
+    import torch
+
+    from raymill.training import loop
+    from raymill.training.seeds import unchanged_caller
 
     try:
         with unchanged_caller():

@@ -22,6 +22,8 @@ from raymill.record.events import (
     Event,
     FirstStepDone,
     ResizeStarted,
+    StageReached,
+    StandbyDecided,
     StepDone,
     StepRefused,
     StragglerFound,
@@ -39,6 +41,10 @@ def describe(event: Event) -> list[str]:
             how = f"resumed at step {event.step}" if event.resumed else "started"
             workers = "1 worker" if event.num_workers == 1 else f"{event.num_workers} workers"
             return [f"attempt {event.attempt}: {workers}, {how}", *(f"note: {note}" for note in event.notes)]
+        case StageReached():
+            return [event.stage]
+        case StandbyDecided(started=True):
+            return [f"a second driver is being made ready, to go on should this one die ({event.reason})"]
         case FirstStepDone():
             return ["first step done"]
         case EvaluationDone():

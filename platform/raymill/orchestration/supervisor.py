@@ -1,35 +1,45 @@
 """The executor on Ray, on this machine or a cluster: starts a driver, watches the run's events, starts another when one dies.
 
 It does not matter what died: a worker, Ray's train controller, the coordinator of the stream, Ray itself, or the driver. The next
-attempt goes on from the last commit.
+attempt goes on from the last commit. In a long run another driver stands by with a Ray of its own, all imported and its workers
+waiting, so that the next step is seconds away and not the half a minute that a cold start takes.
 """
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
-from functools import partial
-from pathlib import Path
 from typing import Any
 
+import psutil
+
 from raymill import errors
+from raymill.config.spec import JobSpec
 from raymill.errors import Interrupted, RaymillError, StallError
-from raymill.files import private, read_record
+from raymill.files import read_record
 from raymill.orchestration.attempts import Show, committed_step, run_attempts, stop_on_signal
-from raymill.orchestration.on_ray import driver, session_folder
+from raymill.orchestration.cluster_facts import address
+from raymill.orchestration.on_ray.driver import FINISHED, INTERRUPTED
+from raymill.orchestration.on_ray.driver_process import DriverProcess, Outlook, decide_standby
 from raymill.orchestration.prepare import Prepared
-from raymill.orchestration.retry import Cause
+from raymill.orchestration.retry import Cause, budgets
 from raymill.orchestration.tracker import Tracker
-from raymill.paths import project_root
 from raymill.record import stacks
-from raymill.record.events import FirstStepDone, RunFinished, RunStopped, append_event, read_events
+from raymill.record.events import (
+    FirstStepDone,
+    RunFinished,
+    RunStopped,
+    StageReached,
+    StandbyDecided,
+    append_event,
+    read_events,
+)
 from raymill.record.folder import RunFolder
 
 POLL_S = 0.1
 END_TIMEOUT_S = 2.0
+SETTLED_S = 3.0
+"""Seconds after an attempt's first step from which its speed says something."""
 
 
 def supervise(folder: RunFolder, prepared: Prepared, show: Show) -> dict[str, Any]:
@@ -44,65 +54,101 @@ def supervise(folder: RunFolder, prepared: Prepared, show: Show) -> dict[str, An
     """
     tracker = Tracker(folder)
     monitor = _EventMonitor(folder, prepared.spec.loop.stall_timeout_s, show, tracker)
+    drivers = _Drivers(folder, prepared.spec, monitor)
     try:
         with stop_on_signal(folder):
-            run_attempts(folder, prepared.spec, partial(_attempt, folder, monitor), show)
+            run_attempts(folder, prepared.spec, drivers.attempt, show)
     except Interrupted:
+        drivers.close()
         tracker.finish(show)
         raise
     except RaymillError as error:
         append_event(folder, RunStopped(reason="failed", message=str(error)))
+        drivers.close()
         tracker.finish(show)
         raise
+    finally:
+        drivers.close()
     return read_record(folder.summary) | tracker.finish(show)
 
 
-def _attempt(folder: RunFolder, monitor: _EventMonitor) -> RaymillError | None:
-    """Start a driver and watch it to its end; returns why it failed, or None when the run is finished."""
-    folder.failure.unlink(missing_ok=True)
-    with session_folder.new_session() as session:
-        return _drive(folder, monitor, session)
+class _Drivers:
+    """The driver whose turn it is, and in a long run the one that stands by."""
 
+    def __init__(self, folder: RunFolder, spec: JobSpec, monitor: _EventMonitor) -> None:
+        self._folder, self._spec, self._monitor = folder, spec, monitor
+        self._standby: DriverProcess | None = None
+        self._wants_standby = address() is None
 
-def _drive(folder: RunFolder, monitor: _EventMonitor, session: Path) -> RaymillError | None:
-    with open(folder.ray_log, "ab", opener=private) as log:
-        process = subprocess.Popen(
-            # -P: no code from the current folder. Ray lets its workers import from there, so it is the project's root.
-            [sys.executable, "-P", "-m", "raymill.orchestration.on_ray.driver", str(folder.path)],
-            cwd=project_root(),
-            env={**os.environ, session_folder.VARIABLE: str(session)},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            # Ctrl-C is for the supervisor, which asks the workers to stop; the driver must live until they have.
-            start_new_session=True,
+    def close(self) -> None:
+        """End the one that stands by."""
+        if self._standby is not None:
+            self._standby.end(0.0)
+            self._standby = None
+
+    def attempt(self) -> RaymillError | None:
+        """Let a driver have its turn and watch it to its end; returns why it failed, or None when the run is finished."""
+        self._folder.failure.unlink(missing_ok=True)
+        driver = self._next()
+        stalled: RaymillError | None = None
+        try:
+            self._monitor.begin()
+            # A driver that has said why it failed need not be waited for: ending Ray takes it a while.
+            while driver.exit_code is None and stalled is None and not self._folder.failure.exists():
+                self._monitor.poll()
+                stalled = self._monitor.find_stall()
+                self._look_after_standby(driver)
+                time.sleep(POLL_S)
+        finally:
+            ended = driver.exit_code in (FINISHED, INTERRUPTED)
+            driver.end(END_TIMEOUT_S if ended else 0.0)
+            self._monitor.poll()
+        return stalled or self._why_it_ended(driver)
+
+    def _next(self) -> DriverProcess:
+        """The driver that stands by, its turn given, or a new one."""
+        driver, self._standby = self._standby, None
+        if driver is not None and driver.exit_code is not None:
+            driver.end(0.0)
+            driver = None
+        append_event(
+            self._folder, StageReached(stage="starting Ray" if driver is None else "the driver that stood by takes over")
         )
-    stalled: RaymillError | None = None
-    try:
-        monitor.begin()
-        while process.poll() is None and stalled is None:
-            monitor.poll()
-            stalled = monitor.find_stall()
-            time.sleep(POLL_S)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        monitor.poll()
-        session_folder.end_session(session, END_TIMEOUT_S if stalled is None else 0.0)
-    if stalled is not None:
-        return stalled
-    if process.returncode == driver.FINISHED:
-        return None
-    if process.returncode == driver.INTERRUPTED:
-        raise Interrupted(folder.run_id, committed_step(folder))
-    if folder.failure.exists():
-        return errors.from_record(read_record(folder.failure))
-    how = signal.Signals(-process.returncode).name if process.returncode < 0 else f"exit code {process.returncode}"
-    return errors.WorkerError(
-        f"the driver (process {process.pid}) ended with {how}; what it printed last is in {folder.ray_log}",
-        cause=Cause.LOST_PROCESS,
-    )
+        if driver is None:
+            return DriverProcess(self._folder)
+        driver.give_turn()
+        return driver
+
+    def _look_after_standby(self, driver: DriverProcess) -> None:
+        """Start a driver that stands by once that is worth it; one that died is not replaced before the next attempt."""
+        left_s = self._monitor.left_s() if self._standby is None and self._wants_standby else None
+        if left_s is None:
+            return
+        outlook = Outlook(
+            wanted=self._spec.retry.standby,
+            may_go_on=any(budgets(self._spec).values()),
+            left_s=left_s,
+            taken_bytes=driver.memory_bytes(),
+            free_bytes=psutil.virtual_memory().available,
+        )
+        self._wants_standby, reason = decide_standby(outlook)
+        append_event(self._folder, StandbyDecided(started=self._wants_standby, reason=reason))
+        if self._wants_standby:
+            self._standby = DriverProcess(self._folder, standing_by=True)
+
+    def _why_it_ended(self, driver: DriverProcess) -> RaymillError | None:
+        folder, code = self._folder, driver.exit_code
+        if folder.failure.exists():
+            return errors.from_record(read_record(folder.failure))
+        if code == FINISHED:
+            return None
+        if code == INTERRUPTED:
+            raise Interrupted(folder.run_id, committed_step(folder))
+        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return errors.WorkerError(
+            f"the driver (process {driver.pid}) ended with {how}; what it printed last is in {folder.ray_log}",
+            cause=Cause.LOST_PROCESS,
+        )
 
 
 class _EventMonitor:
@@ -116,9 +162,9 @@ class _EventMonitor:
     def begin(self) -> None:
         """Say that an attempt begins."""
         self._last_s = time.monotonic()
-        self._first_step_done = False
+        self._first_step_s: float | None = None
         self._ended = False
-        self._step, self._num_workers = 0, 0
+        self._first_step, self._step, self._num_steps, self._num_workers = 0, 0, 0, 0
 
     def poll(self) -> None:
         """Pass on what is new."""
@@ -127,16 +173,28 @@ class _EventMonitor:
             self._last_s = time.monotonic()
             self._step = getattr(event, "step", self._step)
             self._num_workers = getattr(event, "num_workers", self._num_workers)
+            self._num_steps = getattr(event, "num_total_steps", self._num_steps)
             self._ended = isinstance(event, RunFinished | RunStopped)
             if isinstance(event, FirstStepDone):
-                self._first_step_done = True
+                self._first_step_s, self._first_step = time.monotonic(), event.step
                 self._tracker.start()
             self._show(event)
+
+    @property
+    def first_step_done(self) -> bool:
+        """Whether the attempt trains."""
+        return self._first_step_s is not None
+
+    def left_s(self) -> float | None:
+        """Seconds that the run will still take at the speed of this attempt; None in its first seconds."""
+        if self._first_step_s is None or time.monotonic() - self._first_step_s < SETTLED_S or self._step <= self._first_step:
+            return None
+        return (time.monotonic() - self._first_step_s) / (self._step - self._first_step) * (self._num_steps - self._step)
 
     def find_stall(self) -> StallError | None:
         """What to say when nothing has happened for too long, else None."""
         quiet_s = time.monotonic() - self._last_s
-        limit_s = stacks.limit_s(self._stall_timeout_s, first_step_done=self._first_step_done)
+        limit_s = stacks.limit_s(self._stall_timeout_s, first_step_done=self.first_step_done)
         if self._ended or quiet_s < limit_s:
             return None
         seen = stacks.look(self._folder, self._num_workers)

@@ -89,6 +89,30 @@ class AttemptStarted(Event):
     process_started_s: float | None = None
 
 
+class StageReached(Event):
+    """What an attempt does before its first step, which takes a while and is otherwise silent.
+
+    Attributes:
+        stage: in words, as "starting Ray".
+    """
+
+    kind: Literal["stage"] = "stage"
+    stage: str
+
+
+class StandbyDecided(Event):
+    """It was decided whether a second driver stands by, ready to go on should this one die.
+
+    Attributes:
+        started: whether one does.
+        reason: why.
+    """
+
+    kind: Literal["standby"] = "standby"
+    started: bool
+    reason: str
+
+
 class FirstStepDone(Event):
     """The attempt's first optimizer step is done."""
 
@@ -243,6 +267,8 @@ class DeliveryStarted(Event):
 
 AnyEvent = (
     AttemptStarted
+    | StageReached
+    | StandbyDecided
     | FirstStepDone
     | StepDone
     | EvaluationDone

@@ -26,7 +26,7 @@ from raymill.data.rows import ROW_ID
 from raymill.errors import CheckpointError, NumberError, RunError
 from raymill.parallel.ddp import DistributedObjective
 from raymill.parallel.process_group import all_gather, all_gather_integers, all_gather_lines, broadcast_buffers
-from raymill.record.events import EvaluationDone, FirstStepDone, StepDone, StepRefused, StragglerFound
+from raymill.record.events import EvaluationDone, FirstStepDone, StageReached, StepDone, StepRefused, StragglerFound
 from raymill.record.store import Report, ResumePoint
 from raymill.task import TRAIN, VALIDATION
 from raymill.training.assembly import Job, WorkerContext
@@ -86,6 +86,7 @@ def train(
     Raises:
         RunError: and its kinds, when the run cannot go on.
     """
+    report(StageReached(stage="building the model"))
     state = build_state(job, context)
     if point.checkpoint is not None:
         restore(state, context.store.load(point.checkpoint))
@@ -96,6 +97,7 @@ def train(
         )
     faults.here(rank=context.rank, attempt=point.attempt, step=job.order.step(state.position))
     faults.point("restored")
+    report(StageReached(stage="waiting for the first rows"))
     loop = _Loop(job, context, state, point, packets, report, should_stop)
     try:
         return loop.run()

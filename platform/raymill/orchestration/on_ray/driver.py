@@ -1,25 +1,30 @@
 """The process that drives one attempt on Ray: Ray itself, Ray Train, and the end of the run's story in its folder.
 
-    python -m raymill.orchestration.on_ray.driver RUN_FOLDER
+    python -m raymill.orchestration.on_ray.driver RUN_FOLDER [--stand-by PIPE]
 
-It is a process of its own so that its death, whatever the cause, is only one more reason to start another; `supervisor`
-does that. All that it has to say stands in the run's folder: events, summary, and `failure.json` for why it ended.
+It is a process of its own so that its death, whatever the cause, is only one more reason for another to go on; `supervisor`
+sees to that. All that it has to say stands in the run's folder: events, summary, and `failure.json` for why it ended.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from raymill import errors, faults
 from raymill.config.plan import Plan
 from raymill.config.spec import JobSpec
 from raymill.errors import RaymillError, RunError
-from raymill.files import read_record, run_lock, write_record
+from raymill.files import read_record, write_record
 from raymill.orchestration.on_ray import ray_session
+from raymill.orchestration.on_ray.session_folder import VARIABLE
+from raymill.orchestration.on_ray.turn import Turn
 from raymill.orchestration.summary import conclude
+from raymill.record.events import StageReached, append_event
 from raymill.record.folder import RunFolder
 from raymill.redaction import print_redacted, redact
 
@@ -29,26 +34,37 @@ FINISHED, FAILED, INTERRUPTED = 0, 1, 3
 def main(arguments: list[str]) -> int:
     """Drive one attempt; returns 0 finished, 3 interrupted, 1 anything else, with the reason in `failure.json`."""
     folder = RunFolder(Path(arguments[0]))
-    _stop_on_sigterm(folder)
-    try:
-        with run_lock(folder.driver_lock):
-            faults.point("driver_start")
-            return _drive(folder)
-    except RaymillError as error:
+    with Turn(folder, Path(os.environ[VARIABLE]), arguments) as turn:
+        _stop_on_sigterm(folder, turn)
+        try:
+            return _drive(folder, turn)
+        except RaymillError as error:
+            _tell(folder, turn, error)
+            return FAILED
+        except Exception as error:
+            # A fault of our own: its traceback goes to the log, its text to the user.
+            _tell(folder, turn, RunError(f"{type(error).__name__}: {error}"))
+            raise
+
+
+def _tell(folder: RunFolder, turn: Turn, error: RaymillError) -> None:
+    """Write down why the attempt failed, if it was this driver's turn; the supervisor does not wait for more."""
+    if turn.has_come and not folder.failure.exists():
         write_record(folder.failure, redact(errors.as_record(error)))
-        return FAILED
-    except Exception as error:
-        # A fault of our own: its traceback goes to the log, its text to the user.
-        write_record(folder.failure, redact(errors.as_record(RunError(f"{type(error).__name__}: {error}"))))
-        raise
 
 
-def _stop_on_sigterm(folder: RunFolder) -> None:
-    """Answer SIGTERM by asking the workers to save and stop."""
-    signal.signal(signal.SIGTERM, lambda number, frame: folder.stop_request.touch())
+def _stop_on_sigterm(folder: RunFolder, turn: Turn) -> None:
+    """Answer SIGTERM by asking the workers to save and stop; without a turn there is nothing to save."""
+
+    def stop(number: int, frame: Any) -> None:
+        if not turn.has_come:
+            raise SystemExit(FAILED)
+        folder.stop_request.touch()
+
+    signal.signal(signal.SIGTERM, stop)
 
 
-def _drive(folder: RunFolder) -> int:
+def _drive(folder: RunFolder, turn: Turn) -> int:
     # Imported here: it changes how the whole process collects garbage, and the supervisor's imports this file too.
     from raymill import startup_gc
 
@@ -61,9 +77,16 @@ def _drive(folder: RunFolder) -> int:
 
         startup_gc.finish()
         # Ray has put its own handler there, which ends the process at once.
-        _stop_on_sigterm(folder)
+        _stop_on_sigterm(folder, turn)
         faults.point("ray_started")
-        outcome = ray_trainer.fit(folder, planned, spec)
+        if turn.has_come:
+            append_event(folder, StageReached(stage="starting the workers"))
+        try:
+            outcome = ray_trainer.fit(folder, planned, spec)
+        except RaymillError as error:
+            # Before Ray is shut down, which takes a while.
+            _tell(folder, turn, turn.refused or error)
+            raise
     conclude(folder, planned, spec, outcome)
     return INTERRUPTED if outcome.status == "interrupted" else FINISHED
 

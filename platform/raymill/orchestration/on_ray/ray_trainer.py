@@ -6,6 +6,7 @@ import os
 import time
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray.exceptions
@@ -80,6 +81,7 @@ def _trainer(folder: RunFolder, planned: Plan, spec: JobSpec, each: dict[str, fl
         driver=ProcessId.of_this(),
         driver_node=ray.get_runtime_context().get_node_id(),
         store_actor=start_store_actor(folder, variables) if on_cluster else None,
+        session=None if on_cluster else Path(os.environ[session_folder.VARIABLE]),
     )
     callbacks = []
     if spec.scale.elastic:

@@ -7,6 +7,7 @@ The workers join their process group themselves, so that neither the driver nor 
 
 from __future__ import annotations
 
+import importlib
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from raymill.config.spec import JobSpec
 from raymill.data import ray_stream
 from raymill.data.manifest import Manifest
 from raymill.data.reader import Packet
-from raymill.record.events import Event, FirstStepDone
+from raymill.errors import RunError
+from raymill.orchestration.on_ray import turn
+from raymill.record.events import Event, FirstStepDone, StageReached
 from raymill.record.folder import RunFolder
 from raymill.record.processes import ProcessId
 from raymill.record.remote_store import RemoteRunStore, RunStore
@@ -49,6 +52,7 @@ class WorkerConfig:
         driver: the process that drives the run.
         driver_node: the Ray node where the folder is.
         store_actor: does what workers on other nodes ask of the folder; None: there are no other nodes.
+        session: the folder with the gate where workers wait for their driver's turn; None: it has come.
     """
 
     folder: str
@@ -58,6 +62,7 @@ class WorkerConfig:
     driver: ProcessId
     driver_node: str
     store_actor: Any
+    session: Path | None
 
     @property
     def run_id(self) -> str:
@@ -86,9 +91,15 @@ def work(config: dict[str, WorkerConfig]) -> Outcome:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     faults.here(rank=rank)
+    if worker.session is not None and not turn.has_come(worker.session):
+        _import_all(worker, rank)
+        if not turn.wait_at_gate(worker.session):
+            raise RunError("this worker's driver stood by, and its turn will not come")
     faults.point("worker_start")
     store = _open_store(worker, rank)
     store.announce()
+    if rank == 0:
+        store.report(StageReached(stage="opening the stream"))
     try:
         job = assemble(worker.spec, worker.plan, worker.manifest, load.import_pipeline(worker.spec), world_size)
         listener = socket.create_server((_own_address(), 0)) if rank == 0 else None
@@ -98,6 +109,24 @@ def work(config: dict[str, WorkerConfig]) -> Outcome:
         return _train(worker, job, store, rank, world_size, start, packets, listener)
     finally:
         store.close()
+
+
+def _import_all(worker: WorkerConfig, rank: int) -> None:
+    """Import what this worker will need, the job's own code too; on rank 0 let the processes that will read do so as well."""
+    if rank == 0:
+        reading = ray.remote(num_cpus=worker.plan.read_task_cpus)(_import_reading)
+        imported = [reading.remote(worker.spec) for _ in range(max(1, int(worker.plan.data_cpus)))]
+    # The last is what DistributedDataParallel imports when the first one is made.
+    for name in ("raymill.training.loop", "ray.data", "torch._dynamo"):
+        importlib.import_module(name)
+    load.import_task(worker.spec, load.import_pipeline(worker.spec).schema)
+    if rank == 0:
+        ray.get(imported)
+
+
+def _import_reading(spec: JobSpec) -> None:
+    load.import_pipeline(spec)
+    importlib.import_module("ray.data")
 
 
 def _open_store(worker: WorkerConfig, rank: int) -> RunStore:
@@ -139,6 +168,8 @@ def _train(
     packets: Iterator[Packet],
     listener: socket.socket | None,
 ) -> Outcome:
+    if rank == 0:
+        store.report(StageReached(stage="importing torch and the job's code"))
     import torch
 
     from raymill.parallel import process_group

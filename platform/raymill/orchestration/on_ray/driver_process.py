@@ -1,0 +1,124 @@
+"""A driver from its supervisor's point of view: its process, its session, and whether one more should stand by."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+import psutil
+
+from raymill.files import private
+from raymill.orchestration.on_ray import session_folder
+from raymill.orchestration.on_ray.turn import STAND_BY, TURN
+from raymill.paths import project_root
+from raymill.record.folder import RunFolder
+
+PAYS_S = 300.0
+"""A driver that stands by costs half a minute of CPU to start: too much for a run that is over before long."""
+
+MEMORY_FACTOR = 2.0
+"""How much of what a session takes must be free before another one is started, so that it crowds nobody out."""
+
+
+class DriverProcess:
+    """One driver, from its start to the end of its session. It must be ended, whatever becomes of it."""
+
+    def __init__(self, folder: RunFolder, *, standing_by: bool = False) -> None:
+        """Start it; its turn has come unless it stands by."""
+        self._held = ExitStack()
+        self._session = self._held.enter_context(session_folder.new_session())
+        # -P: no code from the current folder. Ray lets its workers import from there, so it is the project's root.
+        command = [sys.executable, "-P", "-m", "raymill.orchestration.on_ray.driver", str(folder.path)]
+        heard, self._turn = os.pipe()
+        try:
+            with open(folder.ray_log, "ab", opener=private) as log:
+                self._process = subprocess.Popen(
+                    [*command, STAND_BY, str(heard)] if standing_by else command,
+                    cwd=project_root(),
+                    env={**os.environ, session_folder.VARIABLE: str(self._session)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[heard] if standing_by else [],
+                    # Ctrl-C is for the supervisor, which asks the workers to stop; the driver must live until they have.
+                    start_new_session=True,
+                )
+        finally:
+            os.close(heard)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of the process; below zero: the signal that ended it. None: it runs."""
+        return self._process.poll()
+
+    def give_turn(self) -> None:
+        """Let a driver that stood by begin."""
+        # If it has just died, whoever watches it will see that.
+        with suppress(BrokenPipeError):
+            os.write(self._turn, TURN)
+
+    def memory_bytes(self) -> int:
+        """What its processes take that they share with no other."""
+        taken = 0
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            process = psutil.Process(self.pid)
+            for one in [process, *process.children(recursive=True)]:
+                taken += one.memory_full_info().uss
+        return taken
+
+    def end(self, timeout_s: float) -> None:
+        """End the process, if it has not ended, and all that belongs to its session.
+
+        Args:
+            timeout_s: seconds that the session's other processes have to end by themselves.
+        """
+        if self.exit_code is None:
+            self._process.kill()
+        self._process.wait()
+        os.close(self._turn)
+        session_folder.end_session(self._session, timeout_s)
+        self._held.close()
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known when it is decided whether a driver should stand by.
+
+    Attributes:
+        wanted: what the job says: `retry.standby`.
+        may_go_on: whether any failure would be followed by another attempt.
+        left_s: seconds that the run will still take.
+        taken_bytes: what the session that trains takes.
+        free_bytes: memory that is free.
+    """
+
+    wanted: bool | None
+    may_go_on: bool
+    left_s: float
+    taken_bytes: int
+    free_bytes: int
+
+
+def decide_standby(outlook: Outlook) -> tuple[bool, str]:
+    """Whether to start a driver that stands by, and why or why not."""
+    if outlook.wanted is False:
+        return False, "retry.standby: false"
+    if not outlook.may_go_on:
+        return False, "no budget of `retry` lets the run go on by itself"
+    if outlook.wanted is None and outlook.left_s < PAYS_S:
+        return False, f"the run will be over in {outlook.left_s:.0f} s; below {PAYS_S:.0f} s it does not pay"
+    if outlook.free_bytes < MEMORY_FACTOR * outlook.taken_bytes:
+        needed = MEMORY_FACTOR * outlook.taken_bytes / 2**30
+        return (
+            False,
+            f"{outlook.free_bytes / 2**30:.1f} GiB of memory are free; only with {needed:.1f} GiB would it crowd nobody out",
+        )
+    return True, f"the run has {outlook.left_s:.0f} s to go" if outlook.wanted is None else "retry.standby: true"
