@@ -29,6 +29,7 @@ import psutil
 from raymill.checkpoint.directory import names, read_pointer, verify
 from raymill.errors import CheckpointError
 from raymill.files import STAGE, read_record
+from raymill.orchestration.on_ray.turn import GATE
 from raymill.record.events import AttemptStarted, Event, StepDone, read_events
 from raymill.record.folder import RunFolder
 
@@ -369,6 +370,31 @@ def kill(kind: str, step: int = 12, number: int = signal.SIGKILL, rank: int = 0)
         return False
 
     return provoke
+
+
+def waiting_at_gate(place: Live) -> int:
+    """How many workers of a driver that stands by are ready: the kernel lists who waits for a lock."""
+    gates = {f":{file.stat().st_ino}" for file in place.scratch.glob(f"raymill-*/{GATE}")}
+    locks = Path("/proc/locks").read_text().splitlines()
+    return sum(" -> " in lock and any(f"{gate} " in lock for gate in gates) for lock in locks)
+
+
+def kill_once_another_stands_by(kind: str, step: int, workers: int = 2) -> Provoke:
+    """Kill the driver or the last rank of the run's own attempt once a step is done and another driver's workers are ready."""
+
+    def provoke(place: Live) -> bool:
+        if place.step() < step or waiting_at_gate(place) < workers or place.folder is None:
+            return False
+        own = place.folder.driver_lock.read_text() if kind == "driver" else process_of_rank(place.folder, workers - 1)
+        os.kill(int(own), signal.SIGKILL)
+        return True
+
+    return provoke
+
+
+def process_of_rank(folder: RunFolder, rank: int) -> int:
+    """The process of a rank."""
+    return int(json.loads((folder.path / f"rank-{rank}.json").read_text())["pid"])
 
 
 def interrupt(step: int = 12, number: int = signal.SIGTERM) -> Provoke:

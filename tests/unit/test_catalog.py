@@ -8,7 +8,7 @@ import os
 import pytest
 
 from raymill.errors import InputError
-from raymill.files import write_record
+from raymill.files import FORMAT_VERSION, write_record
 from raymill.record.catalog import data_digest, find_run, history, list_runs, show_run
 from raymill.record.events import (
     AttemptStarted,
@@ -102,7 +102,7 @@ def test_runs_are_listed_newest_first_and_what_is_no_run_is_not() -> None:
 def test_a_run_of_another_version_is_listed_as_damaged_and_hides_no_other() -> None:
     new_run("mine", [START])
     spec = new_run("newer", [START])
-    spec.spec.write_text(json.dumps({"format_version": 2, "name": "job"}))
+    spec.spec.write_text(json.dumps({"format_version": FORMAT_VERSION + 1, "name": "job"}))
     events = new_run("changed", [START])
     with events.events.open("a") as file:
         file.write('{"format_version":1,"kind":"moon"}\n')

@@ -24,6 +24,7 @@ from raymill.checkpoint.commit import better, clean, commit, to_remove
 from raymill.checkpoint.directory import Pointer, find_latest, names, read_pointer, verify
 from raymill.checkpoint.snapshot import Snapshot, as_plain, from_plain, weights_sha256
 from raymill.errors import CheckpointError
+from raymill.files import FORMAT_VERSION
 
 FILES = ["weights.safetensors", "optimizer.safetensors", "state.json", "checksums.json"]
 
@@ -169,8 +170,8 @@ def test_checksums_of_another_version_or_of_other_files_are_refused(tmp_path: Pa
     path = save(tmp_path, state(1))
     sums = path / "checksums.json"
     record = json.loads(sums.read_text())
-    sums.write_text(json.dumps({**record, "format_version": 2}))
-    with pytest.raises(CheckpointError, match=r"checksums\.json: found format_version 2;.* newer raymill"):
+    sums.write_text(json.dumps({**record, "format_version": FORMAT_VERSION + 1}))
+    with pytest.raises(CheckpointError, match=r"checksums\.json: found format_version 3;.* newer raymill"):
         verify(path)
     sums.write_text(json.dumps(record))
     verify(path)
@@ -226,7 +227,7 @@ def test_if_none_is_whole_the_run_cannot_go_on(tmp_path: Path) -> None:
         b'{"format_version": 1, "latest": 5, "best": null, "attempt": 1}',
         b'{"format_version": 1, "latest": "step-9.9"}',
         b'{"format_version": 1, "latest": "step-00000001.1", "best": null, "attempt": 1, "moons": 2}',
-        b'{"format_version": 2, "latest": "step-00000001.1", "best": null, "attempt": 1}',
+        b'{"format_version": 99, "latest": "step-00000001.1", "best": null, "attempt": 1}',
         b'{"latest": "step-00000001.1", "best": null, "attempt": 1}',
     ],
 )

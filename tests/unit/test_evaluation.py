@@ -21,7 +21,7 @@ from raymill.data.feed import Feed
 from raymill.data.manifest import take_manifest
 from raymill.data.order import Item
 from raymill.errors import CheckpointError, InputError
-from raymill.files import write_record
+from raymill.files import FORMAT_VERSION, write_record
 from raymill.models.evaluate import evaluate
 from raymill.record.folder import RunFolder, run_folder
 from raymill.record.store import LocalRunStore
@@ -210,8 +210,8 @@ def test_the_records_of_another_version_of_raymill_are_refused() -> None:
     write_record(run.folder.plan, {**run.plan.as_record(), "num_moons": 2})
     with pytest.raises(CheckpointError, match="num_moons"):
         evaluate("measured-1")
-    run.folder.plan.write_text(json.dumps({"format_version": 2, **run.plan.as_record()}))
-    with pytest.raises(InputError, match=r"plan\.json: found format_version 2; .* newer raymill"):
+    run.folder.plan.write_text(json.dumps({"format_version": FORMAT_VERSION + 1, **run.plan.as_record()}))
+    with pytest.raises(InputError, match=r"plan\.json: found format_version 3; .* newer raymill"):
         evaluate("measured-1")
 
 

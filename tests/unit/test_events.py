@@ -16,6 +16,7 @@ from pydantic_core import PydanticSerializationError
 
 from raymill.data.bad_rows import BadRow
 from raymill.errors import InputError
+from raymill.files import FORMAT_VERSION
 from raymill.record.events import (
     AnyEvent,
     AttemptFailed,
@@ -31,6 +32,8 @@ from raymill.record.events import (
     ResizeStarted,
     RunFinished,
     RunStopped,
+    StageReached,
+    StandbyDecided,
     StepDone,
     StepRefused,
     StragglerFound,
@@ -45,6 +48,8 @@ START = AttemptStarted(attempt=1, num_workers=2, step=0, num_total_steps=8, resu
 
 EVERY_KIND: list[Event] = [
     AttemptStarted(attempt=2, num_workers=3, step=4, num_total_steps=8, resumed=True, notes=("a note",), pid=17),
+    StageReached(stage="starting Ray"),
+    StandbyDecided(started=True, reason="the run has 900 s to go"),
     FirstStepDone(step=5),
     StepDone(step=6, epoch=1, rows=60, metrics={"train/loss": 0.1 + 0.2}, rows_per_s=1e6 / 3, data_wait_share=0.25),
     EvaluationDone(step=6, epoch=1, rows=9, metrics={"validation/loss": 0.7}, totals={"validation/seen": [[1, 0], [0, 2.5]]}),
@@ -92,7 +97,10 @@ def test_every_kind_is_read_back_as_it_was_written(folder: RunFolder) -> None:
 
 
 # Files of runs hold these names: to change one is to lose the runs there are.
-KINDS = "start first_step step evaluation checkpoint refused bad_rows resize drain straggler stop end restart delivering"
+KINDS = (
+    "start stage standby first_step step evaluation checkpoint refused bad_rows resize drain straggler stop end restart "
+    "delivering"
+)
 
 
 def test_every_line_names_its_kind_its_version_and_its_time(folder: RunFolder) -> None:
@@ -103,7 +111,7 @@ def test_every_line_names_its_kind_its_version_and_its_time(folder: RunFolder) -
             writer.write(event)
     lines = [json.loads(line) for line in folder.events.read_text().splitlines()]
     assert [line["kind"] for line in lines] == KINDS.split()
-    assert {line["format_version"] for line in lines} == {1}
+    assert {line["format_version"] for line in lines} == {FORMAT_VERSION}
     assert [line["time_s"] for line in lines] == [before_s + number for number in range(len(events))]
 
 
@@ -165,9 +173,9 @@ def refusal_of(folder: RunFolder, line: Any) -> str:
 
 
 def test_a_line_of_a_newer_raymill_is_refused_with_what_to_do(folder: RunFolder) -> None:
-    said = refusal_of(folder, {**as_record(step(1)), "format_version": 2})
+    said = refusal_of(folder, {**as_record(step(1)), "format_version": FORMAT_VERSION + 1})
     assert said == (
-        "format_version 2; format_version 1, which this raymill reads; "
+        f"format_version {FORMAT_VERSION + 1}; format_version 1 or 2, which this raymill reads; "
         "It was written by a newer raymill: use that version here too."
     )
 
@@ -175,7 +183,7 @@ def test_a_line_of_a_newer_raymill_is_refused_with_what_to_do(folder: RunFolder)
 @pytest.mark.parametrize("line", [{"kind": "first_step", "step": 1, "time_s": 1.0}, [], 7, None, "text"])
 def test_a_line_without_a_version_is_refused_with_what_to_do(folder: RunFolder, line: Any) -> None:
     said = refusal_of(folder, json.dumps(line))
-    assert said.startswith("format_version None; format_version 1, which this raymill reads; ")
+    assert said.startswith("format_version None; format_version 1 or 2, which this raymill reads; ")
     assert said.endswith("older than 0.2, or is damaged: train again with this version.")
 
 

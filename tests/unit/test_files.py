@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from raymill.errors import InputError, RunError
-from raymill.files import STAGE, read_record, replace_file, run_lock, waiting_lock, write_record
+from raymill.files import FORMAT_VERSION, STAGE, read_record, replace_file, run_lock, waiting_lock, write_record
 
 # ---------------------------------------------------------------- small files
 
@@ -52,7 +52,7 @@ def test_a_record_comes_back_as_it_was_and_says_its_version_in_the_file(tmp_path
     values = {"name": "digits", "parts": [1, 2.5, None], "deep": {"flag": True}}
     write_record(tmp_path / "spec.json", values)
     assert read_record(tmp_path / "spec.json") == values
-    assert json.loads((tmp_path / "spec.json").read_text()) == {"format_version": 1, **values}
+    assert json.loads((tmp_path / "spec.json").read_text()) == {"format_version": FORMAT_VERSION, **values}
 
 
 NEWER, OLDER = "It was written by a newer raymill", "It was written by a raymill older than 0.2, or is damaged"
@@ -61,7 +61,7 @@ NEWER, OLDER = "It was written by a newer raymill", "It was written by a raymill
 @pytest.mark.parametrize(
     ("content", "found", "fix"),
     [
-        ({"format_version": 2, "name": "digits"}, "format_version 2", NEWER),
+        ({"format_version": FORMAT_VERSION + 1, "name": "digits"}, f"format_version {FORMAT_VERSION + 1}", NEWER),
         ({"format_version": 0, "name": "digits"}, "format_version 0", OLDER),
         ({"format_version": "1", "name": "digits"}, "format_version '1'", OLDER),
         ({"name": "digits"}, "format_version None", OLDER),
@@ -75,7 +75,7 @@ def test_a_record_of_another_version_is_refused_with_what_to_do(content: Any, fo
         read_record(path)
     (problem,) = caught.value.problems
     assert (problem.where, problem.found) == (str(path), found)
-    assert problem.expected == "format_version 1, which this raymill reads"
+    assert problem.expected == "format_version 1 or 2, which this raymill reads"
     assert problem.fix.startswith(fix)
 
 

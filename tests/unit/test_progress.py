@@ -28,6 +28,8 @@ from raymill.record.events import (
     ResizeStarted,
     RunFinished,
     RunStopped,
+    StageReached,
+    StandbyDecided,
     StepDone,
     StepRefused,
     StragglerFound,
@@ -81,6 +83,12 @@ LINES: list[tuple[Event, list[str]]] = [
     (started(), ["attempt 1: 2 workers, started"]),
     (started(num_workers=1), ["attempt 1: 1 worker, started"]),
     (started(step=40, notes=("one", "two")), ["attempt 1: 2 workers, resumed at step 40", "note: one", "note: two"]),
+    (StageReached(stage="starting Ray"), ["starting Ray"]),
+    (StandbyDecided(started=False, reason="no memory"), []),
+    (
+        StandbyDecided(started=True, reason="the run has 900 s to go"),
+        ["a second driver is being made ready, to go on should this one die (the run has 900 s to go)"],
+    ),
     (FirstStepDone(step=1), ["first step done"]),
     (
         EvaluationDone(step=10, epoch=0, rows=50, metrics={"validation/loss": 0.123456, "validation/accuracy": 0.5}),

@@ -22,6 +22,8 @@ from raymill.errors import InputError, RunError, TrackingError
 from raymill.files import read_record, write_record
 from raymill.models import registration, registry
 from raymill.orchestration.on_ray import driver
+from raymill.orchestration.on_ray.session_folder import VARIABLE
+from raymill.orchestration.on_ray.turn import Turn
 from raymill.record.bad_row_ledger import BadRowLedger
 from raymill.record.environment import environment
 from raymill.record.events import AttemptStarted, RunStopped, append_event
@@ -171,11 +173,12 @@ def test_reasons_of_bad_rows_are_listed_without_secrets() -> None:
 def test_a_failed_driver_says_why_without_secrets(error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
 
-    def drive(folder: RunFolder) -> int:
+    def drive(folder: RunFolder, turn: Turn) -> int:
         raise error
 
     monkeypatch.setattr(driver, "_drive", drive)
-    monkeypatch.setattr(driver, "_stop_on_sigterm", lambda folder: None)
+    monkeypatch.setattr(driver, "_stop_on_sigterm", lambda folder, turn: None)
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
     if isinstance(error, RunError):
         assert driver.main([str(tmp_path)]) == driver.FAILED
     else:

@@ -119,6 +119,9 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
     table.add_row("rows", ", ".join(f"{name} {count}" for name, count in summary["rows"].items()))
     if summary["degraded"]:
         table.add_row("bad rows", f"{summary['bad_rows']['distinct']} left out ({summary['bad_rows']['policy']})")
+    if recoveries := summary["recoveries"]:
+        each = ", ".join(f"{one['seconds']:.1f} s" for one in recoveries)
+        table.add_row("went on by itself", f"{len(recoveries)} times; from the last step to the next: {each}")
     table.add_row("waiting for data", f"{summary['data_wait_share']:.1%} of the time")
     model = summary.get("model")
     if model:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -108,6 +108,9 @@ class Progress:
             self._started_s = time.monotonic()
         elif isinstance(event, StepDone):
             self._show_step(event)
+        elif isinstance(event, StageReached) and self._panel:
+            self._panel.update({event.stage: Seconds()})
+            return
         for line in describe(event):
             self._say(line)
 
@@ -137,6 +140,19 @@ class Progress:
         return f"{per_step_s * (self._total_steps - done):.0f} s"
 
 
+class Seconds:
+    """Shows how long it has been there."""
+
+    def __init__(self) -> None:
+        self._since_s = time.monotonic()
+
+    def __str__(self) -> str:
+        return f"{time.monotonic() - self._since_s:.0f} s"
+
+    def __rich__(self) -> Text:
+        return Text(str(self))
+
+
 class TerminalPanel:
     """Values that are redrawn at the bottom of a terminal."""
 
@@ -144,7 +160,7 @@ class TerminalPanel:
         self._live = Live(console=console, refresh_per_second=4, transient=True)
         self._live.start()
 
-    def update(self, values: dict[str, str]) -> None:
+    def update(self, values: Mapping[str, object]) -> None:
         """Show these values instead."""
         self._live.update(_table(values))
 
@@ -160,7 +176,7 @@ class NotebookPanel:
         self._update: Callable[..., Any] | None = None
         self._last_s = 0.0
 
-    def update(self, values: dict[str, str]) -> None:
+    def update(self, values: Mapping[str, object]) -> None:
         """Show these values instead, at most four times a second."""
         if time.monotonic() - self._last_s < 0.25:
             return
@@ -182,8 +198,8 @@ class NotebookPanel:
 Panel = TerminalPanel | NotebookPanel
 
 
-def _table(values: dict[str, str]) -> Table:
+def _table(values: Mapping[str, object]) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, value in values.items():
-        table.add_row(Text(name), Text(value))
+        table.add_row(Text(name), value if isinstance(value, Seconds) else Text(str(value)))
     return table

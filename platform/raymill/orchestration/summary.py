@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from raymill import faults
@@ -13,9 +14,13 @@ from raymill.files import read_record, write_record
 from raymill.record.bad_row_ledger import summarise_bad_rows
 from raymill.record.events import (
     AttemptStarted,
+    CheckpointSaved,
+    EvaluationDone,
+    Event,
     FirstStepDone,
     RunFinished,
     RunStopped,
+    StepDone,
     StragglerFound,
     append_event,
     read_events,
@@ -47,12 +52,14 @@ def summarise(folder: RunFolder, planned: Plan, spec: JobSpec, outcome: Outcome)
     starts = [event for event in events if isinstance(event, AttemptStarted)]
     bad = summarise_bad_rows(folder, spec.bad_rows.policy)
     first_steps_s = [event.time_s for event in events if isinstance(event, FirstStepDone)]
+    recoveries = find_recoveries(events)
     commanded_s = read_record(folder.command)["started_s"]
     first_step_s = next((time_s - commanded_s for time_s in first_steps_s if time_s > commanded_s), None)
     return {
         "run_id": folder.run_id,
         "status": outcome.status,
         "attempts": len(starts),
+        "recoveries": recoveries,
         "steps": outcome.step,
         "metrics": best.get("metrics") or outcome.metrics,
         "last_metrics": outcome.metrics,
@@ -81,3 +88,28 @@ def summarise(folder: RunFolder, planned: Plan, spec: JobSpec, outcome: Outcome)
         "folder": str(folder.path),
         "ray_log": str(folder.ray_log),
     }
+
+
+def find_recoveries(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """How often a run went on by itself after a failure, and how long each took.
+
+    Returns:
+        per recovery: the step that it went on from, and the seconds from the last sign of work to the next step done.
+    """
+    found = []
+    last_work_s: float | None = None
+    step = 0
+    for event in events:
+        match event:
+            case AttemptStarted():
+                step = event.step
+            case FirstStepDone():
+                if last_work_s is not None:
+                    found.append({"step": step, "seconds": round(event.time_s - last_work_s, 2)})
+                last_work_s = event.time_s
+            case StepDone() | EvaluationDone() | CheckpointSaved():
+                last_work_s = event.time_s
+            case RunStopped():
+                # What comes next was asked for by a person.
+                last_work_s = None
+    return found

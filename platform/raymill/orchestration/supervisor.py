@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import closing
 from typing import Any
 
 import psutil
@@ -54,21 +55,16 @@ def supervise(folder: RunFolder, prepared: Prepared, show: Show) -> dict[str, An
     """
     tracker = Tracker(folder)
     monitor = _EventMonitor(folder, prepared.spec.loop.stall_timeout_s, show, tracker)
-    drivers = _Drivers(folder, prepared.spec, monitor)
     try:
-        with stop_on_signal(folder):
+        with stop_on_signal(folder), closing(_Drivers(folder, prepared.spec, monitor)) as drivers:
             run_attempts(folder, prepared.spec, drivers.attempt, show)
     except Interrupted:
-        drivers.close()
         tracker.finish(show)
         raise
     except RaymillError as error:
         append_event(folder, RunStopped(reason="failed", message=str(error)))
-        drivers.close()
         tracker.finish(show)
         raise
-    finally:
-        drivers.close()
     return read_record(folder.summary) | tracker.finish(show)
 
 
@@ -111,9 +107,8 @@ class _Drivers:
         if driver is not None and driver.exit_code is not None:
             driver.end(0.0)
             driver = None
-        append_event(
-            self._folder, StageReached(stage="starting Ray" if driver is None else "the driver that stood by takes over")
-        )
+        stage = "starting Ray" if driver is None else "the driver that stood by takes over"
+        append_event(self._folder, StageReached(stage=stage))
         if driver is None:
             return DriverProcess(self._folder)
         driver.give_turn()

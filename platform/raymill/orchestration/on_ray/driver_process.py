@@ -116,9 +116,6 @@ def decide_standby(outlook: Outlook) -> tuple[bool, str]:
     if outlook.wanted is None and outlook.left_s < PAYS_S:
         return False, f"the run will be over in {outlook.left_s:.0f} s; below {PAYS_S:.0f} s it does not pay"
     if outlook.free_bytes < MEMORY_FACTOR * outlook.taken_bytes:
-        needed = MEMORY_FACTOR * outlook.taken_bytes / 2**30
-        return (
-            False,
-            f"{outlook.free_bytes / 2**30:.1f} GiB of memory are free; only with {needed:.1f} GiB would it crowd nobody out",
-        )
+        free, needed = (number / 2**30 for number in (outlook.free_bytes, MEMORY_FACTOR * outlook.taken_bytes))
+        return False, f"{free:.1f} GiB of memory are free; below {needed:.1f} GiB it might crowd others out"
     return True, f"the run has {outlook.left_s:.0f} s to go" if outlook.wanted is None else "retry.standby: true"
