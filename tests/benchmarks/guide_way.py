@@ -36,9 +36,13 @@ def main() -> None:
                 "width": options.width,
                 "start_s": start_s,
                 "result": f"{folder}/result.json",
+                "checkpoint_every_steps": options.checkpoint_every_steps,
             },
             scaling_config=ray.train.ScalingConfig(num_workers=options.workers, resources_per_worker={"CPU": 0.5}),
-            run_config=ray.train.RunConfig(storage_path=folder),
+            run_config=ray.train.RunConfig(
+                storage_path=folder,
+                failure_config=ray.train.FailureConfig(max_failures=3 if options.checkpoint_every_steps else 0),
+            ),
             datasets={"train": dataset},
         )
         trainer.fit()
@@ -68,7 +72,14 @@ def train_worker(config: dict[str, Any]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     shard = ray.train.get_dataset_shard("train")
     clock = Clock(config["start_s"])
-    for epoch in range(config["epochs"]):
+    first_epoch = steps = 0
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as saved_in:
+            saved = torch.load(Path(saved_in, "state.pt"), weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first_epoch = saved["epoch"]
+    for epoch in range(first_epoch, config["epochs"]):
         for batch in shard.iter_torch_batches(
             batch_size=config["batch_rows"], local_shuffle_buffer_size=config["shuffle_buffer_rows"]
         ):
@@ -77,9 +88,26 @@ def train_worker(config: dict[str, Any]) -> None:
             loss.backward()
             optimizer.step()
             clock.step(epoch, len(batch["label"]) * world_size)
+            steps += 1
+            if config["checkpoint_every_steps"] and steps % config["checkpoint_every_steps"] == 0:
+                report_checkpoint(model, optimizer, epoch)
         ray.train.report({"loss": loss.item()})
     if ray.train.get_context().get_world_rank() == 0:
         Path(config["result"]).write_text(json.dumps({**clock.result(), "loss": loss.item()}))
+
+
+def report_checkpoint(model: Any, optimizer: Any, epoch: int) -> None:
+    """Hand a checkpoint of rank 0 to Ray Train, as its guide to fault tolerance does."""
+    import ray.train
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if ray.train.get_context().get_world_rank() == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}
+            torch.save(state, Path(folder, "state.pt"))
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report({}, checkpoint=checkpoint)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+STEPS_FOLDER = "STEPS_FOLDER"
+"""Variable with a folder where each process of a training script writes down when its steps ended."""
+
 WARM_UP_STEPS = 5
 LIMIT_S = 600.0
 """A contestant that hangs ends the contest."""
@@ -59,6 +62,10 @@ class Clock:
     def step(self, epoch: int, rows: int) -> None:
         """Note that a step of this many rows, all workers together, has ended."""
         self.ends_s.append(time.time())
+        if live := os.environ.get(STEPS_FOLDER):
+            # One file a process, whose name is its number.
+            with open(Path(live) / str(os.getpid()), "a") as file:
+                file.write(f"{self.ends_s[-1]}\n")
         self.rows.append(rows)
         self.epochs.append(epoch)
 
@@ -95,6 +102,8 @@ def training_arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--global-batch-rows", type=int, default=120, help="rows of a step, all workers together")
     parser.add_argument("--width", type=int, default=32, help="width of the model")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--checkpoint-every-steps", type=int, default=0, help="0: none, and no restarts")
+    parser.add_argument("--checkpoints", type=Path, help="folder for checkpoints that outlive a process")
     return parser
 
 

@@ -57,7 +57,10 @@ def main() -> None:
     files = sorted((options.data / "train").glob("*.parquet"))
     rows = BatchedRows(files) if options.fetch == "batch" else ParquetRows(files)
     feed = memory_feed(rows, batch_rows) if options.in_memory else loader_feed(rows, batch_rows, options.loader_workers)
-    loss = train(Cnn(width=options.width, num_classes=10), feed, options.epochs, clock)
+    checkpoint = options.checkpoints / "last.pt" if options.checkpoint_every_steps else None
+    loss = train(
+        Cnn(width=options.width, num_classes=10), feed, options.epochs, clock, checkpoint, options.checkpoint_every_steps
+    )
     if dist.get_rank() == 0:
         print(json.dumps({**clock.result(), "loss": loss}))
     # Without it, a rank that leaves while the other still closes its connections aborts now and then, at exit.
@@ -65,17 +68,28 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def train(network: torch.nn.Module, feed: Feed, epochs: int, clock: Clock) -> float:
-    """The loop of every worker. Returns the last loss of this rank."""
+def train(network: torch.nn.Module, feed: Feed, epochs: int, clock: Clock, checkpoint: Path | None, every_steps: int) -> float:
+    """The loop of every worker, restarted from the last checkpoint's epoch. Returns the last loss of this rank."""
     model = DistributedDataParallel(network)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    for epoch in range(epochs):
+    first_epoch = steps = 0
+    if checkpoint is not None and checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first_epoch = saved["epoch"]
+    for epoch in range(first_epoch, epochs):
         for images, labels in feed(epoch):
             loss = torch.nn.functional.cross_entropy(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             clock.step(epoch, len(labels) * dist.get_world_size())
+            steps += 1
+            if checkpoint is not None and steps % every_steps == 0 and dist.get_rank() == 0:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}
+                torch.save(state, checkpoint.with_suffix(".new"))
+                checkpoint.with_suffix(".new").rename(checkpoint)
     return loss.item()
 
 
