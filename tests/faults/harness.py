@@ -30,7 +30,7 @@ from raymill.checkpoint.directory import names, read_pointer, verify
 from raymill.errors import CheckpointError
 from raymill.files import STAGE, read_record
 from raymill.orchestration.on_ray.turn import GATE
-from raymill.record.events import AttemptStarted, Event, StepDone, read_events
+from raymill.record.events import AttemptStarted, Event, FirstStepDone, StepDone, read_events
 from raymill.record.folder import RunFolder
 
 PROJECT = Path(__file__).parents[2]
@@ -379,12 +379,14 @@ def waiting_at_gate(place: Live) -> int:
     return sum(" -> " in lock and any(f"{gate} " in lock for gate in gates) for lock in locks)
 
 
-def kill_once_another_stands_by(kind: str, step: int, workers: int = 2) -> Provoke:
-    """Kill the driver or the last rank of the run's own attempt once a step is done and another driver's workers are ready."""
+def kill_once_another_stands_by(kind: str, attempt: int, workers: int = 2) -> Provoke:
+    """Kill the driver or the last rank of this attempt once it has trained and another driver's workers are ready."""
 
     def provoke(place: Live) -> bool:
-        if place.step() < step or waiting_at_gate(place) < workers or place.folder is None:
+        events = read_events(place.folder.events)[0] if place.folder else []
+        if sum(isinstance(event, FirstStepDone) for event in events) < attempt or waiting_at_gate(place) < workers:
             return False
+        assert place.folder is not None
         own = place.folder.driver_lock.read_text() if kind == "driver" else process_of_rank(place.folder, workers - 1)
         os.kill(int(own), signal.SIGKILL)
         return True

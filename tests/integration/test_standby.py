@@ -34,8 +34,7 @@ def test_who_stands_by_takes_over_from_a_killed_worker_and_then_from_a_killed_dr
     # The run is over before a second driver would be worth it.
     assert not any(decision.started for decision in decisions)
 
-    # A step is reported in the next one.
-    provoke = both(kill_once_another_stands_by("worker", 11), kill_once_another_stands_by("driver", 23))
+    provoke = both(kill_once_another_stands_by("worker", attempt=1), kill_once_another_stands_by("driver", attempt=2))
     result, stages, decisions = run("retry.standby=true", fault=PAUSES, provoke=provoke)
     assert result.provoked
     assert [stage for stage in stages if "Ray" in stage or "stood by" in stage] == [
