@@ -167,9 +167,14 @@ def from_record(record: Mapping[str, Any]) -> RaymillError:
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """The sentence that leads from a wrong name to the right one."""
     names = sorted(valid)
-    # Of names that differ only in capitals, the first is meant as well as any.
-    by_letters = {known.lower(): known for known in reversed(names)}
-    near = get_close_matches(name.lower(), by_letters, n=1, cutoff=0.5)
-    if near:
-        return f"Did you mean {by_letters[near[0]]!r}?"
+    if (near := nearest(name, names)) is not None:
+        return f"Did you mean {near!r}?"
     return f"Valid names: {', '.join(names) or '(none)'}."
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that is meant by a wrong one; capitals count for nothing. None: no name is like it."""
+    # Of names that differ only in capitals, the first is meant as well as any.
+    by_letters = {known.lower(): known for known in sorted(valid, reverse=True)}
+    near = get_close_matches(name.lower(), by_letters, n=1, cutoff=0.5)
+    return by_letters[near[0]] if near else None

@@ -12,23 +12,49 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from raymill.errors import InputError, Problem
+
 ENGINE = Path(__file__).parent
 """Where the engine itself is."""
 
 
-def project_root(start: Path | None = None) -> Path:
-    """The nearest folder at or above `start` that holds `jobs/` and `pyproject.toml`; else `start` itself."""
+def find_project(start: Path | None = None) -> Path | None:
+    """The project's folder: the nearest at or above `start`, else the current folder, that is one; None: outside of any."""
     here = (start or Path.cwd()).resolve()
-    for folder in (here, *here.parents):
-        if (folder / "jobs").is_dir() and (folder / "pyproject.toml").is_file():
-            return folder
-    return here
+    return next((folder for folder in (here, *here.parents) if _is_project(folder)), None)
+
+
+def _is_project(folder: Path) -> bool:
+    """Whether there are jobs beside a `pyproject.toml`, or it speaks of raymill."""
+    settings = folder / "pyproject.toml"
+    if not settings.is_file():
+        return False
+    return (folder / "jobs").is_dir() or (folder / "job.yaml").is_file() or b"tool.raymill" in settings.read_bytes()
+
+
+def project_root() -> Path:
+    """The project's folder; outside of any, the current one, where nothing is kept (`home` refuses that)."""
+    return find_project() or Path.cwd().resolve()
+
+
+def no_project() -> Problem:
+    """What is said outside of a project."""
+    expected = "a folder with `pyproject.toml` and `jobs/`, at or above the current one"
+    fix = "Go to your project's folder, make one with `raymill init DIR`, or name a state folder with RAYMILL_HOME."
+    return Problem("project", f"none at {Path.cwd()}", expected, fix)
 
 
 def home() -> Path:
-    """The state folder. It may not exist yet."""
-    named = os.environ.get("RAYMILL_HOME")
-    return Path(named).resolve() if named else project_root() / ".raymill"
+    """The state folder. It may not exist yet.
+
+    Raises:
+        InputError: outside of a project, unless RAYMILL_HOME names one.
+    """
+    if named := os.environ.get("RAYMILL_HOME"):
+        return Path(named).resolve()
+    if (project := find_project()) is None:
+        raise InputError([no_project()])
+    return project / ".raymill"
 
 
 def data_folder(name: str) -> Path:

@@ -327,6 +327,72 @@ def test_jobs_lists_what_is_there_and_whether_it_is_valid(project: Project) -> N
     assert listed[1] == {**tiny, "num_problems": 0}
 
 
+def test_a_job_at_the_root_is_listed_and_found_from_anywhere_in_the_project(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project.root / "job.yaml").write_text("# At the root.\n" + JOB)
+    (project.root / "README.md").write_text("# About the whole project\n")
+    monkeypatch.chdir(project.root / "tiny")
+    listed = json.loads(run("jobs", "--json").stdout)["jobs"]
+    assert [(job["name"], job["path"]) for job in listed] == [("job.yaml", "job.yaml"), ("tiny", "jobs/tiny/job.yaml")]
+    assert (listed[0]["about"], listed[0]["valid"]) == ("At the root.", True)
+    assert load.find_job("job.yaml").samefile(project.root / "job.yaml")
+
+
+# ---------------------------------------------------------------- where the project is
+
+READING = [
+    (0, ("runs", "list")),
+    (2, ("runs", "show", "tiny-1")),
+    (0, ("models", "list")),
+    (2, ("models", "show", "tiny@candidate")),
+    (2, ("evaluate", "tiny@candidate")),
+    (0, ("jobs",)),
+    (0, ("check", "tiny", "--set", "data.root=../data")),
+    (0, ("plan", "tiny", "--set", "data.root=../data")),
+]
+
+
+@pytest.mark.parametrize(("code", "arguments"), READING, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+def test_reading_makes_no_store_and_a_subfolder_belongs_to_its_project(
+    code: int, arguments: tuple[str, ...], project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAYMILL_HOME")
+    monkeypatch.chdir(project.root / "tiny")
+    before = project.files()
+    result = run(*arguments)
+    assert result.exit_code == code, result.stderr
+    assert "project: found none" not in result.stderr
+    assert project.files() == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [arguments for _, arguments in READING if arguments[0] not in ("check", "plan")], ids=" ".join
+)
+def test_outside_of_a_project_every_verb_says_so_and_how_to_get_into_one(
+    arguments: tuple[str, ...], project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAYMILL_HOME")
+    outside = project.root.parent
+    monkeypatch.chdir(outside)
+    before = project.files()
+    result = run(*arguments, "--json")
+    assert result.exit_code == 2
+    (problem,) = problems_of(result)
+    assert (problem["where"], problem["found"]) == ("project", f"none at {outside}")
+    assert "raymill init" in problem["fix"]
+    assert project.files() == before
+
+
+def test_runs_of_a_project_are_found_from_its_subfolders(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAYMILL_HOME")
+    events = project.root / ".raymill/runs/tiny-1/events.jsonl"
+    events.parent.mkdir(parents=True)
+    events.touch()
+    monkeypatch.chdir(project.root / "jobs/tiny")
+    assert [found["run_id"] for found in json.loads(run("runs", "list", "--json").stdout)["runs"]] == ["tiny-1"]
+
+
 def test_data_check_counts_the_rows_of_right_data(project: Project) -> None:
     found = json.loads(run("data", "check", "tiny", "--json").stdout)
     assert {split: part["rows"] for split, part in found.items()} == {"train": 36, "validation": 6}

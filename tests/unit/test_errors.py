@@ -66,5 +66,6 @@ def test_an_interrupted_run_says_how_to_go_on() -> None:
 
 def test_a_wrong_name_leads_to_the_nearest_or_to_all() -> None:
     assert did_you_mean("AdmaW", ["SGD", "AdamW"]) == "Did you mean 'AdamW'?"
+    assert did_you_mean("Adamw", ["Adam", "AdamW", "Adamax"]) == "Did you mean 'AdamW'?", "equal but for capitals"
     assert did_you_mean("zzz", ["SGD", "AdamW"]) == "Valid names: AdamW, SGD."
     assert did_you_mean("zzz", []) == "Valid names: (none)."

@@ -478,6 +478,52 @@ def test_wrong_overrides_are_reported_as_typed(project: Path, override: str, whe
     assert words in str(problem)
 
 
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("lr=1e-2", "'optimizer.lr'"),
+        ("momentum=0.9", "'optimizer.momentum'"),
+        ("loop.lr=1e-2", "'optimizer.lr'"),
+        ("width=3", "'model.width'"),
+        ("optimizer.Epochs=3", "'loop.epochs'"),
+        ("model.seed=3", "'loop.seed'"),
+        ("loop.schedule=null", "'schedule'"),
+        ("loop.LR=1e-2", "'optimizer.lr'"),
+        ("metric=validation/loss", "'checkpoint.metric'"),
+        ("loop.Epochs=3", "'epochs'"),
+    ],
+)
+def test_a_field_in_a_wrong_place_leads_to_its_full_path(project: Path, override: str, meant: str) -> None:
+    job = JOB.replace("{kind: AdamW, lr: 1e-3, betas: [0.9, 0.99]}", "{kind: SGD}")
+    assert only(job, override).fix == f"Did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "bare"),
+    [("lr: 1e-3", "lr: '1e-3'", "1e-3"), ("epochs: 3", "epochs: '3'", "3"), ("width: 32", 'width: "32"', "32")],
+)
+def test_a_number_in_quotes_is_to_lose_them(project: Path, old: str, new: str, bare: str) -> None:
+    assert only(JOB.replace(old, new)).fix == f"Write {bare} without quotes."
+
+
+def test_quotes_are_not_blamed_for_what_would_be_wrong_without_them(project: Path) -> None:
+    assert only(JOB.replace("lr: 1e-3", "lr: 'fast'")).fix.startswith("Change lr")
+    assert only(JOB.replace("epochs: 3", "epochs: '1.5'")).fix == "Change loop.epochs."
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "meant"),
+    [
+        ("optimizer:", "optimiser:", "optimizer"),
+        ("{model: digits}", "{modle: digits}", "model"),
+        ("pipeline:", "pipelines:", "pipeline"),
+        ("root: null", "rot: null", "root"),
+    ],
+)
+def test_a_misspelled_name_is_one_problem_and_not_a_missing_one_too(project: Path, old: str, new: str, meant: str) -> None:
+    assert only(JOB.replace(old, new, 1)).fix == f"Did you mean {meant!r}?"
+
+
 # ---------------------------------------------------------------- the job's own code
 
 

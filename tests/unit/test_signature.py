@@ -168,3 +168,5 @@ def test_each_wrong_argument_is_one_problem_that_names_the_way_out(read: Reader)
     assert problems[0].fix == "Did you mean 'width'?"
     assert problems[3].expected == "a value of type str"
     assert check_arguments(signature, {"width": None}, "model", derived={"root"}) == []
+    (misspelled,) = check_arguments(signature, {"roots": "x", "T_max": 1}, "model")
+    assert (misspelled.where, misspelled.fix) == ("model.roots", "Did you mean 'root'?")

@@ -128,6 +128,9 @@ class Packages:
         return folders or ([Path(spec.origin)] if spec.origin else [])
 
 
+_TORCH = Packages(frozenset({"torch"}), None)
+
+
 def project_packages(root: Path) -> Packages:
     """The packages that a job's code may come from: raymill's own set and those of the project's pyproject.toml.
 
@@ -228,10 +231,28 @@ def _check_code(field: str, kind: str, values: Mapping[str, Any], arguments_fiel
     return check_arguments(signature, arguments, arguments_field, ignore={"schema"} if kind == "class" else ())
 
 
+def argument_names(values: Mapping[str, Any], packages: Packages) -> dict[str, set[str]]:
+    """The names of all arguments of what a job names, as far as it is right: by the field they stand in, `model` and so on."""
+    names: dict[str, set[str]] = {}
+    for field, kind, arguments_field in (("task", "class", "model"), ("pipeline", "function", "data")):
+        try:
+            signature = find_code(str(values.get(field)), field, kind, packages)
+        except InputError:
+            continue
+        names[arguments_field] = {*signature.parameters} - {"schema"}
+    for field, torch_kind in (("optimizer", _OPTIMIZER), ("schedule", _SCHEDULE)):
+        given = values.get(field)
+        module = read_module(torch_kind.module, _TORCH.locate)
+        if isinstance(given, dict) and module is not None:
+            found = read_signature(module, str(given.get("kind")), _TORCH.locate)
+            names[field] = {*found.parameters} - torch_kind.filled if found else set()
+    return names
+
+
 def _check_torch(field: str, given: Any, kind: _Kind) -> list[Problem]:
     if not isinstance(given, dict) or not isinstance(name := given.get("kind"), str):
         return []
-    packages = Packages(frozenset({"torch"}), None)
+    packages = _TORCH
     module = read_module(kind.module, packages.locate)
     if module is None:
         return [Problem(f"{field}.kind", f"no source of {kind.module}", "PyTorch", "Install torch.")]

@@ -14,7 +14,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -24,11 +24,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from raymill.config import strict_yaml
-from raymill.config.code_lookup import check_names, find_code, project_packages
-from raymill.config.signature import shortened
+from raymill.config.code_lookup import Packages, argument_names, check_names, find_code, project_packages
+from raymill.config.signature import UNKNOWN_ARGUMENT, shortened, without_quotes
 from raymill.config.spec import JobSpec
-from raymill.errors import InputError, Problem, did_you_mean
-from raymill.paths import project_root
+from raymill.errors import InputError, Problem, did_you_mean, nearest
+from raymill.paths import find_project, no_project, project_root
 from raymill.redaction import find_secrets
 
 if TYPE_CHECKING:
@@ -36,6 +36,16 @@ if TYPE_CHECKING:
 
 MAX_INDEX_DIGITS = 9
 MAX_SHOWN_LETTERS = 200
+
+UNKNOWN_FIELD = "a known field"
+"""What is expected where there is none of this name."""
+
+_PLAIN_TYPES: dict[str, Callable[[Any], bool]] = {
+    "int_type": lambda value: type(value) is int,
+    "float_type": lambda value: type(value) in (int, float),
+    "bool_type": lambda value: isinstance(value, bool),
+}
+"""Pydantic's errors about a plain type -> whether a value is of it."""
 
 _FIELD_PATH = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
 
@@ -75,8 +85,8 @@ def find_job(name: str) -> Path:
         InputError: when there is none; names the nearest job.
     """
     jobs = project_root() / "jobs"
-    candidates = [Path(name), Path(name, "job.yaml"), jobs / name / "job.yaml"]
-    for candidate in candidates[0 if name.endswith((".yaml", ".yml")) else 1 :]:
+    files = [Path(name), project_root() / name] if name.endswith((".yaml", ".yml")) else []
+    for candidate in [*files, Path(name, "job.yaml"), jobs / name / "job.yaml"]:
         if os.path.isfile(candidate):
             return candidate
     known = [file.parent.name for file in jobs.glob("*/job.yaml")]
@@ -91,26 +101,34 @@ def list_jobs() -> list[dict[str, Any]]:
     """The project's jobs by name.
 
     Returns:
-        per folder of jobs/ with a job.yaml: name (of the folder), path (from the project's root), about (the first line
-        of its README.md, else the first comment of the job file), valid, num_problems.
+        for the job.yaml at the project's root, if there is one, and that of each folder of jobs/: name (what `find_job` takes:
+        the folder's, or "job.yaml"), path (from the project's root), about (the first line of its README.md, else the first
+        comment of the job file), valid, num_problems.
+
+    Raises:
+        InputError: outside of a project.
     """
-    root = project_root()
+    root = find_project()
+    if root is None:
+        raise InputError([no_project()])
     found: list[dict[str, Any]] = []
-    for path in sorted((root / "jobs").glob("*/job.yaml")):
+    for path in [*root.glob("job.yaml"), *sorted((root / "jobs").glob("*/job.yaml"))]:
         try:
             load_job(path)
             num_problems = 0
         except InputError as error:
             num_problems = len(error.problems)
         about = {"about": _about(path), "valid": not num_problems, "num_problems": num_problems}
-        found.append({"name": path.parent.name, "path": str(path.relative_to(root)), **about})
+        name = path.name if path.parent == root else path.parent.name
+        found.append({"name": name, "path": str(path.relative_to(root)), **about})
     return found
 
 
 def _about(path: Path) -> str:
     """What the job says of itself in one line; "" when it says nothing."""
     readme = path.with_name("README.md")
-    source, mark = (readme, "") if readme.is_file() else (path, "#")
+    # At the root it speaks of the project.
+    source, mark = (readme, "") if readme.is_file() and path.parent != find_project() else (path, "#")
     lines = source.read_text(encoding="utf-8", errors="replace").splitlines()
     return next((line.strip("# ") for line in lines if line.strip() and line.startswith(mark)), "")
 
@@ -156,7 +174,7 @@ def examine_job(job: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
     secrets = _secret_problems(values)
     # What else is wrong with a secret is not said: it would be repeated.
     hidden = {problem.where for problem in secrets}
-    others = [*spec_problems, *check_names(values, packages)]
+    others = _with_full_paths([*spec_problems, *check_names(values, packages)], values, packages)
     judged = [*(problem for problem in others if not _within(problem.where, hidden)), *secrets]
     problems += [problem for problem in judged if problem.where not in unreadable]
     placed = (*_placed(problems, path, lines, overridden), *override_problems)
@@ -317,7 +335,11 @@ def _validate(values: dict[str, Any]) -> tuple[JobSpec | None, list[Problem]]:
     try:
         return JobSpec.model_validate(values), []
     except ValidationError as error:
-        return None, [_translated(dict(details), values) for details in error.errors(include_url=False)]
+        found = [dict(details) for details in error.errors(include_url=False)]
+        # One that is only spelled wrongly is not missing too.
+        unknown = [one for one in found if one["type"] == "extra_forbidden"]
+        meant = {(*one["loc"][:-1], nearest(str(one["loc"][-1]), _fields_beside(_path(one)))) for one in unknown}
+        return None, [_translated(one) for one in found if one["type"] != "missing" or one["loc"] not in meant]
 
 
 def _without(values: dict[str, Any], faults: Collection[str]) -> dict[str, Any]:
@@ -330,35 +352,50 @@ def _without(values: dict[str, Any], faults: Collection[str]) -> dict[str, Any]:
     return kept
 
 
-def _translated(details: dict[str, Any], values: dict[str, Any]) -> Problem:
-    """One pydantic error about these values in our terms."""
+def _path(details: Mapping[str, Any]) -> list[str]:
+    """The field path of a pydantic error."""
     parts = [str(part) for part in details["loc"]]
     if parts[0] in ("optimizer", "schedule"):
         del parts[1:2]  # pydantic puts the tag of the chosen shape there
+    return parts
+
+
+def _translated(details: dict[str, Any]) -> Problem:
+    """One pydantic error in our terms."""
+    parts = _path(details)
     where, name, kind = ".".join(parts), parts[-1], details["type"]
     fields = _fields_beside(parts)
     info = fields.get(name)
     meaning = f" ({info.description})" if info is not None and info.description else ""
     if kind == "extra_forbidden":
-        meant = _sections_with(name, values) if len(parts) == 1 else []
-        fix = f"Did you mean {' or '.join(map(repr, meant))}?" if meant else did_you_mean(name, fields)
-        return Problem(where, f"the unknown field {shortened(name)}", "a known field", fix)
+        return Problem(where, f"the unknown field {shortened(name)}", UNKNOWN_FIELD, did_you_mean(name, fields))
     if kind == "missing":
         return Problem(where, "nothing", f"a value{meaning}", f"Add {where}.")
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     message = message.replace("valid dictionary or instance of", "mapping of fields for").replace("dictionary", "mapping")
-    return Problem(where, shortened(details["input"]), f"{message}{meaning}", f"Change {where}.")
+    fits_bare = _PLAIN_TYPES.get(kind, lambda value: False)
+    fix = without_quotes(details["input"], fits_bare) or f"Change {where}."
+    return Problem(where, shortened(details["input"]), f"{message}{meaning}", fix)
 
 
-def _sections_with(name: str, values: dict[str, Any]) -> list[str]:
-    """The fields of sections that a name at the top of a job may stand for: `lr` for `optimizer.lr`."""
-    sections = {section: {*_fields_of(info.annotation)} for section, info in _fields_of(JobSpec).items()}
-    for section in ("optimizer", "schedule"):
-        given = values.get(section)
-        sections[section] |= {*given} if isinstance(given, dict) else set()
-    return [
-        f"{section}.{field}" for section, known in sections.items() for field in sorted(known) if field.lower() == name.lower()
-    ]
+def _with_full_paths(problems: list[Problem], values: dict[str, Any], packages: Packages) -> list[Problem]:
+    """The problems; where an unknown name is known elsewhere in a job, the fix is its full path: `lr` to `optimizer.lr`."""
+    if not any(problem.expected in (UNKNOWN_FIELD, UNKNOWN_ARGUMENT) for problem in problems):
+        return problems
+    fields = _fields_of(JobSpec)
+    known = {"": {*fields}} | {section: {*_fields_of(info.annotation)} for section, info in fields.items()}
+    for section, names in argument_names(values, packages).items():
+        known[section] |= names
+
+    def improved(problem: Problem) -> Problem:
+        own, _, name = problem.where.rpartition(".")
+        meant = [(section, field) for section, names in known.items() for field in sorted(names) if field.lower() == name.lower()]
+        if problem.expected not in (UNKNOWN_FIELD, UNKNOWN_ARGUMENT) or not meant or own in dict(meant):
+            return problem
+        paths = [f"{section}.{field}".lstrip(".") for section, field in meant]
+        return replace(problem, fix=f"Did you mean {' or '.join(map(repr, paths))}?")
+
+    return [improved(problem) for problem in problems]
 
 
 def _fields_beside(parts: Sequence[str]) -> dict[str, FieldInfo]:

@@ -9,10 +9,15 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raymill.errors import Problem, did_you_mean
+from raymill.config import strict_yaml
+from raymill.errors import Problem, did_you_mean, nearest
+
+UNKNOWN_ARGUMENT = "a known argument"
+"""What is expected where there is none of this name."""
 
 Locate = Callable[[str], Path | None]
 """module name -> its source file, or None where it may not be looked for or is not there."""
@@ -222,18 +227,22 @@ def check_arguments(
     """
     parameters = {name: item for name, item in signature.parameters.items() if name not in ignore}
     problems = []
+    meant = set()
     for name, value in arguments.items():
         parameter = parameters.get(name)
         if parameter is None:
             if name in ignore or not signature.open:
                 fix = did_you_mean(str(name), parameters)
-                problems.append(Problem(f"{where}.{name}", f"the argument {name!r}", "a known argument", fix))
+                meant.add(nearest(str(name), parameters))
+                problems.append(Problem(f"{where}.{name}", f"the argument {name!r}", UNKNOWN_ARGUMENT, fix))
         elif not (value is None and parameter.nullable) and matches(parameter.annotation, value) is False:
             expected = f"a value of type {parameter.annotation}"
-            fix = f"Change {name} to {expected}."
+            fits_bare = partial(matches, parameter.annotation)
+            fix = without_quotes(value, fits_bare) or f"Change {name} to {expected}."
             problems.append(Problem(f"{where}.{name}", shortened(value), expected, fix))
     for name, parameter in parameters.items():
-        if parameter.required and name not in arguments and name not in derived:
+        # One that is only spelled wrongly is not missing too.
+        if parameter.required and name not in arguments and name not in derived and name not in meant:
             kind = f" of type {parameter.annotation}" if parameter.annotation else ""
             problems.append(Problem(f"{where}.{name}", "nothing", f"a value{kind}", f"Add {name}; it has no default."))
     return problems
@@ -252,6 +261,16 @@ def matches(annotation: str, value: Any) -> bool | None:
         return _fits(ast.parse(annotation, mode="eval").body, value, in_union=False)
     except (SyntaxError, ValueError):
         return None
+
+
+def without_quotes(value: Any, fits: Callable[[Any], bool | None]) -> str | None:
+    """What to do about a text that would be right as it stands, were it not in quotes; None where quotes are not to blame."""
+    if not isinstance(value, str):
+        return None
+    bare = strict_yaml.parse(value.encode(errors="replace"))
+    if bare.problems or isinstance(bare.value, str) or not fits(bare.value):
+        return None
+    return f"Write {value} without quotes."
 
 
 def shortened(value: Any) -> str:

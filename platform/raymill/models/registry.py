@@ -13,7 +13,7 @@ from raymill.checkpoint.directory import WEIGHTS
 from raymill.errors import InputError, Problem, TrackingError, did_you_mean
 from raymill.record.folder import is_run_id
 from raymill.redaction import redact_text
-from raymill.tracking.mlflow_client import connect, mlflow_settings, store_failures
+from raymill.tracking.mlflow_client import connect, mlflow_settings, nothing_is_stored, store_failures
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -59,6 +59,8 @@ def list_models() -> list[dict[str, Any]]:
     Raises:
         TrackingError: when the registry cannot be reached.
     """
+    if nothing_is_stored():
+        return []
     with _registry() as client:
         return [
             {
@@ -100,6 +102,8 @@ def resolve(reference: str) -> ModelVersion:
         InputError: when there is none; names the nearest.
         TrackingError: when the registry cannot be reached.
     """
+    if nothing_is_stored():
+        raise _no_model(reference, [])
     with _registry() as client:
         aliases = {model.name: model.aliases for model in client.search_registered_models()}
         name, at, alias = reference.partition("@")
@@ -122,8 +126,12 @@ def resolve(reference: str) -> ModelVersion:
             )
         valid = [f"{made.name}/{made.version}" for made in _versions(client, None)]
         valid += [f"{model}@{key}" for model, keys in aliases.items() for key in keys]
+    raise _no_model(reference, valid)
+
+
+def _no_model(reference: str, valid: list[str]) -> InputError:
     expected = "name@alias, name/version or the id of a run whose model is registered"
-    raise InputError([Problem("model", repr(reference), expected, did_you_mean(reference, valid))])
+    return InputError([Problem("model", repr(reference), expected, did_you_mean(reference, valid))])
 
 
 def model_files(version: ModelVersion) -> Path:

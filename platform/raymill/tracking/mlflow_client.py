@@ -46,13 +46,24 @@ def tracking_uri() -> str:
 
 def store_problems() -> list[Problem]:
     """Why the project's store could not be where it belongs, to be said before a run has begun."""
-    path = str(home())
-    if _named_uri() or not set(ADDRESS_MARKS) & set(path):
+    if _named_uri():
+        return []
+    try:
+        path = str(home())
+    except InputError as error:
+        return list(error.problems)
+    if not set(ADDRESS_MARKS) & set(path):
         return []
     # Escaped they would still be wrong: SQLAlchemy takes escapes for the characters, and MLflow makes a folder of that name.
     expected = f"a path without {' or '.join(ADDRESS_MARKS)}, which have a meaning in the address of MLflow's store"
     fix = "Name another folder with RAYMILL_HOME, or a store with MLFLOW_TRACKING_URI."
     return [Problem("the state folder", path, expected, fix)]
+
+
+def nothing_is_stored() -> bool:
+    """Whether the store is a file that is not there yet. Who only reads need not make it."""
+    path = _sqlite_path(tracking_uri())
+    return path is not None and not path.exists()
 
 
 def _named_uri() -> str | None:
