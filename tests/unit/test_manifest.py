@@ -7,9 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.synthetic import blobs
+from raymill.data.arrow import DTYPES, dtype_problems
 from raymill.data.manifest import Manifest, SplitManifest, as_record, differences, from_record, take_manifest
 from raymill.data.quality import statistics
 from raymill.data.sources import ArraySource, ParquetSource, write_parquet
@@ -54,6 +57,58 @@ def test_a_manifest_has_every_fragment_of_every_split(tmp_path: Path) -> None:
     assert {name: split.num_rows for name, split in manifest.splits.items()} == {"train": 12, "validation": 5}
     assert manifest.splits["train"].fragments == tuple(pipeline.sources["train"].fragments())
     assert manifest.splits["validation"].num_bytes == 5 * (8 + 8)
+
+
+def with_nulls(source: ParquetSource, *numbers: int) -> ParquetSource:
+    for number in numbers:
+        file = Path(source.folder, f"part-{number:05d}.parquet")
+        table = pq.read_table(file)
+        pq.write_table(table.set_column(1, "label", pa.array([None] * table.num_rows, pa.int64())), file)
+    return source
+
+
+def test_a_null_column_is_one_problem_that_names_the_splits(tmp_path: Path) -> None:
+    train = with_nulls(parquet(tmp_path / "a"), 0, 2)
+    validation = with_nulls(parquet(tmp_path / "b"), 1)
+    with pytest.raises(InputError) as caught:
+        take_manifest(pipeline_of(train=train, validation=validation))
+    (problem,) = caught.value.problems
+    assert problem.where == "splits 'train' and 'validation': column 'label'"
+    assert problem.found == f"4 nulls in {tmp_path}/a/part-00000.parquet, likewise in 2 other places"
+    with pytest.raises(InputError) as caught:
+        take_manifest(pipeline_of(train=train, validation=arrays(5)))
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.found[-25:]) == ("split 'train': column 'label'", "likewise in another place")
+
+
+def test_columns_with_faults_of_their_own_stay_apart(tmp_path: Path) -> None:
+    other = ArraySource("other", partial(rows_of, 5), 4)
+    schema = {**SCHEMA, "x": Field("float32", (3,)), "y": Field("float32")}
+    with pytest.raises(InputError) as caught:
+        take_manifest(Pipeline(sources={"train": arrays(5), "validation": other}, schema=schema))
+    wheres = [problem.where for problem in caught.value.problems]
+    assert wheres == [f"splits 'train' and 'validation': column {name!r}" for name in ("x", "y")]
+
+
+@pytest.mark.parametrize("dtype", ["string", "timestamp[us]", "datetime64[us]", "object", "", "str", "float23", "f4,f4"])
+def test_a_dtype_that_rows_cannot_have_is_named_with_its_column_and_the_valid_ones(dtype: str, tmp_path: Path) -> None:
+    wrong: Schema = {"x": Field("float32", (2,)), "when": Field(dtype)}
+    folder = parquet(tmp_path / "a").folder
+    for use in (
+        lambda: take_manifest(Pipeline(sources={"train": arrays(5)}, schema=wrong)),
+        lambda: ParquetSource(folder, wrong).fragments(),
+        lambda: write_parquet(tmp_path / "b", rows_of(4), wrong, num_shards=1, row_group_rows=2),
+    ):
+        with pytest.raises(InputError) as caught:
+            use()
+        (problem,) = caught.value.problems
+        assert (problem.where, problem.found) == ("schema: column 'when'", f"Field({dtype!r})")
+        assert "float32" in problem.expected
+        assert "int64 for times" in problem.fix
+
+
+def test_every_valid_dtype_and_numpys_other_names_for_them_are_taken() -> None:
+    assert dtype_problems({name: Field(name) for name in (*DTYPES, "float", "<f4")}) == []
 
 
 def test_the_problems_of_all_splits_come_at_once(tmp_path: Path) -> None:

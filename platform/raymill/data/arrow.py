@@ -20,10 +20,34 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raymill.data.rows import NUMBERS
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.task import Column, Field, Rows, Schema
 
 # ---------------------------------------------------------------- rows and the schema
+
+DTYPES = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"),
+    *("bytes", "text"),
+)
+"""What a field may be; numpy's other names for these numbers are taken too."""
+
+
+def dtype_problems(schema: Schema) -> list[Problem]:
+    """Every column of a schema whose dtype is none that rows can have."""
+    fix = "Use text for strings, int64 for times and dates."
+    return [
+        Problem(f"schema: column {name!r}", f"Field({field.dtype!r})", f"one of {', '.join(DTYPES)}", fix)
+        for name, field in schema.items()
+        if not _is_dtype(field.dtype)
+    ]
+
+
+def _is_dtype(name: object) -> bool:
+    try:
+        return name in DTYPES or (isinstance(name, str) and np.dtype(name).kind in NUMBERS)
+    except (TypeError, ValueError):
+        return False
 
 
 def rows_bytes(rows: Rows) -> int:

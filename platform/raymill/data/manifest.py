@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, groupby, repeat
 from typing import Any
 
-from raymill.data.arrow import schema_problems
+from raymill.data.arrow import dtype_problems, schema_problems
 from raymill.errors import DataError, InputError, Problem
 from raymill.task import TRAIN, Fragment, Pipeline, Source
 
@@ -68,9 +68,13 @@ def take_manifest(pipeline: Pipeline, *, lenient: bool = False) -> Manifest:
         lenient: pass over fragments that cannot be read, for jobs that go on without bad rows.
 
     Raises:
-        InputError: with the problems of all splits: what their sources found, no "train", no rows, another schema.
+        InputError: with the problems of all splits: what their sources found, no "train", no rows, another schema. What is wrong
+            with one column in several files or splits is one problem.
     """
+    if unknown := dtype_problems(pipeline.schema):
+        raise InputError(unknown)
     problems: list[Problem] = []
+    of_splits: list[tuple[str, Problem]] = []
     splits: dict[str, SplitManifest] = {}
     if TRAIN not in pipeline.sources:
         found = f"splits {sorted(pipeline.sources)}"
@@ -79,10 +83,10 @@ def take_manifest(pipeline: Pipeline, *, lenient: bool = False) -> Manifest:
         try:
             splits[name] = SplitManifest(tuple(source.fragments()))
         except InputError as error:
-            problems += error.problems
+            of_splits += [(name, problem) for problem in error.problems]
         else:
-            problems += _first_rows_problems(name, source, splits[name], pipeline, lenient)
-    if problems:
+            of_splits += [(name, problem) for problem in _first_rows_problems(name, source, splits[name], pipeline, lenient)]
+    if problems := [*problems, *_once_per_column(of_splits)]:
         raise InputError(problems)
     return Manifest(splits)
 
@@ -99,6 +103,27 @@ def _first_rows_problems(name: str, source: Source, split: SplitManifest, pipeli
         except DataError as error:
             unreadable.append(Problem(where, str(error), "readable rows", "Correct or restore the data."))
     return unreadable
+
+
+def _once_per_column(found: list[tuple[str, Problem]]) -> list[Problem]:
+    """The problems of (split, problem); what is expected of one column is said once, with all splits in which it is otherwise."""
+    alike: dict[tuple[str, ...], list[tuple[str, Problem]]] = {}
+    for split, problem in found:
+        place, _, column = problem.where.rpartition(": column ")
+        same = (column, problem.expected, problem.fix) if place else (split, *problem.as_dict().values())
+        alike.setdefault(same, []).append((split, problem))
+    return [_merged(several) for several in alike.values()]
+
+
+def _merged(several: list[tuple[str, Problem]]) -> Problem:
+    (_, first), *others = several
+    if not others:
+        return first
+    place, _, column = first.where.rpartition(": column ")
+    splits = list(dict.fromkeys(repr(split) for split, _ in several))
+    where = f"split{'s' * (len(splits) > 1)} {' and '.join(splits)}: column {column}"
+    others_in_words = "another place" if len(others) == 1 else f"{len(others)} other places"
+    return replace(first, where=where, found=f"{first.found} in {place}, likewise in {others_in_words}")
 
 
 # ---------------------------------------------------------------- record

@@ -18,7 +18,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raymill.data.arrow import arrow_type, columns_from_arrow, describe, digest_rows, fits, schema_problems, table_from_rows
+from raymill.data.arrow import (
+    arrow_type,
+    columns_from_arrow,
+    describe,
+    digest_rows,
+    dtype_problems,
+    fits,
+    schema_problems,
+    table_from_rows,
+)
 from raymill.data.rows import num_rows, take
 from raymill.data.sources.parquet_index import ColumnChunk, read_index
 from raymill.errors import DataError, InputError, Problem, did_you_mean
@@ -51,6 +60,8 @@ class ParquetSource:
         Raises:
             InputError: with every file that is damaged, of another schema, or has labels outside their classes.
         """
+        if unknown := dtype_problems(self.schema):
+            raise InputError(unknown)
         fragments: list[Fragment] = []
         problems: list[Problem] = []
         files = self._files()
@@ -304,7 +315,7 @@ def write_parquet(folder: Path, rows: Rows, schema: Schema, *, num_shards: int, 
     Raises:
         InputError: the rows do not fit the schema, are fewer than the shards, or the folder holds something.
     """
-    problems = schema_problems(rows, schema, "rows")
+    problems = dtype_problems(schema) or schema_problems(rows, schema, "rows")
     count = min((len(column) for column in rows.values()), default=0)
     if not 1 <= num_shards <= count:
         fix = "Use at least one shard and at most one per row."
