@@ -29,6 +29,15 @@ _ALWAYS = re.compile(
 _OF_TEXT = {"key", "keys", "token", "tokens", "auth", "authorization", "pat", "dsn"}
 """Last words of keys under which a text is a secret. Numbers and lists are settings: `pad_token: 0`, `keys: [image, label]`."""
 
+_OPENERS = {
+    *("access", "account", "api", "auth", "client", "cloud", "decryption", "encryption", "license", "master", "private"),
+    *("secret", "service", "session", "shared", "signing", "ssh", "ssl", "storage", "tls", "user"),
+}
+"""Words that say of a key what it opens. Of another, as of a table, a plain word is a column's name: `label_key: label`."""
+
+_PLAIN_WORD = re.compile(r"(?=.{1,24}$)[a-z]+(?:_[a-z]+)*")
+"""What names a column and is no key to anything: those hold digits or capitals, or are longer."""
+
 _ABOUT = {"file", "path", "folder", "length", "column", "columns", "field", "fields", "env", "variable"}
 """Last words of keys that speak of a secret without holding it: `password_file`, `key_columns`."""
 
@@ -59,7 +68,9 @@ def is_secret(key: str, value: Any) -> bool:
         return False
     if any(_ALWAYS.fullmatch(word) for word in words) and words[0] not in _COUNTS:
         return not isinstance(value, Mapping | Sequence) or bool(value)
-    return isinstance(value, str) and words[-1] in _OF_TEXT and words[0] not in _COUNTS
+    if not isinstance(value, str) or words[-1] not in _OF_TEXT or words[0] in _COUNTS:
+        return False
+    return words[-1] not in ("key", "keys") or bool(_OPENERS & {*words}) or not _PLAIN_WORD.fullmatch(value)
 
 
 def find_secrets(values: Any, path: str = "") -> Iterator[str]:

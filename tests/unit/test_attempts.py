@@ -18,7 +18,7 @@ from raymill.errors import Interrupted, RaymillError, RunError, StallError, Work
 from raymill.orchestration import executors
 from raymill.orchestration.attempts import committed_step, run_attempts, stop_on_signal
 from raymill.orchestration.retry import Cause
-from raymill.record.events import AttemptFailed, Event
+from raymill.record.events import AttemptFailed, Event, StepDone, append_event
 from raymill.record.folder import RunFolder
 
 LOST = WorkerError("rank 1 died", 1, cause=Cause.LOST_PROCESS)
@@ -37,9 +37,10 @@ def save(folder: RunFolder, step: int) -> None:
 
 
 class Attempts:
-    """Attempts that end as told: with an error, or None for a run that is finished; a number saves that step before."""
+    """Attempts that end as told: with an error, or None for a run that is finished; before, a number saves that step, an event is
+    reported."""
 
-    def __init__(self, folder: RunFolder, *ends: RaymillError | int | None, **retry: int) -> None:
+    def __init__(self, folder: RunFolder, *ends: RaymillError | Event | int | None, **retry: int) -> None:
         self.folder, self.ends = folder, iter(ends)
         self.count = 0
         self.shown: list[Event] = []
@@ -51,6 +52,8 @@ class Attempts:
         for end in self.ends:
             if isinstance(end, int):
                 save(self.folder, end)
+            elif isinstance(end, Event):
+                append_event(self.folder, end)
             else:
                 return end
         raise AssertionError("one attempt more than was to be")
@@ -69,6 +72,17 @@ def test_a_run_goes_on_until_it_is_finished_and_shows_each_failure(folder: RunFo
     found = [(event.cause, event.message, event.step) for event in attempts.shown if isinstance(event, AttemptFailed)]
     assert found == [("lost process", "rank 1 died", 0), ("stall", "nobody moved", 7)]
     assert len(attempts.shown) == 2
+
+
+def test_a_failure_says_where_this_attempt_died_and_where_the_next_goes_on(folder: RunFolder) -> None:
+    def died_after(step: int) -> StepDone:
+        return StepDone(step=step, epoch=0, rows=step, metrics={})
+
+    append_event(folder, died_after(99))  # of a command before
+    attempts = Attempts(folder, died_after(8), 7, died_after(12), LOST, LOST, died_after(9), LOST, None)
+    attempts.run()
+    found = [(event.last_step, event.step) for event in attempts.shown if isinstance(event, AttemptFailed)]
+    assert found == [(12, 7), (None, 7), (9, 7)]
 
 
 def test_a_spent_budget_ends_the_run_with_the_last_cause(folder: RunFolder) -> None:

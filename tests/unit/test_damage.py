@@ -169,15 +169,20 @@ def test_a_pointer_that_no_commit_has_written_is_not_followed(pointer: Any, run:
 
 @pytest.mark.parametrize("harm", [a_folder, lambda path: path.write_text(DEEP)], ids=["folder", "deep"])
 def test_a_pointer_that_cannot_be_read_is_not_followed(harm: Callable[[Path], None], run: RunFolder) -> None:
+    assert begin_attempt(run).notes == ()
     harm(run.checkpoints / POINTER)
     assert read_pointer(run.checkpoints) == directory.Pointer(NEWER, None, 1)
-    assert begin_attempt(run).checkpoint == NEWER
+    point = begin_attempt(run)
+    assert point.checkpoint == NEWER
+    assert [note.partition(" ")[0] for note in point.notes] == [POINTER]
 
 
 def test_without_a_pointer_a_damaged_newest_checkpoint_is_told_of_too(run: RunFolder) -> None:
     (run.checkpoints / POINTER).write_text("{")
     (run.checkpoints / NEWER / "state.json").write_text("{}")
-    assert "state.json" in passed_over(run)
+    of_pointer, of_checkpoint = begin_attempt(run).notes
+    assert POINTER in of_pointer
+    assert "state.json" in of_checkpoint
 
 
 def test_if_none_is_left_the_reasons_are_said(run: RunFolder) -> None:

@@ -119,8 +119,12 @@ LINES: list[tuple[Event, list[str]]] = [
     (RunStopped(reason="failed", message="rank 1 died"), []),
     (RunFinished(best_checkpoint=None, metrics={"validation/loss": 0.5}), []),
     (
-        AttemptFailed(cause="lost process", message="rank 1 died", step=40),
-        ["lost process at step 40: rank 1 died; going on from there"],
+        AttemptFailed(cause="lost process", message="rank 1 died", step=40, last_step=47),
+        ["lost process after step 47: rank 1 died; going on from the checkpoint of step 40"],
+    ),
+    (
+        AttemptFailed(cause="stall", message="nobody moved", step=0),
+        ["stall before a step was done: nobody moved; beginning again"],
     ),
     (DeliveryStarted(), ["delivering the run to MLflow"]),
 ]

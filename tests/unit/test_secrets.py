@@ -102,6 +102,10 @@ SETTINGS: dict[str, Any] = {
     "tokens": 5,
     "pad_token": 0,
     "use_token": True,
+    "label_key": "label",
+    "key": "image",
+    "sortKey": "row_id",
+    "group_keys": "patient",
     "password_file": "/run/secrets/x",
     "root": "s3://bucket/x@2",
 }
@@ -119,12 +123,38 @@ def test_what_is_hidden_is_refused_too(key: str) -> None:
     assert list(find_secrets(values)) == [f"data.deep.0.{key}"]
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"api_key": "sesame"},
+        {"aws_access_key": "sesame"},
+        {"private_keys": "sesame"},
+        {"sshKey": "sesame"},
+        {"ENCRYPTION_KEY": "sesame"},
+        {"key": "s3same"},
+        {"label_key": "Sesame"},
+        {"key": "open-sesame"},
+        {"key": "opensesameopensesameopense"},
+        {"wandb_key": "0123456789abcdef"},
+        {"token": "label"},
+        {"auth": "label"},
+        {"pat": "label"},
+    ],
+    ids=str,
+)
+def test_a_word_is_a_secret_where_the_key_opens_something_and_no_plain_word_is_none(values: dict[str, str]) -> None:
+    ((key, value),) = values.items()
+    assert list(find_secrets(values)) == [key]
+    assert value not in json.dumps(redact(values)).replace(key, "")
+
+
 def test_a_job_may_name_keys_and_is_refused_with_a_secret_that_no_message_repeats() -> None:
     with pytest.raises(InputError) as caught:
-        load_job("smoke", ["data.keys=[image, label]", f"data.dbpassword={SECRET}"])
+        load_job("smoke", ["data.keys=[image, label]", "data.label_key=label", f"data.dbpassword={SECRET}"])
     found = {problem.where: problem for problem in caught.value.problems}
     assert found["--set data.dbpassword"].found == "a literal secret"
     assert found["--set data.keys"].found != "a literal secret"
+    assert found["--set data.label_key"].found != "a literal secret"
     assert SECRET not in str(caught.value)
 
 
@@ -215,6 +245,7 @@ def unreachable() -> Iterator[None]:
 
 
 def test_an_unreachable_registry_is_told_of_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://db/x")
     monkeypatch.setattr(registry, "mlflow_settings", unreachable)
     with pytest.raises(TrackingError) as caught:
         registry.list_models()

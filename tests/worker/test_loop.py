@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,15 @@ def test_a_gradient_that_is_not_a_number_stops_the_run_before_the_weights_change
         run.go(world_size)
     broken = next(number for number, rows in enumerate(run.batches.values(), 1) if 60 in rows)
     assert f"step {broken} " in str(caught.value)
+    rows = list(run.batches.values())[broken - 1]
+    said = re.search(
+        r"Rows of the batch: (\d+), the first of them \[([\d, ]+)\]; the run's events have them all", str(caught.value)
+    )
+    assert said is not None
+    assert int(said[1]) == len(rows) > 5
+    shown = [int(row) for row in said[2].split(", ")]
+    assert len(shown) == 5
+    assert {*shown} <= {*rows}
     saved = latest(run)
     assert saved.record["step"] == broken - 1
     assert all(bool(torch.isfinite(tensor).all()) for tensor in saved.weights.values())

@@ -292,7 +292,7 @@ def find_latest(folder: Path, say: Callable[[str], None]) -> str | None:
 
     Args:
         folder: the folder of checkpoints.
-        say: is told of every checkpoint that had to be passed over.
+        say: is told of every checkpoint that had to be passed over, and of a pointer that says nothing.
 
     Raises:
         CheckpointError: when there are checkpoints but none is whole.
@@ -302,6 +302,10 @@ def find_latest(folder: Path, say: Callable[[str], None]) -> str | None:
     if pointer:
         # A newer one was never committed.
         candidates = candidates[candidates.index(pointer.latest) :]
+    elif candidates:
+        say(
+            f"{POINTER} is missing, damaged or names no checkpoint that is there; the newest that is whole was looked for instead"
+        )
     reasons = []
     for name in candidates:
         try:

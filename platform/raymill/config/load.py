@@ -335,7 +335,7 @@ def _validate(values: dict[str, Any]) -> tuple[JobSpec | None, list[Problem]]:
     try:
         return JobSpec.model_validate(values), []
     except ValidationError as error:
-        found = [dict(details) for details in error.errors(include_url=False)]
+        found: list[dict[str, Any]] = [dict(details) for details in error.errors(include_url=False)]
         # One that is only spelled wrongly is not missing too.
         unknown = [one for one in found if one["type"] == "extra_forbidden"]
         meant = {(*one["loc"][:-1], nearest(str(one["loc"][-1]), _fields_beside(_path(one)))) for one in unknown}

@@ -16,7 +16,7 @@ from raymill.config.spec import JobSpec
 from raymill.errors import CheckpointError, Interrupted, RaymillError
 from raymill.orchestration import retry
 from raymill.orchestration.retry import Failure
-from raymill.record.events import AttemptFailed, Event
+from raymill.record.events import AttemptFailed, Event, StepDone, read_events
 from raymill.record.folder import RunFolder
 
 Show = Callable[[Event], None]
@@ -34,11 +34,14 @@ def run_attempts(folder: RunFolder, spec: JobSpec, attempt: Callable[[], Raymill
         RaymillError: the cause of the last attempt's end, once its budget is spent.
     """
     failures: list[Failure] = []
+    began = folder.events.stat().st_size if folder.events.exists() else 0
     while (error := attempt()) is not None:
         failures.append(Failure(retry.cause_of(error), committed_step(folder)))
         if folder.stop_request.exists() or not retry.go_on(failures, retry.budgets(spec)):
             raise error
-        show(AttemptFailed(cause=failures[-1].cause, message=str(error), step=failures[-1].step))
+        events, began = read_events(folder.events, began)
+        last_step = max((event.step for event in events if isinstance(event, StepDone)), default=None)
+        show(AttemptFailed(cause=failures[-1].cause, message=str(error), step=failures[-1].step, last_step=last_step))
 
 
 def committed_step(folder: RunFolder) -> int:

@@ -67,7 +67,9 @@ def describe(event: Event) -> list[str]:
                 f"{event.lost_s:.2f} s for it in each step; look what else runs on its machine"
             ]
         case AttemptFailed():
-            return [f"{event.cause} at step {event.step}: {event.message}; going on from there"]
+            died = "before a step was done" if event.last_step is None else f"after step {event.last_step}"
+            then = f"going on from the checkpoint of step {event.step}" if event.step else "beginning again"
+            return [f"{event.cause} {died}: {event.message}; {then}"]
         case DeliveryStarted():
             return ["delivering the run to MLflow"]
     return []

@@ -251,12 +251,18 @@ class RunFinished(Event):
 
 
 class AttemptFailed(Event):
-    """An attempt failed and another one follows. Shown to people; the next attempt's start is what is recorded."""
+    """An attempt failed and another one follows. Shown to people; the next attempt's start is what is recorded.
+
+    Attributes:
+        step: of the checkpoint that the next one goes on from; 0: there is none.
+        last_step: the last one that this attempt reported; None: it came to none.
+    """
 
     kind: Literal["restart"] = "restart"
     cause: str
     message: Prose
     step: int
+    last_step: int | None = None
 
 
 class DeliveryStarted(Event):

@@ -41,6 +41,9 @@ from raymill.training.state import TrainState, broken_weights, build_state, capt
 from raymill.training.steps import EpochEnd, EvalEnd, EvalStep, Step, TrainStep, may_stop_after, remaining_steps
 from raymill.training.stragglers import StragglerDetector
 
+MAX_SHOWN_ROWS = 5
+"""Of a batch, in a message."""
+
 
 @dataclass
 class Clock:
@@ -277,7 +280,7 @@ class _Loop:
         if policy != "skip":
             raise NumberError(
                 f"step {number} (epoch {step.epoch}, batch {step.batch}): the gradient of objective {name!r} has norm {norm}. "
-                f"Its step was not taken. Rows of the batch: {row_ids}. Lower optimizer.lr, set optimizer.max_grad_norm, "
+                f"Its step was not taken. Rows of the batch: {_few(row_ids)}. Lower optimizer.lr, set optimizer.max_grad_norm, "
                 "look for NaN in the rows with `raymill data check`, or set loop.on_nan to skip or rollback."
             )
 
@@ -416,6 +419,13 @@ def _bad_row_listener(job: Job, context: WorkerContext, report: Report) -> Calla
     if context.rank > 0 or not spec.lenient:
         return lambda rows: None
     return context.store.bad_row_ledger(spec.policy, job.plan.bad_rows_budget, report)
+
+
+def _few(row_ids: Sequence[int]) -> str:
+    """The first of these ids, and how many there are; all of them stand in the run's events."""
+    if len(row_ids) <= MAX_SHOWN_ROWS:
+        return str(list(row_ids))
+    return f"{len(row_ids)}, the first of them {list(row_ids[:MAX_SHOWN_ROWS])}; the run's events have them all"
 
 
 def _label(objective: str, quantity: str) -> str:
