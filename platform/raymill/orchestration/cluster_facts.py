@@ -1,5 +1,7 @@
 """What there is to run on, before anything is started: the cluster that RAY_ADDRESS names, or else this machine.
 
+A cluster is asked in two steps: a plain connection finds out at once where there is none; only then is Ray started to ask it.
+
 python -m raymill.orchestration.cluster_facts   prints the facts of the cluster, in a process that may wait for it and fail
 """
 
@@ -8,8 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +26,16 @@ from raymill.config.plan import ClusterFacts
 from raymill.errors import InputError, Problem
 
 CONNECT_TIMEOUT_S = 120.0
+"""For Ray's own connection. A cluster that is busy starting is slow to answer."""
+
+SILENT_TIMEOUT_S = 10.0
+"""For the first bytes of whatever listens at the address."""
+
+# What an HTTP/2 client says first, with no settings of its own; Ray speaks gRPC, which is HTTP/2, and answers with its settings.
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_FRAME_KIND, _SETTINGS = 3, 4
+_PORT = re.compile(r"[0-9]{1,5}")
+
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
@@ -56,8 +71,9 @@ def ask_cluster() -> ClusterFacts:
     Raises:
         InputError: when the cluster cannot be reached, or lets in whoever asks.
     """
-    if problem := _token_problem(os.environ):
-        raise InputError([problem])
+    silence = why_no_ray(address() or "", encrypted=os.environ.get("RAY_USE_TLS", "0") != "0")
+    if problems := [*_token_problems(os.environ), *([_unreachable(silence)] if silence else [])]:
+        raise InputError(problems)
     asked = [sys.executable, "-P", "-m", "raymill.orchestration.cluster_facts"]
     try:
         done = subprocess.run(asked, capture_output=True, text=True, timeout=CONNECT_TIMEOUT_S, check=False)
@@ -74,14 +90,47 @@ def ask_cluster() -> ClusterFacts:
     raise InputError([_unreachable((done.stderr.strip().splitlines() or ["no answer"])[-1])])
 
 
-def _token_problem(variables: Mapping[str, str]) -> Problem | None:
+def why_no_ray(named: str, timeout_s: float = SILENT_TIMEOUT_S, *, encrypted: bool = False) -> str | None:
+    """Why there can be no Ray at an address, found out by a plain connection; None: there may well be one.
+
+    Args:
+        named: host:port, also with ray:// before it. "auto" is left to Ray.
+        timeout_s: to wait for who does not answer.
+        encrypted: whether TLS is spoken there, so that only the connection itself tells something.
+    """
+    host, _, port = named.removeprefix("ray://").rpartition(":")
+    if named == "auto":
+        return None
+    if not host or not _PORT.fullmatch(port) or int(port) > 65535:
+        return "no host:port"
+    deadline_s = time.monotonic() + timeout_s
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout_s) as connection:
+            connection.settimeout(max(0.1, deadline_s - time.monotonic()))
+            if encrypted:
+                return None
+            connection.sendall(_GREETING)
+            answer = connection.recv(9)
+    except ConnectionRefusedError:
+        return "the connection is refused: nothing listens there"
+    except socket.gaierror as error:
+        return f"an unknown host: {error.strerror}"
+    except TimeoutError:
+        return f"no answer within {timeout_s:g} s"
+    except OSError as error:
+        return f"no connection: {error}"
+    is_ray = len(answer) > _FRAME_KIND and answer[_FRAME_KIND] == _SETTINGS
+    return None if is_ray else "what listens there does not speak as Ray does; is it another port of the cluster?"
+
+
+def _token_problems(variables: Mapping[str, str]) -> list[Problem]:
     """What is wrong with how the user wants to identify himself to a cluster."""
     mode = variables.get("RAY_AUTH_MODE", "token").lower()
     named = variables.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
     if mode == "disabled" or named or (Path.home() / ".ray" / "auth_token").is_file():
-        return None
+        return []
     fix = "Set RAY_AUTH_TOKEN_PATH to the file with the cluster's token, or RAY_AUTH_MODE=disabled if it has none."
-    return Problem("environment variable RAY_AUTH_TOKEN", "not set", "the token of the cluster that RAY_ADDRESS names", fix)
+    return [Problem("environment variable RAY_AUTH_TOKEN", "not set", "the token of the cluster that RAY_ADDRESS names", fix)]
 
 
 def _unreachable(why: str) -> Problem:
