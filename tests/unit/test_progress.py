@@ -13,7 +13,8 @@ from rich.console import Console
 
 from raymill.data.bad_rows import BadRow
 from raymill.orchestration import progress
-from raymill.orchestration.progress import Progress, describe
+from raymill.orchestration.progress import Progress, describe, history
+from raymill.record.catalog import evaluations
 from raymill.record.events import (
     AnyEvent,
     AttemptFailed,
@@ -259,6 +260,7 @@ def terminal_console(terminal: Terminal) -> Console:
 
 
 PANEL = """\
+━━━━╸━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
 step              12 / 100
 epoch             3
 loss              0.2500
@@ -272,7 +274,7 @@ def test_a_terminal_has_a_panel_below_the_lines_that_goes_when_the_run_ends() ->
     with Progress(terminal_console(terminal)) as under_test:
         under_test.show(started())
         under_test.show(step(12, rows_per_s=500.0, data_wait_share=0.125))
-        terminal.wait_for(PANEL[0])
+        terminal.wait_for(PANEL[1])
         assert terminal.lines() == ["attempt 1: 2 workers, started", *PANEL]
         under_test.show(ResizeStarted(num_workers=3))
         assert terminal.lines() == ["attempt 1: 2 workers, started", "going on with 3 workers; saving first", *PANEL]
@@ -286,7 +288,45 @@ def test_the_panel_shows_the_latest_step() -> None:
         for number in (12, 13):
             under_test.show(step(number, rows_per_s=500.0, data_wait_share=0.125))
             terminal.wait_for(f"{number} / 100")
-        assert terminal.lines()[1:] == ["step              13 / 100", *PANEL[1:]]
+        assert terminal.lines()[1:] == ["━━━━━╺" + "━" * 34, "step              13 / 100", *PANEL[2:]]
+
+
+def evaluated(epoch: int, accuracy: float, *, best: bool) -> list[Event]:
+    metrics = {"validation/loss": 1 - accuracy, "validation/accuracy": accuracy}
+    number = 10 * (epoch + 1)
+    return [
+        EvaluationDone(step=number, epoch=epoch, rows=50, metrics=metrics),
+        CheckpointSaved(step=number, path=f"checkpoints/step-{number}.1", best=best),
+    ]
+
+
+def test_the_panel_has_the_history_of_the_validation_with_the_best_marked() -> None:
+    terminal = Terminal()
+    with Progress(terminal_console(terminal)) as under_test:
+        under_test.show(started())
+        for event in [*evaluated(0, 0.5, best=True), *evaluated(1, 0.75, best=True), *evaluated(2, 0.625, best=False)]:
+            under_test.show(event)
+        terminal.wait_for("0.625")
+        assert terminal.lines()[1:] == [
+            "epoch  step  validation/loss  validation/accuracy",
+            "0      10    0.5              0.5",
+            "1      20    0.25             0.75                 best",
+            "2      30    0.375            0.625",
+        ]
+
+
+def test_a_long_history_keeps_its_best_and_its_last_rows_and_the_telling_metric_first() -> None:
+    events = [event for epoch in range(9) for event in evaluated(epoch, 0.9 - epoch / 10, best=epoch == 1)]
+    columns, rows = history(evaluations(events), "validation/accuracy", 4)
+    assert columns == ["epoch", "step", "validation/accuracy", "validation/loss", ""]
+    assert [(row[0], row[-1]) for row in rows] == [("1", "best"), ("6", ""), ("7", ""), ("8", "")]
+    assert len(history(evaluations(events), None, 9)[1]) == 9
+
+
+def test_an_evaluation_that_is_done_again_after_a_failure_stands_there_once() -> None:
+    events = [*evaluated(0, 0.5, best=True), *evaluated(1, 0.9, best=False), started(step=10), *evaluated(1, 0.75, best=True)]
+    found = [(entry["step"], entry["metrics"]["validation/accuracy"], entry["best"]) for entry in evaluations(events)]
+    assert found == [(10, 0.5, False), (20, 0.75, True)]
 
 
 def test_a_terminal_gets_plain_lines_where_the_jobs_own_code_may_ask_or_print() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import typer
+from typing import Any
 
-from raymill.cli.output import JobArgument, JsonOption, SetOption, emit, errors, overrides, show_values
+import typer
+from rich.console import Console
+
+from raymill.cli.output import JobArgument, JsonOption, SetOption, emit, errors, overrides, show_table
 from raymill.errors import InputError, Problem
 from raymill.files import make_private_folder
 from raymill.paths import home
@@ -40,7 +43,9 @@ def check(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -
 
         pipeline = load.import_pipeline(load.load_job(job, overrides(set_, None)).spec)
         result = check_rows(pipeline, take_manifest(pipeline))
-        emit(result, json_, lambda console: show_values(console, result))
+        columns = ("split", "rows", "fragments", "bytes")
+        rows = [(name, split["rows"], split["fragments"], split["bytes"]) for name, split in result.items()]
+        emit(result, json_, lambda console: show_table(console, columns, rows))
 
 
 @app.command("stats")
@@ -54,4 +59,20 @@ def stats(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -
         pipeline = load.import_pipeline(load.load_job(job, overrides(set_, None)).spec)
         taken = take_manifest(pipeline)
         found = {split: statistics(pipeline, taken, split) for split in taken.splits}
-        emit(found, json_, lambda console: show_values(console, found))
+        emit(found, json_, lambda console: _show_statistics(console, found))
+
+
+def _show_statistics(console: Console, found: dict[str, Any]) -> None:
+    for name, split in found.items():
+        console.print(for_people(f"{name}: {split['rows']} rows, {split['fragments']} fragments, {split['bytes']} bytes"))
+        columns = ("column", "dtype", "shape", "min", "max", "mean", "not finite", "rows of each class")
+        show_table(console, columns, [_column_row(column, about) for column, about in split["columns"].items()])
+        console.print()
+
+
+def _column_row(name: str, about: dict[str, Any]) -> tuple[object, ...]:
+    """Of bytes and text, the numbers are those of their lengths."""
+    length = about.get("length")
+    numbers = [(length or about)[key] for key in ("min", "max", "mean")]
+    dtype = f"length of {about['dtype']}" if length else about["dtype"]
+    return (name, dtype, about["shape"], *numbers, about.get("num_not_finite"), about.get("class_counts"))

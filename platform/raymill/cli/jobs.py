@@ -11,17 +11,20 @@ from rich.console import Console
 from rich.table import Table
 
 from raymill.cli.output import (
+    Aligned,
     InProcessOption,
     JobArgument,
     JsonOption,
     SetOption,
     WorkersOption,
+    duration,
     emit,
     errors,
     overrides,
     plain_console,
     show_table,
 )
+from raymill.cli.runs import show_evaluations
 from raymill.errors import InputError, Problem
 from raymill.redaction import for_people
 
@@ -109,13 +112,16 @@ def train(
 
 
 def _show_summary(console: Console, summary: dict[str, Any]) -> None:
-    table = Table(box=None, show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name in ("run_id", "status", "steps", "best_step", "weights_sha256", "rows_per_s", "seconds_to_first_step"):
-        table.add_row(name, str(summary[name]))
+    table = Aligned()
+    table.add_row("run", summary["run_id"])
+    table.add_row("status", summary["status"])
+    table.add_row("steps", summary["steps"])
+    table.add_row("best step", summary["best_step"])
     for name, value in summary["metrics"].items():
-        table.add_row(for_people(name), f"{value:.4f}")
+        table.add_row(name, value)
+    table.add_row("weights SHA-256", summary["weights_sha256"])
+    table.add_row("rows/s", f"{summary['rows_per_s']:,.0f}")
+    table.add_row("to the first step", duration(summary["seconds_to_first_step"]))
     table.add_row("rows", ", ".join(f"{name} {count}" for name, count in summary["rows"].items()))
     if summary["degraded"]:
         table.add_row("bad rows", f"{summary['bad_rows']['distinct']} left out ({summary['bad_rows']['policy']})")
@@ -126,9 +132,10 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
     model = summary.get("model")
     if model:
         table.add_row("model", f"{model['name']} version {model['version']}, alias {model['alias']}")
+    console.print(table, soft_wrap=True)
+    show_evaluations(console, summary["evaluations"], None)
     if "note" in summary:
-        table.add_row("note", for_people(summary["note"]))
-    console.print(table)
+        console.print(f"\n{for_people(summary['note'])}", soft_wrap=True)
     console.print("\nNext:")
     if model:
         console.print(f"  raymill evaluate {model['name']}@{model['alias']}")
@@ -142,4 +149,5 @@ def list_jobs(json_: JsonOption = False) -> None:
 
         found = load.list_jobs()
         columns = ("name", "path", "about", "valid")
-        emit({"jobs": found}, json_, lambda console: show_table(console, found, columns))
+        rows = [[job[column] for column in columns] for job in found]
+        emit({"jobs": found}, json_, lambda console: show_table(console, columns, rows))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from raymill.cli.output import JsonOption, ModelArgument, emit, errors, plain_console, show_table, show_values
+from raymill.cli.output import JsonOption, ModelArgument, emit, errors, moment, plain_console, show_table, show_values
 
 app = typer.Typer(help="Browse registered models.", no_args_is_help=True)
 
@@ -18,7 +18,9 @@ def list_models(json_: JsonOption = False) -> None:
         from raymill.models import registry
 
         found = registry.list_models()
-        emit({"models": found}, json_, lambda console: show_table(console, found, tuple(found[0]) if found else ()))
+        columns = ("model", "newest version", "aliases", "updated")
+        rows = [(one["name"], next(iter(one["versions"]), None), one["aliases"], moment(one["updated_s"])) for one in found]
+        emit({"models": found}, json_, lambda console: show_table(console, columns, rows))
 
 
 @app.command("show")
@@ -28,7 +30,16 @@ def show_model(model: ModelArgument, json_: JsonOption = False) -> None:
         from raymill.models import registry
 
         found = registry.show_model(model)
-        emit(found, json_, lambda console: show_values(console, found))
+        values = {
+            "model": f"{found['name']}/{found['version']}",
+            "aliases": found["aliases"],
+            "made": moment(found["created_s"]),
+            "run": found["run_id"],
+            **found["metrics"],
+            "weights SHA-256": found["weights_sha256"],
+            "data SHA-256": found["data_digest"],
+        }
+        emit(found, json_, lambda console: show_values(console, values))
 
 
 def evaluate(model: ModelArgument, json_: JsonOption = False) -> None:

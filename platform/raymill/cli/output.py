@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from raymill.errors import InputError, RaymillError
 from raymill.redaction import for_people, print_redacted, redact
@@ -49,14 +52,19 @@ def errors(as_json: bool) -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        print_redacted(type(error), error, error.__traceback__)
         _fail(error, [], as_json, 1)
 
 
 def _fail(error: Exception, problems: list[dict[str, str]], as_json: bool, exit_code: int) -> None:
+    """Say what failed, and its notes: a run's own say what to do next."""
+    notes = getattr(error, "__notes__", [])
     if as_json:
-        print(json.dumps(redact({"error": type(error).__name__, "message": str(error), "problems": problems}), indent=1))
-    plain_console(stderr=True).print(for_people(f"{type(error).__name__}: {error}"), soft_wrap=True)
+        found = {"error": type(error).__name__, "message": str(error), "problems": problems, "notes": notes}
+        print(json.dumps(redact(found), indent=1))
+    if isinstance(error, RaymillError):
+        plain_console(stderr=True).print(for_people("\n".join([f"{type(error).__name__}: {error}", *notes])), soft_wrap=True)
+    else:
+        print_redacted(type(error), error, error.__traceback__)
     raise typer.Exit(exit_code) from error
 
 
@@ -65,27 +73,75 @@ def overrides(given: list[str] | None, workers: int | None) -> list[str]:
     return [*(given or []), *([f"scale.workers={workers}"] if workers is not None else [])]
 
 
-def show_values(console: Console, values: dict[str, Any]) -> None:
-    """Print names and values below each other."""
-    table = Table(box=None, show_header=False)
-    for name, value in values.items():
-        if isinstance(value, dict):
-            value = json.dumps(value, indent=1)
-        table.add_row(for_people(name), f"{value:.4f}" if isinstance(value, float) else for_people(value))
-    console.print(table)
+# ---------------------------------------------------------------- tables for people
 
 
-def show_table(console: Console, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    """Print rows as a table."""
-    table = Table(*columns, box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*(for_people(_short(row.get(column, ""))) for column in columns))
-    console.print(table)
+class Aligned:
+    """A table whose lines are as long as they have to be: ids and hashes stay whole, however narrow the terminal or pipe is.
+
+    To be printed with `soft_wrap=True`.
+    """
+
+    def __init__(self, *header: str) -> None:
+        """With these names of columns, or none."""
+        self._header = header
+        self._rows: list[list[str]] = []
+
+    def add_row(self, *cells: object) -> None:
+        """Add a row; see `in_words`."""
+        # A line is a row: what has more of its own is put on one.
+        self._rows.append([" ".join(for_people(in_words(cell)).split("\n")) for cell in cells])
+
+    def __rich_console__(self, console: Console, options: object) -> Iterator[Text]:
+        """Its lines, the columns aligned."""
+        rows = [list(self._header), *self._rows] if self._header else self._rows
+        widths = [max(map(cell_len, column)) for column in zip_longest(*rows, fillvalue="")]
+        for row in rows:
+            cells = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=False))
+            yield Text("  ".join(cells).rstrip(), style="bold" if self._header and row is rows[0] else "")
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return "  ".join(
-            f"{name} {number:.4g}" if isinstance(number, float) else f"{name} {number}" for name, number in value.items()
-        )
+def in_words(value: object) -> str:
+    """A value as people read it: short numbers, `name value` for a metric, "-" for what there is none of."""
+    if value is None or value == [] or value == {}:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return "  ".join(f"{name} {in_words(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(in_words, value))
     return str(value)
+
+
+def moment(time_s: float | None) -> str | None:
+    """Unix seconds as date and time of day where the reader is."""
+    return None if time_s is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
+
+
+def duration(seconds: float | None) -> str | None:
+    """Seconds as people say them, in two units at most: "12.3 s", "3 min 20 s", "2 h 05 min"."""
+    if seconds is None:
+        return None
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest_s = divmod(round(seconds), 60)
+    return f"{minutes} min {rest_s:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def show_values(console: Console, values: Mapping[str, object]) -> None:
+    """Print names and values below each other."""
+    table = Aligned()
+    for name, value in values.items():
+        table.add_row(name, value)
+    console.print(table, soft_wrap=True)
+
+
+def show_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows below the names of their columns."""
+    table = Aligned(*columns)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, soft_wrap=True)

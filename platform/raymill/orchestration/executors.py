@@ -22,15 +22,17 @@ class Executor:
         find_facts: what there is to run on; raises InputError where it cannot be reached.
         execute: trains a prepared run in its folder to the end and returns the summary; the last argument is shown every event.
         only_one_worker: whether it has one worker, whatever the job says.
+        has_ray_log: whether Ray and the workers print to the run's `ray.log`.
     """
 
     name: str
     find_facts: Callable[[], ClusterFacts]
     execute: Callable[[RunFolder, Prepared, Show], dict[str, Any]]
     only_one_worker: bool = False
+    has_ray_log: bool = True
 
 
-IN_PROCESS = Executor("in this process", cluster_facts.local_facts, in_process.execute, only_one_worker=True)
+IN_PROCESS = Executor("in this process", cluster_facts.local_facts, in_process.execute, only_one_worker=True, has_ray_log=False)
 SUPERVISED = Executor("supervised on this machine", cluster_facts.local_facts, supervisor.supervise)
 CLUSTER = Executor("on a Ray cluster", cluster_facts.ask_cluster, supervisor.supervise)
 

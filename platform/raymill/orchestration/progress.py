@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from raymill.record.catalog import evaluations
 from raymill.record.events import (
     AttemptFailed,
     AttemptStarted,
     BadRowsFound,
+    CheckpointSaved,
     DeliveryStarted,
     DrainNoticed,
     EvaluationDone,
@@ -32,6 +35,11 @@ from raymill.redaction import for_people
 
 PLAIN_INTERVAL_S = 2.0
 """Seconds between plain lines about steps."""
+
+MOST_EVALUATIONS, MOST_METRICS = 6, 6
+"""Rows of the panel's table, and metrics in any."""
+
+BAR_WIDTH, NOTEBOOK_WIDTH = 40, 100
 
 
 def describe(event: Event) -> list[str]:
@@ -90,6 +98,7 @@ class Progress:
             self._panel = NotebookPanel()
         elif live and console.is_interactive:
             self._panel = TerminalPanel(console)
+        self._events: list[Event] = []
         self._total_steps = 0
         self._started_s: float | None = None
         self._first_step = 0
@@ -113,8 +122,14 @@ class Progress:
         elif isinstance(event, StageReached) and self._panel:
             self._panel.update({event.stage: Seconds()})
             return
-        for line in describe(event):
-            self._say(line)
+        if isinstance(event, AttemptStarted | EvaluationDone | CheckpointSaved):
+            self._events.append(event)
+            if self._panel:
+                self._panel.set_history(*history(evaluations(self._events), None, MOST_EVALUATIONS))
+        # The panel has a table of these.
+        if not (self._panel and isinstance(event, EvaluationDone)):
+            for line in describe(event):
+                self._say(line)
 
     def _say(self, line: str) -> None:
         self._console.print(for_people(line), highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -130,7 +145,7 @@ class Progress:
             "ETA": self._eta(event.step),
         }
         if self._panel:
-            self._panel.update(values)
+            self._panel.update(values, event.step, self._total_steps)
         elif time.monotonic() - self._last_plain_s >= PLAIN_INTERVAL_S:
             self._last_plain_s = time.monotonic()
             self._say("  ".join(f"{name} {value}" for name, value in values.items()))
@@ -155,38 +170,74 @@ class Seconds:
         return Text(str(self))
 
 
-class TerminalPanel:
-    """Values that are redrawn at the bottom of a terminal."""
+class _Panel:
+    """What is drawn: a bar of the steps, the values of the last one, and the history of the validation."""
+
+    def __init__(self) -> None:
+        self._step, self._total_steps = 0, 0
+        self._values: Mapping[str, object] = {}
+        self._columns: list[str] = []
+        self._rows: list[list[str]] = []
+
+    def update(self, values: Mapping[str, object], step: int = 0, total_steps: int = 0) -> None:
+        """Show these values instead, and a bar at this step where there are steps."""
+        self._values, self._step, self._total_steps = values, step, total_steps
+        self._draw()
+
+    def set_history(self, columns: list[str], rows: list[list[str]]) -> None:
+        """Show this table below; see `history`."""
+        self._columns, self._rows = columns, rows
+        self._draw()
+
+    def _draw(self) -> None:
+        raise NotImplementedError
+
+    def _picture(self) -> Group:
+        parts: list[RenderableType] = []
+        if self._total_steps:
+            # In a table, since a bar alone ends no line.
+            bar = Table.grid()
+            bar.add_row(ProgressBar(self._total_steps, self._step, width=BAR_WIDTH))
+            parts.append(bar)
+        parts.append(_table(list(self._values.items())))
+        if self._rows:
+            parts += [Text(), _table([self._columns, *self._rows])]
+        return Group(*parts)
+
+
+class TerminalPanel(_Panel):
+    """A panel that is redrawn at the bottom of a terminal."""
 
     def __init__(self, console: Console) -> None:
+        super().__init__()
         self._live = Live(console=console, refresh_per_second=4, transient=True)
         self._live.start()
 
-    def update(self, values: Mapping[str, object]) -> None:
-        """Show these values instead."""
-        self._live.update(_table(values))
+    def _draw(self) -> None:
+        self._live.update(self._picture())
 
     def close(self) -> None:
         """Take the panel away."""
         self._live.stop()
 
 
-class NotebookPanel:
-    """Values that are redrawn in the output of a notebook's cell."""
+class NotebookPanel(_Panel):
+    """A panel that is redrawn in the output of a notebook's cell."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._update: Callable[..., Any] | None = None
         self._last_s = 0.0
 
-    def update(self, values: Mapping[str, object]) -> None:
-        """Show these values instead, at most four times a second."""
+    def _draw(self) -> None:
+        # At most four times a second.
         if time.monotonic() - self._last_s < 0.25:
             return
         self._last_s = time.monotonic()
         from IPython.display import display
 
         text = io.StringIO()
-        Console(file=text, width=60, force_jupyter=False).print(_table(values))
+        Console(file=text, width=NOTEBOOK_WIDTH, force_jupyter=False).print(self._picture())
         data = {"text/plain": text.getvalue()}
         if self._update is None:
             self._update = display(data, raw=True, display_id=True).update  # type: ignore[no-untyped-call]
@@ -194,14 +245,41 @@ class NotebookPanel:
             self._update(data, raw=True)
 
     def close(self) -> None:
-        """The last values stay."""
+        """The last picture stays, with all that came after it was drawn."""
+        self._last_s = 0.0
+        if self._values or self._rows:
+            self._draw()
 
 
 Panel = TerminalPanel | NotebookPanel
 
 
-def _table(values: Mapping[str, object]) -> Table:
+def history(evaluations: list[dict[str, Any]], first: str | None, most: int) -> tuple[list[str], list[list[str]]]:
+    """The history of the validation as a table: names of columns, and the cells of each row.
+
+    Args:
+        evaluations: see `raymill.record.catalog.evaluations`.
+        first: the metric that comes first, if it was measured.
+        most: rows, of the last evaluations and of the best one.
+    """
+    names = dict.fromkeys(name for entry in evaluations for name in entry["metrics"])
+    shown = sorted(names, key=lambda name: name != first)[:MOST_METRICS]
+    latest = evaluations[-most:]
+    earlier_best = [entry for entry in evaluations[:-most] if entry["best"]]
+    kept = [*earlier_best, *latest[1 if earlier_best else 0 :]]
+    rows = [
+        [
+            *(str(entry["epoch"]), str(entry["step"])),
+            *(f"{entry['metrics'][name]:.4g}" if name in entry["metrics"] else "-" for name in shown),
+            "best" if entry["best"] else "",
+        ]
+        for entry in kept
+    ]
+    return ["epoch", "step", *shown, ""], rows
+
+
+def _table(rows: Sequence[Sequence[object]]) -> Table:
     table = Table.grid(padding=(0, 2))
-    for name, value in values.items():
-        table.add_row(Text(name), value if isinstance(value, Seconds) else Text(str(value)))
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Seconds) else Text(for_people(cell)) for cell in row))
     return table

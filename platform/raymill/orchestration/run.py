@@ -9,6 +9,7 @@ from typing import Any
 
 from raymill.config import load
 from raymill.data import manifest
+from raymill.errors import Interrupted
 from raymill.files import make_private_folder, run_lock, write_record
 from raymill.orchestration.attempts import Show
 from raymill.orchestration.executors import Executor
@@ -68,6 +69,23 @@ def _execute(folder: RunFolder, prepared: Prepared, executor: Executor, watch: W
             write_record(folder.plan, prepared.plan.as_record())
             write_record(folder.command, {"started_s": started_s, "executor": executor.name})
             folder.stop_request.unlink(missing_ok=True)
-        summary = executor.execute(folder, prepared, watch(folder))
+        try:
+            summary = executor.execute(folder, prepared, watch(folder))
+        except Interrupted:
+            raise
+        except Exception as error:
+            error.add_note(_way_on(folder, executor))
+            raise
         write_record(folder.summary, summary)
     return summary
+
+
+def _way_on(folder: RunFolder, executor: Executor) -> str:
+    """What to look at when a run has failed, and how to go on with it."""
+    in_process = " --in-process" if executor.only_one_worker else ""
+    lines = [
+        f"  raymill runs show {folder.run_id}",
+        f"  raymill train --resume {folder.run_id}{in_process}",
+        *([f"  what Ray and the workers printed: {folder.ray_log}"] if executor.has_ray_log else []),
+    ]
+    return "\n".join(["Next:", *lines])

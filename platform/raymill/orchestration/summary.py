@@ -12,6 +12,7 @@ from raymill.config.plan import Plan
 from raymill.config.spec import JobSpec
 from raymill.files import read_record, write_record
 from raymill.record.bad_row_ledger import summarise_bad_rows
+from raymill.record.catalog import evaluations
 from raymill.record.events import (
     AttemptStarted,
     CheckpointSaved,
@@ -63,6 +64,7 @@ def summarise(folder: RunFolder, planned: Plan, spec: JobSpec, outcome: Outcome)
         "steps": outcome.step,
         "metrics": best.get("metrics") or outcome.metrics,
         "last_metrics": outcome.metrics,
+        "evaluations": evaluations(events),
         "best_checkpoint": f"checkpoints/{chosen}" if chosen else None,
         "best_step": best.get("step"),
         "weights_sha256": outcome.weights_sha256,
@@ -86,7 +88,8 @@ def summarise(folder: RunFolder, planned: Plan, spec: JobSpec, outcome: Outcome)
         "num_workers": starts[-1].num_workers,
         "ended_s": time.time(),
         "folder": str(folder.path),
-        "ray_log": str(folder.ray_log),
+        # In this process there is none.
+        **({"ray_log": str(folder.ray_log)} if folder.ray_log.exists() else {}),
     }
 
 

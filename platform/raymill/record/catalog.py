@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.files import read_record
-from raymill.record.events import AttemptStarted, Event, RunFinished, RunStopped, read_events, scan_events
+from raymill.record.events import (
+    AttemptStarted,
+    CheckpointSaved,
+    EvaluationDone,
+    Event,
+    RunFinished,
+    RunStopped,
+    read_events,
+    scan_events,
+)
 from raymill.record.folder import RunFolder, is_run_id, run_folder, runs_folder
 from raymill.record.processes import ProcessId
 
@@ -28,8 +38,10 @@ def find_run(run_id: str) -> RunFolder:
 
 
 def list_runs() -> list[dict[str, Any]]:
-    """All runs of this project, newest first; see `show_run` for the keys."""
+    """All runs of this project, newest first; see `show_run` for the keys, of which `evaluations` is left out."""
     runs = [_facts(folder) for folder in _all_folders()]
+    for facts in runs:
+        del facts["evaluations"]
     return sorted(runs, key=lambda facts: (facts["started_s"] or 0.0, facts["run_id"]), reverse=True)
 
 
@@ -39,8 +51,10 @@ def show_run(run_id: str) -> dict[str, Any]:
     Returns:
         run_id, name (of the job), status ("starting", "running", "finished", "interrupted", "failed", "unreadable" for one of
         another version of raymill, or "damaged" where a file of it is torn or gone), message (why it stopped, or None), started_s
-        (Unix seconds, or None), attempts, step, num_total_steps, metrics (name -> latest value), mlflow_run_id and version
-        ("name/1"), both None until they exist; damaged_lines, where lines of its events had to be passed over.
+        (Unix seconds, or None), duration_s (of all attempts together), attempts, num_workers (of the last one, or None), step,
+        num_total_steps, metrics (name -> latest value), checkpoint_metric (the one that decides which checkpoint is best, or
+        None), evaluations (see `evaluations`), best (the one of them that is, or None), mlflow_run_id and version ("name/1"), both
+        None until they exist; damaged_lines, where lines of its events had to be passed over.
 
     Raises:
         InputError: when there is no such run.
@@ -65,6 +79,23 @@ def history(run_id: str) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
+def evaluations(events: Iterable[Event]) -> list[dict[str, Any]]:
+    """The evaluations of a run in order: epoch, step, metrics, and best, which is whether the best checkpoint is of that step.
+
+    Of steps that are trained again after a failure, the later evaluation counts.
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    best_step = None
+    for event in events:
+        if isinstance(event, AttemptStarted):
+            by_step = {step: entry for step, entry in by_step.items() if step <= event.step}
+        elif isinstance(event, EvaluationDone):
+            by_step[event.step] = {"epoch": event.epoch, "step": event.step, "metrics": event.metrics}
+        elif isinstance(event, CheckpointSaved) and event.best:
+            best_step = event.step
+    return [{**entry, "best": step == best_step} for step, entry in sorted(by_step.items())]
+
+
 def data_digest(folder: RunFolder) -> str:
     """What the run's input was: the digest in its data manifest, SHA-256 in hex."""
     return str(read_record(folder.data_manifest)["digest"])
@@ -87,27 +118,36 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "status": "starting",
         "message": None,
         "started_s": None,
+        "duration_s": 0.0,
         "attempts": 0,
+        "num_workers": None,
         "step": 0,
         "num_total_steps": None,
         "metrics": {},
+        "checkpoint_metric": None,
+        "evaluations": [],
+        "best": None,
         "mlflow_run_id": None,
         "version": None,
     }
     try:
-        facts["name"] = _record(folder.spec)["name"]
+        spec = _record(folder.spec)
+        facts["name"], facts["checkpoint_metric"] = spec["name"], spec.get("checkpoint", {}).get("metric")
         facts["mlflow_run_id"] = _record_if_there(folder.delivery).get("mlflow_run_id")
         if made := _record_if_there(folder.model_version):
             facts["version"] = f"{made['name']}/{made['version']}"
         read = scan_events(folder.events)
     except InputError as error:
         return facts | {"status": "unreadable", "message": str(error.problems[0])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return facts | {"status": "damaged", "message": f"a file of the run cannot be read: {type(error).__name__}: {error}"}
     events = read.events
     if read.num_damaged_lines:
         facts["damaged_lines"] = read.num_damaged_lines
     facts["started_s"] = events[0].time_s if events else None
+    facts["duration_s"] = _duration_s(events)
+    facts["evaluations"] = evaluations(events)
+    facts["best"] = next((entry for entry in facts["evaluations"] if entry["best"]), None)
     for event in events:
         _take_in(facts, event)
     return facts
@@ -119,11 +159,22 @@ def _take_in(facts: dict[str, Any], event: Event) -> None:
     if isinstance(event, AttemptStarted):
         alive = event.pid is None or ProcessId(event.pid, event.process_started_s).lives()
         facts |= {"status": "running" if alive else "interrupted", "message": None}
-        facts |= {"attempts": event.attempt, "num_total_steps": event.num_total_steps}
+        facts |= {"attempts": event.attempt, "num_workers": event.num_workers, "num_total_steps": event.num_total_steps}
     elif isinstance(event, RunStopped):
         facts |= {"status": event.reason, "message": event.message}
     elif isinstance(event, RunFinished):
         facts["status"] = "finished"
+
+
+def _duration_s(events: Iterable[Event]) -> float:
+    """Seconds in which there was an attempt, from its start to its last event."""
+    total_s, start_s, last_s = 0.0, None, 0.0
+    for event in events:
+        if isinstance(event, AttemptStarted):
+            total_s += max(0.0, last_s - start_s) if start_s is not None else 0.0
+            start_s = event.time_s
+        last_s = event.time_s
+    return total_s + max(0.0, last_s - start_s) if start_s is not None else 0.0
 
 
 def _record_if_there(path: Path) -> dict[str, Any]:
