@@ -53,8 +53,8 @@ def show_run(run_id: str) -> dict[str, Any]:
         another version of raymill, or "damaged" where a file of it is torn or gone), message (why it stopped, or None), started_s
         (Unix seconds, or None), duration_s (of all attempts together), attempts, num_workers (of the last one, or None), step,
         num_total_steps, metrics (name -> latest value), checkpoint_metric (the one that decides which checkpoint is best, or
-        None), evaluations (see `evaluations`), best (the one of them that is, or None), mlflow_run_id and version ("name/1"), both
-        None until they exist; damaged_lines, where lines of its events had to be passed over.
+        None), evaluations (see `evaluations`), best (the one of them that is, or None), mlflow_run_id and version ("name/1"),
+        both None until they exist; damaged_lines, where lines of its events had to be passed over.
 
     Raises:
         InputError: when there is no such run.
