@@ -12,6 +12,7 @@ from raymill.files import FORMAT_VERSION, write_record
 from raymill.record.catalog import data_digest, find_run, history, list_runs, show_run
 from raymill.record.events import (
     AttemptStarted,
+    CheckpointSaved,
     EvaluationDone,
     Event,
     FirstStepDone,
@@ -141,6 +142,19 @@ def test_what_is_no_name_of_a_run_is_not_looked_up_as_a_path(run_id: str) -> Non
     new_run("digits-0001")
     with pytest.raises(InputError, match="the id of a run of this project"):
         find_run(run_id)
+
+
+def test_a_run_tells_its_best_and_its_last_evaluation_and_how_long_it_took() -> None:
+    saved = CheckpointSaved(time_s=213.0, step=1, path="checkpoints/step-1.1", best=True)
+    first = START.model_copy(update={"time_s": 200.0})
+    later = again(os.getpid()).model_copy(update={"time_s": 1000.0, "step": 1, "num_workers": 3})
+    end = RunFinished(time_s=1007.5, best_checkpoint="checkpoints/step-1.1", metrics={"validation/loss": 0.1})
+    new_run(events=[first, evaluation(1, 0.1), saved, later, evaluation(2, 0.2).model_copy(update={"time_s": 1005.0}), end])
+    facts = show_run("run-1")
+    assert (facts["duration_s"], facts["num_workers"]) == (13.0 + 7.5, 3)
+    assert [(entry["step"], entry["best"]) for entry in facts["evaluations"]] == [(1, True), (2, False)]
+    assert (facts["best"], facts["last"]) == tuple(facts["evaluations"])
+    assert "evaluations" not in list_runs()[0]
 
 
 def test_without_any_run_the_list_is_empty() -> None:

@@ -28,11 +28,16 @@ def list_runs(json_: JsonOption = False) -> None:
 
 
 def _row(facts: dict[str, Any]) -> tuple[object, ...]:
-    metric, last, best = _telling_metric(facts), facts["metrics"], facts["best"]
+    metric, last, best = _telling_metric(facts), _last_metrics(facts), facts["best"]
     return (
         *(facts["run_id"], facts["status"], moment(facts["started_s"]), duration(facts["duration_s"])),
         *(facts["num_workers"], _progress(facts), metric, last.get(metric), best["metrics"].get(metric) if best else None),
     )
+
+
+def _last_metrics(facts: dict[str, Any]) -> dict[str, float]:
+    """The latest value of each metric; `metrics` of a finished run are those of its best checkpoint."""
+    return facts["metrics"] | (facts["last"]["metrics"] if facts["last"] else {})
 
 
 def _telling_metric(facts: dict[str, Any]) -> str | None:
@@ -69,7 +74,7 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
         "attempts": facts["attempts"],
         "workers": facts["num_workers"],
         "step": _progress(facts),
-        **{f"last {name}": value for name, value in sorted(facts["metrics"].items())},
+        **{f"last {name}": value for name, value in sorted(_last_metrics(facts).items())},
         "model": facts["version"],
         "MLflow run": facts["mlflow_run_id"],
         **({"damaged lines": facts["damaged_lines"]} if "damaged_lines" in facts else {}),

@@ -53,8 +53,8 @@ def show_run(run_id: str) -> dict[str, Any]:
         another version of raymill, or "damaged" where a file of it is torn or gone), message (why it stopped, or None), started_s
         (Unix seconds, or None), duration_s (of all attempts together), attempts, num_workers (of the last one, or None), step,
         num_total_steps, metrics (name -> latest value), checkpoint_metric (the one that decides which checkpoint is best, or
-        None), evaluations (see `evaluations`), best (the one of them that is, or None), mlflow_run_id and version ("name/1"),
-        both None until they exist; damaged_lines, where lines of its events had to be passed over.
+        None), evaluations (see `evaluations`), last and best (the ones of them that are, or None), mlflow_run_id and version
+        ("name/1"), both None until they exist; damaged_lines, where lines of its events had to be passed over.
 
     Raises:
         InputError: when there is no such run.
@@ -126,6 +126,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "metrics": {},
         "checkpoint_metric": None,
         "evaluations": [],
+        "last": None,
         "best": None,
         "mlflow_run_id": None,
         "version": None,
@@ -147,6 +148,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
     facts["started_s"] = events[0].time_s if events else None
     facts["duration_s"] = _duration_s(events)
     facts["evaluations"] = evaluations(events)
+    facts["last"] = next(reversed(facts["evaluations"]), None)
     facts["best"] = next((entry for entry in facts["evaluations"] if entry["best"]), None)
     for event in events:
         _take_in(facts, event)
