@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint unit worker integration cluster lowest faults fuzz benchmark clean
+.PHONY: help setup train test lint unit worker integration cluster lowest faults fuzz audit benchmark clean
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -53,6 +53,9 @@ faults: setup ## every fault that can be provoked here, with what came of it: an
 
 fuzz: setup ## random inputs to all that reads files, packets and what users write: an hour, prints its seeds
 	RAYMILL_FUZZ_S=3600 $(BIN)/pytest -s --timeout=0 tests/fuzz
+
+audit: setup ## what is installed against its hashes and constraints.txt, and known advisories; asks a database outside
+	$(BIN)/python .ci/audit.py
 
 benchmark: setup ## raymill beside the guide's way and torchrun, and what safety costs: an hour, wants a quiet machine
 	$(BIN)/raymill data get mnist
