@@ -144,6 +144,7 @@ SUMMARY: dict[str, Any] = {
     "seconds_to_first_step": 6.84,
     "rows": {"used": 9},
     "degraded": False,
+    "recoveries": [],
     "data_wait_share": 0.1,
 }
 

@@ -31,13 +31,19 @@ def _row(facts: dict[str, Any]) -> tuple[object, ...]:
     metric, last, best = _telling_metric(facts), _last_metrics(facts), facts["best"]
     return (
         *(facts["run_id"], facts["status"], moment(facts["started_s"]), duration(facts["duration_s"])),
-        *(facts["num_workers"], _progress(facts), metric, last.get(metric), best["metrics"].get(metric) if best else None),
+        *(
+            facts["num_workers"],
+            _progress(facts),
+            metric,
+            last.get(metric or ""),
+            best["metrics"].get(metric or "") if best else None,
+        ),
     )
 
 
 def _last_metrics(facts: dict[str, Any]) -> dict[str, float]:
     """The latest value of each metric; `metrics` of a finished run are those of its best checkpoint."""
-    return facts["metrics"] | (facts["last"]["metrics"] if facts["last"] else {})
+    return {**facts["metrics"], **(facts["last"]["metrics"] if facts["last"] else {})}
 
 
 def _telling_metric(facts: dict[str, Any]) -> str | None:

@@ -63,7 +63,8 @@ def store_problems() -> list[Problem]:
 def nothing_is_stored() -> bool:
     """Whether the store is a file that is not there yet. Who only reads need not make it."""
     path = _sqlite_path(tracking_uri())
-    return path is not None and not path.exists()
+    # Of a path that no file can have, os.path says so too; Path raises.
+    return path is not None and not os.path.exists(path)
 
 
 def _named_uri() -> str | None:
