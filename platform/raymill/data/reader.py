@@ -15,11 +15,9 @@ from raymill import faults
 from raymill.data.bad_rows import BadRow, read_good_rows
 from raymill.data.order import BatchSharding, Item, JobOrder, Stream, key, window, window_rows
 from raymill.data.rows import ROW_ID, join, num_rows, pack, take, unpack
+from raymill.data.seeds import READ, TRANSFORM, imported_torch, seed_everything
 from raymill.errors import DataError
 from raymill.task import TRAIN, Fragment, Pipeline, Rows
-
-TRANSFORM_STREAM = 3
-"""Keeps the random numbers of transforms apart from those of the order."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,18 @@ class Reader:
             DataError: when a row is bad (unless lenient), or the transform changes the number of rows.
         """
         faults.point("before_read")
+        seeded_torch = imported_torch()
+        packets = self._read(item)
+        if imported_torch() is not seeded_torch:
+            # The job's code imported torch while it read: what it drew there could not be seeded before.
+            packets = self._read(item)
+        return packets
+
+    def _read(self, item: Item) -> list[Packet]:
         split_order, cut = self.order.split(item.split), self.shardings[item.split]
         opened = window(split_order, item.epoch, item.window)
         ids, offsets = window_rows(split_order, item.epoch, opened.fragments)
-        parts, good, reasons = self._read_good_rows(item.split, opened.fragments, len(ids))
+        parts, good, reasons = self._read_good_rows(item, opened.fragments, len(ids))
         present = good[offsets]
         kept = np.flatnonzero(present)
         rows: Rows = {}
@@ -89,7 +95,7 @@ class Reader:
         ]
 
     def _read_good_rows(
-        self, split: str, fragments: Sequence[int] | np.ndarray, count: int
+        self, item: Item, fragments: Sequence[int] | np.ndarray, count: int
     ) -> tuple[list[Rows], np.ndarray, dict[int, tuple[str, int, int, str]]]:
         """Read fragments with `count` rows in all.
 
@@ -102,8 +108,9 @@ class Reader:
         found: dict[int, tuple[str, int, int, str]] = {}
         start = 0
         for number in fragments:
-            fragment = self.fragments[split][int(number)]
-            rows, reasons = read_good_rows(self.pipeline, split, fragment, lenient=self.lenient)
+            fragment = self.fragments[item.split][int(number)]
+            seed_everything(self.order.train.seed, _draw_of(item), int(number), READ)
+            rows, reasons = read_good_rows(self.pipeline, item.split, fragment, lenient=self.lenient)
             if num_rows(rows):
                 parts.append(rows)
             for index, reason in reasons.items():
@@ -113,18 +120,22 @@ class Reader:
         return parts, good, found
 
     def _transformed(self, rows: Rows, item: Item) -> Rows:
-        # The seed depends on the window alone, never on who reads it, so a resume draws the same numbers; and every
-        # evaluation draws the same, so that they differ by the weights alone.
-        epoch = item.epoch if item.split == TRAIN else 0
-        seed = key(self.order.train.seed, epoch, item.window, TRANSFORM_STREAM)
+        # The seed depends on the window alone, never on who reads it, so a resume draws the same numbers.
+        numbers = (self.order.train.seed, _draw_of(item), item.window, TRANSFORM)
+        seed_everything(*numbers)
         count = num_rows(rows)
-        changed = self.pipeline.transform(rows, item.split, np.random.Generator(np.random.Philox(key=seed)))
+        changed = self.pipeline.transform(rows, item.split, np.random.Generator(np.random.Philox(key=key(*numbers))))
         if num_rows(changed) != count:
             raise DataError(
                 f"the pipeline's transform made {num_rows(changed)} rows of {count} ({item.split}, window {item.window}). "
                 "A transform may change rows, not their number; make other rows in the Source."
             )
         return dict(changed)
+
+
+def _draw_of(item: Item) -> int:
+    """In place of the epoch, for seeds: every evaluation draws the same, so that they differ by the weights alone."""
+    return item.epoch if item.split == TRAIN else 0
 
 
 def read_locally(reader: Reader, position: int, rank: int) -> Iterator[Packet]:

@@ -15,6 +15,7 @@ from raymill.config import load
 from raymill.data.feed import Feed
 from raymill.data.manifest import take_manifest
 from raymill.data.order import Item, num_batches
+from raymill.data.seeds import unchanged_caller
 from raymill.errors import InputError, Problem
 from raymill.models.trained import Trained, find_model
 from raymill.parallel.process_group import all_gather
@@ -23,7 +24,6 @@ from raymill.record.store import LocalRunStore
 from raymill.task import TRAIN, VALIDATION
 from raymill.training.assembly import WorkerContext, assemble
 from raymill.training.evaluation import Evaluation, evaluate_batch
-from raymill.training.seeds import unchanged_caller
 
 
 def evaluate(reference: str) -> dict[str, Any]:

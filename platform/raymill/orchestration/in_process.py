@@ -57,8 +57,8 @@ def _attempt(folder: RunFolder, job: Job, show: Show) -> RaymillError | None:
     report(StageReached(stage="importing torch"))
     import torch
 
+    from raymill.data.seeds import unchanged_caller
     from raymill.training import loop
-    from raymill.training.seeds import unchanged_caller
 
     try:
         with unchanged_caller():
@@ -81,9 +81,9 @@ def _attempt(folder: RunFolder, job: Job, show: Show) -> RaymillError | None:
 
 def _deliver(folder: RunFolder, show: Show) -> dict[str, Any]:
     """Deliver the run's events to MLflow, and register its model, in this process."""
+    from raymill.data.seeds import unchanged_caller
     from raymill.models.registration import register
     from raymill.tracking.mlflow_sync import deliver_all
-    from raymill.training.seeds import unchanged_caller
 
     show(DeliveryStarted())
     # A model that is registered is built again, which draws random numbers.

@@ -15,12 +15,12 @@ from torch import nn
 
 from raymill.data.feed import Feed
 from raymill.data.rows import num_rows
+from raymill.data.seeds import EVALUATION, EVALUATION_COLLATE, seed_everything
 from raymill.errors import RunError
 from raymill.parallel.precision import autocast
 from raymill.task import VALIDATION, Total
 from raymill.training.assembly import Job, WorkerContext
 from raymill.training.batch import to_device
-from raymill.training.seeds import EVALUATION, seed_everything
 
 
 def evaluate_batch(
@@ -35,8 +35,9 @@ def evaluate_batch(
         for shard, count in job.shardings[VALIDATION].shards(number, context.rank):
             rows = feed.take(VALIDATION, epoch, count)
             if present := num_rows(rows):
-                seed_everything(job.spec.loop.seed, EVALUATION, number, shard)
+                seed_everything(job.spec.loop.seed, EVALUATION_COLLATE, number, shard)
                 batch = to_device(job.collate(rows), context.device)
+                seed_everything(job.spec.loop.seed, EVALUATION, number, shard)
                 evaluation.add(job.task.evaluate(model, batch), present)
 
 

@@ -23,6 +23,7 @@ from raymill.data.bad_rows import BadRow
 from raymill.data.feed import Feed
 from raymill.data.reader import Packet
 from raymill.data.rows import ROW_ID
+from raymill.data.seeds import COLLATE, STEP, seed_everything
 from raymill.errors import CheckpointError, NumberError, RunError
 from raymill.parallel.ddp import DistributedObjective
 from raymill.parallel.process_group import all_gather, all_gather_integers, all_gather_lines, broadcast_buffers
@@ -36,7 +37,6 @@ from raymill.training.gradients import Microbatch, SavedBuffers, apply, averaged
 from raymill.training.optimizers import optimizer_spec
 from raymill.training.outcome import Outcome
 from raymill.training.pending_step import PendingStep
-from raymill.training.seeds import STEP, seed_everything
 from raymill.training.state import TrainState, broken_weights, build_state, capture, restore
 from raymill.training.steps import EpochEnd, EvalEnd, EvalStep, Step, TrainStep, may_stop_after, remaining_steps
 from raymill.training.stragglers import StragglerDetector
@@ -218,6 +218,7 @@ class _Loop:
                 record = {"attempt": self.point.attempt, "position": step.position, "rows": ids[-1].tolist()}
                 self.context.store.record_order(record)
             if len(ids[-1]):
+                seed_everything(self.job.spec.loop.seed, COLLATE, step.position, shard)
                 found.append(Microbatch(shard, len(ids[-1]), to_device(self.job.collate(rows), self.context.device)))
         return found
 

@@ -11,11 +11,11 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
 from raymill.checkpoint.snapshot import Snapshot, Tensors, as_plain, from_plain
+from raymill.data.seeds import FIRST_WEIGHTS, seed_everything
 from raymill.errors import CheckpointError
 from raymill.parallel.ddp import DistributedObjective
 from raymill.training.assembly import Job, WorkerContext
 from raymill.training.optimizers import make_optimizer, make_schedule, optimizer_spec
-from raymill.training.seeds import FIRST_WEIGHTS, seed_everything
 
 
 @dataclass

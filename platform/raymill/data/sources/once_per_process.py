@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from functools import lru_cache, partial
 from typing import Any
 
+from raymill.data.seeds import MAKE, seed_everything, unchanged_generators
 from raymill.errors import InputError, Problem
 
 # ---------------------------------------------------------------- once per process
@@ -27,4 +28,7 @@ def made_once(make: Callable[[], Any]) -> Any:
 
 @lru_cache(maxsize=8)
 def _call(function: Callable[..., Any], args: tuple[Any, ...], keywords: tuple[tuple[str, Hashable], ...]) -> Any:
-    return function(*args, **dict(keywords))
+    # The same in every process, and whichever read came first has its random numbers to itself.
+    with unchanged_generators():
+        seed_everything(MAKE)
+        return function(*args, **dict(keywords))

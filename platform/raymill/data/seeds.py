@@ -1,0 +1,68 @@
+"""Random numbers: every generator is seeded from where the run is, so there is no random state to save.
+
+Whatever of a job's code may draw is seeded just before it runs: a source's `read` and a transform from (seed, epoch, fragment or
+window), `collate` and a loss from (seed, position, shard). It may draw from Python's, NumPy's or torch's global generator.
+Reading rows must not import torch for the sake of its generator, so this file takes torch only where it is imported already.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from raymill.data.order import key
+
+TRANSFORM, FIRST_WEIGHTS, STEP, EVALUATION, COLLATE, READ, EVALUATION_COLLATE, MAKE = 3, 4, 5, 6, 7, 8, 9, 10
+"""Keep the random numbers of different purposes apart."""
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed Python, NumPy and, where it is imported, torch (all devices) from these numbers."""
+    seed = key(*numbers)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    if torch := imported_torch():
+        torch.manual_seed(seed % 2**63)
+
+
+def imported_torch() -> Any:
+    """The module torch; None where it is not imported."""
+    return sys.modules.get("torch")
+
+
+@contextmanager
+def unchanged_generators() -> Iterator[None]:
+    """Give Python's, NumPy's and torch's generators back as they were."""
+    python, numpy, torch = random.getstate(), np.random.get_state(), imported_torch()
+    if torch:
+        on_cpu, on_gpus = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if torch:
+            torch.set_rng_state(on_cpu)
+            torch.cuda.set_rng_state_all(on_gpus)
+
+
+@contextmanager
+def unchanged_caller() -> Iterator[None]:
+    """Give the caller back its environment, its number of threads and its random state. Torch is imported before."""
+    torch = imported_torch()
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    try:
+        with unchanged_generators():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        # torch adds variables when parts of it are imported.
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ |= environment
