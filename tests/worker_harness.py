@@ -259,8 +259,9 @@ def run_rank(rank: int, world_size: int, port: int, experiment: Experiment, star
     planned = plan.make_plan(spec, manifest, plan.ClusterFacts(num_cpus=8, num_gpus=0, memory_bytes=2**32))
     job = assemble(spec, planned, manifest, pipeline, world_size, lambda: experiment.make_task(pipeline.schema))
     name = directory.find_latest(start.folder / "checkpoints", print)
-    position = directory.read_state(start.folder / "checkpoints" / name)["position"] if name else 0
-    point = ResumePoint(start.attempt, name, position, start.skipped_positions)
+    state = directory.read_state(start.folder / "checkpoints" / name) if name else {"position": 0, "evaluated": True}
+    position = state["position"]
+    point = ResumePoint(start.attempt, name, position, start.skipped_positions, evaluated=state["evaluated"])
     store = LocalRunStore(RunFolder(start.folder), rank)
     context = WorkerContext(rank=rank, world_size=world_size, device=torch.device("cpu"), store=store)
     events: list[dict[str, Any]] = []
@@ -280,11 +281,11 @@ def run_rank(rank: int, world_size: int, port: int, experiment: Experiment, star
 
     warm_up = ddp.DistributedObjective.warm_up
     if not start.warm_up:
-        ddp.DistributedObjective.warm_up = lambda self, batch: None  # type: ignore[method-assign]
+        ddp.DistributedObjective.warm_up = lambda self: None  # type: ignore[method-assign]
     join(rank, world_size, port)
     together = False
     try:
-        packets = read_locally(job.reader(f"{start.folder.name}.{start.attempt}"), position, rank)
+        packets = read_locally(job.reader(f"{start.folder.name}.{start.attempt}"), position, rank, evaluated=point.evaluated)
         outcome = loop.train(job, context, point, packets, report, should_stop)
         together = True
         return outcome, events

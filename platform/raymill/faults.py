@@ -28,6 +28,7 @@ POINTS = {
     "worker_start": "Ray Train has called a worker",
     "run_taken": "rank 0 has numbered the attempt",
     "restored": "the state is that of the checkpoint",
+    "checkpoint_put_aside": "a checkpoint is set aside for one of the same step",
     "before_forward": "a batch is there",
     "after_forward": "the loss is there",
     "after_backward": "gradients are there, summed over ranks",

@@ -31,7 +31,7 @@ from raymill.record.bad_row_ledger import QUARANTINE, BadRowLedger, known_bad_ro
 from raymill.record.events import BadRowsFound, Event, EventWriter
 from raymill.record.folder import RunFolder
 from raymill.task import TRAIN, Field, Fragment, Pipeline, Rows
-from raymill.training.steps import TrainStep, remaining_steps
+from raymill.training.steps import TrainEnd, TrainStep, remaining_steps
 
 # ---------------------------------------------------------------- a source with bad rows
 
@@ -114,8 +114,9 @@ def deal(
     feed = Feed(packets, noted.extend)
     dealt = {}
     for step in remaining_steps(case.order, position):
-        if not isinstance(step, TrainStep):
+        if isinstance(step, TrainEnd):
             feed.finish(TRAIN, step.epoch, case.windows)
+        if not isinstance(step, TrainStep):
             continue
         for shard, count in reader.shardings[TRAIN].shards(step.batch, rank):
             rows = feed.take(TRAIN, step.epoch, count)
@@ -173,16 +174,6 @@ def test_a_bad_row_is_named_by_file_part_place_and_reason() -> None:
     assert str(packet.bad[-1]).startswith("counted, part ")
     assert len(packet.present) == 12
     assert num_rows(packet.rows) == 8
-
-
-def test_peeked_rows_are_still_there_and_may_be_of_a_later_epoch() -> None:
-    case = Case((6,), unreadable=frozenset(), refused=frozenset(), windows=1, batch_rows=6)
-    feed = Feed(read_locally(case.reader(1), 0, 0))
-    peeked = feed.peek(TRAIN, 2)
-    assert np.array_equal(peeked[ROW_ID], feed.take(TRAIN, 0, 6)[ROW_ID][:2])
-    assert num_rows(feed.peek(TRAIN, 9)) == 6
-    assert num_rows(feed.take(TRAIN, 1, 6)) == 6
-    assert feed.peek(TRAIN, 1) == {}
 
 
 def test_a_check_that_names_rows_that_are_not_there_is_an_error_under_any_policy() -> None:

@@ -393,3 +393,15 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint_and_the_best(tmp_path: P
         assert names(folder) == ["step-00000001.1", "step-00000004.2"]
     assert found == sorted(found)
     assert set(found) == {"step-00000002.1", "step-00000003.1"}
+
+
+def test_a_kill_while_a_checkpoint_replaces_one_of_its_step_leaves_the_old_one(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    name = names(tmp_path)[0]
+    (tmp_path / name).rename(tmp_path / f"{directory.REPLACED}{name}")
+    clean(tmp_path)
+    assert latest(tmp_path) == (name, [])
+    write(tmp_path, 3)
+    shutil.copytree(tmp_path / name, tmp_path / f"{directory.REPLACED}{name}")
+    clean(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.json", name]

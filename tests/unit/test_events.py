@@ -26,6 +26,7 @@ from raymill.record.events import (
     DeliveryStarted,
     DrainNoticed,
     EvaluationDone,
+    EvaluationGoesOn,
     Event,
     EventWriter,
     FirstStepDone,
@@ -37,6 +38,7 @@ from raymill.record.events import (
     StepDone,
     StepRefused,
     StragglerFound,
+    TaskChanged,
     append_event,
     as_record,
     parse_event,
@@ -59,6 +61,8 @@ EVERY_KIND: list[Event] = [
     ResizeStarted(num_workers=5),
     DrainNoticed(nodes=("a", "b"), left_s=None, goes_on=False),
     StragglerFound(step=7, rank=1, factor=3.5, lost_s=0.25),
+    TaskChanged(step=2, attributes=("counter", "seen")),
+    EvaluationGoesOn(epoch=1, batch=3, num_batches=9),
     RunStopped(reason="failed", message="rank 1 died:\nüber"),
     RunFinished(best_checkpoint=None, metrics={"validation/loss": 0.5}),
     AttemptFailed(cause="lost process", message="rank 1 died", step=6),
@@ -98,15 +102,15 @@ def test_every_kind_is_read_back_as_it_was_written(folder: RunFolder) -> None:
 
 # Files of runs hold these names: to change one is to lose the runs there are.
 KINDS = (
-    "start stage standby first_step step evaluation checkpoint refused bad_rows resize drain straggler stop end restart "
-    "delivering"
+    "start stage standby first_step step evaluation checkpoint refused bad_rows resize drain straggler task_changed "
+    "evaluation_batch stop end restart delivering"
 )
 
 
 def test_every_line_names_its_kind_its_version_and_its_time(folder: RunFolder) -> None:
     before_s = time.time()
     events = [event.model_copy(update={"time_s": before_s + number}) for number, event in enumerate(EVERY_KIND)]
-    with EventWriter(folder.events) as writer:
+    with EventWriter(folder.events, every_s=0) as writer:
         for event in events:
             writer.write(event)
     lines = [json.loads(line) for line in folder.events.read_text().splitlines()]
@@ -293,3 +297,13 @@ def test_lines_of_several_writers_and_threads_never_mix(folder: RunFolder) -> No
             thread.join()
     steps = sorted(steps_of(read_events(folder.events)[0]))
     assert steps == [*range(200), *range(1000, 1200), *range(2000, 2200)]
+
+
+def test_signs_of_life_are_written_only_where_nothing_was_of_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("raymill.record.events.time.monotonic", lambda: now[0])
+    with EventWriter(tmp_path / "events.jsonl") as writer:
+        for number, moment in enumerate((100.0, 100.1, 100.2, 100.3, 100.6)):
+            now[0] = moment
+            writer.write(EvaluationGoesOn(epoch=0, batch=number, num_batches=5))
+    assert [getattr(event, "batch", None) for event in read_events(tmp_path / "events.jsonl")[0]] == [0, 3, 4]

@@ -34,7 +34,7 @@ from raymill.data.rows import ROW_ID
 from raymill.data.sources import ArraySource
 from raymill.errors import DataError
 from raymill.task import TRAIN, VALIDATION, Fragment, Pipeline, Rows
-from raymill.training.steps import EpochEnd, EvalEnd, EvalStep, Step, TrainStep, may_stop_after, remaining_steps
+from raymill.training.steps import EpochEnd, EvalEnd, EvalStep, Step, TrainEnd, TrainStep, may_stop_after, remaining_steps
 
 # ---------------------------------------------------------------- jobs
 
@@ -117,8 +117,10 @@ def deal(case: Case, position: int, world_size: int) -> dict[Batch, Shards]:
         packets = read_locally(reader, position, rank)
         feed = Feed(packets)
         for step in remaining_steps(order, position):
-            split = TRAIN if isinstance(step, TrainStep | EpochEnd) else VALIDATION
-            if isinstance(step, EvalEnd | EpochEnd):
+            if isinstance(step, EpochEnd):
+                continue
+            split = TRAIN if isinstance(step, TrainStep | TrainEnd) else VALIDATION
+            if isinstance(step, EvalEnd | TrainEnd):
                 feed.finish(split, step.epoch, case.windows)
                 continue
             shards = dealt.setdefault((split, step.epoch, step.batch), {})
@@ -260,6 +262,7 @@ def test_an_epoch_is_its_training_steps_then_its_evaluation_then_its_end() -> No
     first: list[Step] = [
         TrainStep(0, 0, 3),
         TrainStep(0, 1, 5),
+        TrainEnd(0, 5),
         EvalStep(0, 0, 5),
         EvalStep(0, 1, 5),
         EvalEnd(0, 5),
@@ -268,6 +271,7 @@ def test_an_epoch_is_its_training_steps_then_its_evaluation_then_its_end() -> No
     then: list[Step] = [
         TrainStep(1, 0, 8),
         TrainStep(1, 1, 10),
+        TrainEnd(1, 10),
         EvalStep(1, 0, 10),
         EvalStep(1, 1, 10),
         EvalEnd(1, 10),
@@ -275,13 +279,15 @@ def test_an_epoch_is_its_training_steps_then_its_evaluation_then_its_end() -> No
     ]
     assert list(remaining_steps(order, 0)) == first + then
     assert list(remaining_steps(order, 3)) == first[1:] + then
+    assert list(remaining_steps(order, 5, evaluated=False)) == first[3:] + then
     assert list(remaining_steps(order, 5)) == then
+    assert list(remaining_steps(order, 10, evaluated=False)) == then[3:]
     assert list(remaining_steps(order, 10)) == []
 
 
 def test_without_validation_rows_an_epoch_ends_after_its_last_training_step() -> None:
     order = Case(train=(4,), validation=(), windows=1, batch_rows=4, num_shards=1, epochs=1, seed=0).order
-    assert list(remaining_steps(order, 0)) == [TrainStep(0, 0, 4), EpochEnd(0, 4)]
+    assert list(remaining_steps(order, 0)) == [TrainStep(0, 0, 4), TrainEnd(0, 4), EpochEnd(0, 4)]
 
 
 @given(case=cases)
@@ -289,15 +295,27 @@ def test_a_run_that_stops_where_it_may_has_left_exactly_the_steps_that_follow(ca
     steps = list(remaining_steps(case.order, 0))
     for number, step in enumerate(steps):
         if may_stop_after(step, case.order):
-            assert list(remaining_steps(case.order, step.position)) == steps[number + 1 :]
+            evaluated = not isinstance(step, TrainEnd)
+            assert list(remaining_steps(case.order, step.position, evaluated=evaluated)) == steps[number + 1 :]
 
 
 @given(case=cases)
-def test_a_run_may_stop_after_each_step_but_an_epochs_last_which_waits_for_the_epochs_end(case: Case) -> None:
+def test_a_run_may_stop_after_each_step_and_both_before_and_behind_an_evaluation(case: Case) -> None:
     stops = [step for step in remaining_steps(case.order, 0) if may_stop_after(step, case.order)]
-    assert [step.position for step in stops] == case.step_ends[1:]
-    ends = [step for step in stops if step.position % case.order.train.num_rows == 0]
+    before = [step.position for step in stops if isinstance(step, TrainEnd)]
+    assert [step.position for step in stops if not isinstance(step, TrainEnd)] == case.step_ends[1:]
+    ends = [step for step in stops if step.position % case.order.train.num_rows == 0 and not isinstance(step, TrainEnd)]
     assert [type(step) for step in ends] == [EpochEnd] * case.epochs
+    assert before == ([step.position for step in ends] if case.order.validation else [])
+
+
+@given(case=cases)
+def test_a_stream_from_before_an_evaluation_is_that_from_the_step_before_without_training_rows(case: Case) -> None:
+    items = [Stream(case.order, 0)[index] for index in range(len(Stream(case.order, 0)))]
+    for epoch in range(case.epochs):
+        stream = Stream(case.order, (epoch + 1) * case.order.train.num_rows, evaluated=False)
+        found = [stream[index] for index in range(len(stream))]
+        assert found == [item for item in items if (item.epoch, item.split != TRAIN) >= (epoch, True)]
 
 
 # ---------------------------------------------------------------- to the last bit

@@ -7,13 +7,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import pytest
+import torch
 
-from probes import masked
+from probes import layers, masked, mixed
+from raymill.checkpoint import directory
+from raymill.checkpoint.snapshot import Tensors, load
 from worker_harness import Attempt, Crash, Experiment, TrainingRun
 
 NewRun = Callable[[Experiment], TrainingRun]
 
 PROBES: Mapping[str, Experiment] = {
+    "layers of all kinds": Experiment(layers.Layers, mixed.pipeline, layers.VALUES),
     "masks drawn in collate": Experiment(masked.FillIn, masked.pipeline, masked.VALUES),
 }
 
@@ -43,3 +47,74 @@ def test_strict_it_ends_with_the_same_weights_at_any_number_of_workers(new_run: 
     expected = new_run(strict).go(2)
     found = interrupted(new_run(strict.with_values(checkpoint={"every_steps": 3})), 1, 3, 2)
     assert found.sha256 == expected.sha256
+
+
+# ---------------------------------------------------------------- layers and their state
+
+LAYERS = PROBES["layers of all kinds"]
+
+
+def weights(run: TrainingRun) -> Tensors:
+    name = directory.find_latest(run.folder / "checkpoints", print)
+    assert name is not None
+    return load(run.folder / "checkpoints" / name).weights
+
+
+def bits(tensors: Tensors, *prefixes: str) -> dict[str, list[int]]:
+    return {name: tensor.reshape(-1).view(torch.uint8).tolist() for name, tensor in tensors.items() if name.startswith(prefixes)}
+
+
+@pytest.mark.parametrize(("world_size", "strict"), [(1, False), (2, False), (1, True), (3, True)])
+def test_constants_and_the_statistics_of_a_trunk_in_eval_mode_stay(new_run: NewRun, world_size: int, strict: bool) -> None:
+    run = new_run(LAYERS.with_values(loop={"strict": strict, "gradient_accumulation_steps": 1}))
+    run.go(world_size)
+    kept = ("constants.", "trunk.1.running", "trunk.1.num_batches")
+    found = weights(run)
+    assert bits(found, *kept) == bits(layers.Layered().state_dict(), *kept)
+    assert (found["norm.running_mean"] != 0).all(), "other statistics go on"
+    assert found["countdown"] < 1000
+    assert found["rotation"].abs().min() > 0
+
+
+def test_layers_that_a_loss_leaves_out_are_trained_alike_at_one_worker_and_at_two(new_run: NewRun) -> None:
+    frozen = LAYERS.with_values(loop={"epochs": 1})
+    alone, two = new_run(frozen), new_run(frozen.with_values(loop={"gradient_accumulation_steps": 1}))
+    steps = alone.go(1).metrics("step"), two.go(2).metrics("step")
+    assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-4)
+    for unused in ("unused.weight", "unused.bias"):
+        torch.testing.assert_close(weights(alone)[unused], weights(two)[unused])
+
+
+def test_state_on_the_task_is_named_once(new_run: NewRun) -> None:
+    counting = Experiment(layers.Counting, mixed.pipeline, layers.VALUES).with_values(loop={"epochs": 1})
+    changed = [event for event in new_run(counting).go(2).events if event["kind"] == "task_changed"]
+    assert [(event["step"], event["attributes"]) for event in changed] == [(2, ["num_losses"])]
+    assert [event for event in new_run(LAYERS).go(2).events if event["kind"] == "task_changed"] == []
+
+
+# ---------------------------------------------------------------- a save before an evaluation
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_run_that_ends_in_an_evaluation_begins_with_it_and_decides_the_same(new_run: NewRun, world_size: int) -> None:
+    plain = Experiment(mixed.Mixed, mixed.pipeline, mixed.VALUES).with_values(loop={"epochs": 2})
+    expected = new_run(plain).go(world_size)
+    run = new_run(plain.with_values(loop={"epochs": 2}))
+    stopped = run.go(world_size, stop_after=mixed.STEPS_PER_EPOCH)
+    assert (stopped.first.status, stopped.first.step) == ("interrupted", mixed.STEPS_PER_EPOCH)
+    assert stopped.metrics("evaluation") == []
+    again = run.go(world_size, stop_after=2 * mixed.STEPS_PER_EPOCH)
+    assert again.first.status == "interrupted", "all rows are trained on, not all is evaluated"
+    last = run.go(world_size)
+    assert [event for event in last.events if event["kind"] == "step"] == []
+    assert [*again.metrics("evaluation"), *last.metrics("evaluation")] == expected.metrics("evaluation")
+    assert last.sha256 == expected.sha256
+    best = [event["step"] for event in [*again.events, *last.events] if event["kind"] == "checkpoint" and event["best"]]
+    assert best == [event["step"] for event in expected.events if event["kind"] == "checkpoint" and event["best"]]
+    signs = [event for event in expected.events if event["kind"] == "evaluation_batch"]
+    assert [(event["epoch"], event["batch"], event["num_batches"]) for event in signs] == [
+        (0, 0, 2),
+        (0, 1, 2),
+        (1, 0, 2),
+        (1, 1, 2),
+    ]

@@ -11,7 +11,7 @@ from typing import Literal
 from safetensors import SafetensorError
 
 from raymill import faults
-from raymill.checkpoint.directory import POINTER, WEIGHTS, Content, Pointer, names, read_pointer, save
+from raymill.checkpoint.directory import POINTER, REPLACED, WEIGHTS, Content, Pointer, names, read_pointer, save
 from raymill.errors import CheckpointError
 from raymill.files import STAGE, replace_file, with_version
 
@@ -82,7 +82,10 @@ def _commit(folder: Path, name: str, attempt: int, keep: int, content: Content, 
 
 
 def clean(folder: Path) -> None:
-    """Remove what kills left behind. Call before an attempt writes, when no other attempt does."""
+    """Put back what a kill left aside, and remove what it left unfinished. Call before an attempt writes, when no other does."""
     if folder.is_dir():
+        for path in folder.glob(f"{REPLACED}*"):
+            final = folder / path.name.removeprefix(REPLACED)
+            shutil.rmtree(path) if final.exists() else path.rename(final)
         for path in folder.glob(f"{STAGE}*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -37,6 +37,8 @@ WEIGHTS, OPTIMIZER, RECORD = "weights.safetensors", "optimizer.safetensors", "st
 FILES = (WEIGHTS, OPTIMIZER, RECORD)
 CHECKSUMS = "checksums.json"
 POINTER = "latest.json"
+REPLACED = ".replaced-"
+"""Before the name of a checkpoint that makes room for one of the same step: behind an evaluation, for the one before it."""
 NAME = re.compile(r"step-\d+\.\d+")
 
 
@@ -92,11 +94,13 @@ def save(folder: Path, name: str, content: Content) -> None:
             os.fsync(file.fileno())
     sync_folder(stage)
     faults.point("before_rename")
-    final = folder / name
+    final, replaced = folder / name, folder / f"{REPLACED}{name}"
     if final.exists():
-        shutil.rmtree(final)
+        os.rename(final, replaced)
+        faults.point("checkpoint_put_aside")
     os.rename(stage, final)
     sync_folder(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_checksums(folder: Path) -> None:
@@ -195,7 +199,7 @@ def is_count(value: object) -> bool:
 _COUNT = (is_count, "a whole number from 0 on")
 _STATE_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys(("step", "position", "rows_used", "rows_skipped"), _COUNT),
-    "is_best": (lambda value: isinstance(value, bool), "true or false"),
+    **dict.fromkeys(("is_best", "evaluated"), (lambda value: isinstance(value, bool), "true or false")),
     "weights_sha256": (lambda value: isinstance(value, str), "a SHA-256"),
 }
 

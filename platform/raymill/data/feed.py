@@ -56,34 +56,19 @@ class Feed:
             count -= len(present)
         return join(parts) if parts else {ROW_ID: np.zeros(0, np.int64)}
 
-    def peek(self, split: str, count: int) -> Rows:
-        """Up to `count` of the next good rows of a split, in whichever epoch. They stay where they are; none: no columns."""
-        while True:
-            for (waiting, _), queue in self._waiting.items():
-                for rows, _ in queue if waiting == split else ():
-                    if num_rows(rows):
-                        return take(rows, slice(0, count))
-            if not self._receive_next():
-                return {}
-
     def _receive(self, split: str, epoch: int) -> None:
-        if not self._receive_next():
-            raise DataError(f"the stream ended before the {split} rows of epoch {epoch} did; the data changed during the run")
-
-    def _receive_next(self) -> bool:
-        """Take in a packet; False when there are no more."""
+        """Take in a packet, for rows of this split and epoch."""
         start = self._clock()
         packet = next(self._packets, None)
         self.wait_s += self._clock() - start
         if packet is None:
-            return False
+            raise DataError(f"the stream ended before the {split} rows of epoch {epoch} did; the data changed during the run")
         if packet.bad:
             self._note(packet.bad)
         at = (packet.item.split, packet.item.epoch)
         self._last_windows[at] = packet.item.window
         if len(packet.present):
             self._waiting.setdefault(at, deque()).append((packet.rows, packet.present))
-        return True
 
     def finish(self, split: str, epoch: int, num_windows: int) -> None:
         """Say that a pass of so many windows is over, and drop its queue.

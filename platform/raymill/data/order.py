@@ -265,12 +265,18 @@ class Item:
 class Stream:
     """All windows that are still to be read from a position on, as a sequence. Items are computed, not stored."""
 
-    def __init__(self, order: JobOrder, position: int) -> None:
-        """Start at `position` rows consumed; 0 <= position <= order.total_rows."""
+    def __init__(self, order: JobOrder, position: int, *, evaluated: bool = True) -> None:
+        """Start at `position` rows consumed; 0 <= position <= order.total_rows.
+
+        Args:
+            evaluated: at an epoch's end, whether the validation rows behind it were consumed too.
+        """
         self._order = order
         self._per_epoch = order.train.num_windows + (order.validation.num_windows if order.validation else 0)
         self._epoch, self._offset = divmod(position, order.train.num_rows)
         self._first = self._epoch * self._per_epoch + (window_at(order.train, self._epoch, self._offset) if self._offset else 0)
+        if not evaluated and order.validation:
+            self._first -= order.validation.num_windows
 
     def __len__(self) -> int:
         return self._order.epochs * self._per_epoch - self._first

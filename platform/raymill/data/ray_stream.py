@@ -89,7 +89,9 @@ def _number_block(number: int) -> list[pa.Table]:
     return [pa.table({"id": pa.array([number], pa.int64())})]
 
 
-def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus: float, task_cpus: float) -> list[DataIterator]:
+def split_with_ray(
+    reader: Reader, position: int, world_size: int, *, data_cpus: float, task_cpus: float, evaluated: bool = True
+) -> list[DataIterator]:
     """Start the stream at a position and split it over the ranks.
 
     Args:
@@ -98,6 +100,7 @@ def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus:
         world_size: ranks.
         data_cpus: CPUs that reading may use in all.
         task_cpus: CPUs that one reading task asks for; 0: none are reserved, and `data_cpus` is the number of tasks at once.
+        evaluated: see `Stream`.
 
     Returns:
         One iterator per rank, for `receive` in that rank's process.
@@ -113,7 +116,7 @@ def split_with_ray(reader: Reader, position: int, world_size: int, *, data_cpus:
     )
     # Every packet becomes a block of its own: a block is closed as soon as it holds a byte.
     context.target_max_block_size = 1
-    stream = Stream(reader.order, position)
+    stream = Stream(reader.order, position, evaluated=evaluated)
     # Tasks that reserve no CPU are held back by their number.
     most_tasks = None if task_cpus else TaskPoolStrategy(size=max(1, int(data_cpus)))
     items: Dataset = ray.data.read_datasource(

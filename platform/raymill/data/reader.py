@@ -138,13 +138,13 @@ def _draw_of(item: Item) -> int:
     return item.epoch if item.split == TRAIN else 0
 
 
-def read_locally(reader: Reader, position: int, rank: int) -> Iterator[Packet]:
-    """The packets of one rank without Ray, for one process and for tests. Reads every window itself.
+def read_locally(reader: Reader, position: int, rank: int, *, evaluated: bool = True) -> Iterator[Packet]:
+    """The packets of one rank without Ray, for one process and for tests; see `Stream`. Reads every window itself.
 
     Rows are packed and unpacked as if they travelled, so that they come as from Ray to the last stride: how torch rounds depends
     on how its input lies in memory.
     """
-    stream = Stream(reader.order, position)
+    stream = Stream(reader.order, position, evaluated=evaluated)
     for index in range(len(stream)):
         packet = reader.read(stream[index])[rank]
         yield replace(packet, rows=unpack(*pack(packet.rows)))

@@ -30,6 +30,7 @@ from raymill.record.events import (
     StepDone,
     StepRefused,
     StragglerFound,
+    TaskChanged,
 )
 from raymill.redaction import for_people
 
@@ -73,6 +74,11 @@ def describe(event: Event) -> list[str]:
             return [
                 f"warning: rank {event.rank} computes {event.factor:.2g} times slower than the others, which wait "
                 f"{event.lost_s:.2f} s for it in each step; look what else runs on its machine"
+            ]
+        case TaskChanged():
+            return [
+                f"warning: the task's attributes {', '.join(event.attributes)} changed in a step. They are not saved, so a "
+                "resumed run would differ: keep state in buffers of the model (register_buffer)"
             ]
         case AttemptFailed():
             died = "before a step was done" if event.last_step is None else f"after step {event.last_step}"
@@ -135,11 +141,12 @@ class Progress:
         self._console.print(for_people(line), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def _show_step(self, event: StepDone) -> None:
-        loss = next((value for name, value in event.metrics.items() if name.endswith("loss")), float("nan"))
+        # The first metric of a step is the loss of the first objective; a step that was passed over has none.
+        name, loss = next(iter(event.metrics.items()), ("loss", float("nan")))
         values = {
             "step": f"{event.step} / {self._total_steps}",
             "epoch": str(event.epoch),
-            "loss": f"{loss:.4f}",
+            name.removeprefix("train/"): f"{loss:.4f}",
             "rows/s": f"{event.rows_per_s or 0:,.0f}",
             "waiting for data": f"{event.data_wait_share or 0:.0%}",
             "ETA": self._eta(event.step),

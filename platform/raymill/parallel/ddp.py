@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,26 +22,95 @@ from raymill.parallel.precision import autocast
 from raymill.task import Batch, Objective
 
 
+class _Tie(torch.autograd.Function):
+    """A loss, tied to parameters: a backward pass reaches each of them, and adds nothing to the gradient of any.
+
+    DDP waits in a backward pass until each parameter was reached. So a loss may leave some out, others on other ranks (a head
+    without a target, a layer that is dropped at random), and a rank without rows leaves out all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.num_parameters = len(parameters)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (*grads, *[None] * ctx.num_parameters)
+
+
+class ForwardClock:
+    """Seconds in forward passes, without waiting for other ranks. On a GPU by its own clock: a call there returns at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Measure what is computed on this device."""
+        self._device = device
+        self._spent_s = 0.0
+        self._began_s = 0.0
+        self._passes: list[list[torch.cuda.Event]] = []
+
+    def begin(self) -> None:
+        """A pass begins."""
+        self._began_s = time.perf_counter()
+        if self._device.type == "cuda":
+            self._passes.append([self._event()])
+
+    def end(self) -> None:
+        """The pass ends."""
+        if self._device.type == "cuda":
+            self._passes[-1].append(self._event())
+        else:
+            self._spent_s += time.perf_counter() - self._began_s
+
+    def add(self, seconds: float) -> None:
+        """Count what was spent before a pass."""
+        self._spent_s += seconds
+
+    def take(self) -> float:
+        """The seconds since it was last asked. Once a step's gradients are known, there is nothing left to wait for."""
+        spent_s, self._spent_s = self._spent_s, 0.0
+        passes, self._passes = self._passes, []
+        for began, ended in passes:
+            ended.synchronize()
+            spent_s += began.elapsed_time(ended) / 1000
+        return spent_s
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
 class LossModule(nn.Module):
     """A model whose forward pass is the loss of one objective."""
 
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
+    def __init__(self, model: nn.Module, objective: Objective, clock: ForwardClock) -> None:
         """Wrap the model; its parameters are shared, not copied."""
         super().__init__()
         self.model = model
-        self.began_s = 0.0
+        self._clock = clock
         self._loss = objective.loss
 
     def forward(self, batch: Batch | None) -> torch.Tensor:
         """The mean loss over the batch's rows, a scalar.
 
         None stands for no rows, which a rank has where a batch has fewer rows than there are ranks: the loss is zero, and
-        so are all gradients, so that the rank still takes its part in the exchange.
+        so are all gradients, so that the rank still takes its part in the exchange. Parameters are reached from the last to the
+        first, as they are in most models.
         """
-        self.began_s = time.perf_counter()
-        if batch is None:
-            return torch.stack([(p * 0).sum() for p in self.model.parameters() if p.requires_grad]).sum()
-        return self._loss(self.model, batch)
+        # Between the call of DDP and this one, it waits for rank 0's buffers.
+        self._clock.begin()
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if batch is not None:
+            return _tied(self._loss(self.model, batch), *parameters)
+        loss = torch.zeros((), device=parameters[0].device)
+        for parameter in parameters:
+            loss = _tied(loss, parameter)
+        return loss
+
+
+def _tied(loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+    return _Tie.apply(loss, *parameters)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class DistributedObjective:
@@ -51,7 +121,7 @@ class DistributedObjective:
     ) -> None:
         """Wrap the model for this objective; must be called on all ranks in the same order.
 
-        Strict gradients are added up by `step.ordered_gradients`, not by DDP.
+        Strict gradients are added up by `gradients.ordered_gradients`, not by DDP.
 
         Raises:
             InputError: when the objective names a submodule that the model lacks.
@@ -60,8 +130,8 @@ class DistributedObjective:
         self.names, self.parameters = trained_parameters(model, objective)
         self._precision = precision
         self._others = [p for p in model.parameters() if all(p is not own for own in self.parameters)]
-        self._loss_module = LossModule(model, objective)
-        self._forward_s = 0.0
+        self.clock = ForwardClock(device)
+        self._loss_module = LossModule(model, objective, self.clock)
         with self.only_own():
             spread = dist.is_initialized() and not strict
             self._module: nn.Module = DistributedDataParallel(self._loss_module) if spread else self._loss_module
@@ -88,17 +158,11 @@ class DistributedObjective:
         begun_s = time.perf_counter()
         with autocast(self._precision, self.device):
             faults.point("before_forward")
-            called_s = time.perf_counter()
+            self.clock.add(time.perf_counter() - begun_s)
             loss = self._module(batch)
             faults.point("after_forward")
-        # Between the call and the pass itself, DDP waits for rank 0's buffers.
-        self._forward_s += called_s - begun_s + time.perf_counter() - self._loss_module.began_s
+        self.clock.end()
         return loss.float()  # type: ignore[no-any-return]
-
-    def take_forward_s(self) -> float:
-        """Seconds in forward passes since it was last asked, without waiting for other ranks."""
-        taken_s, self._forward_s = self._forward_s, 0.0
-        return taken_s
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Around each backward pass of a step: gradients are exchanged in the last one only."""
@@ -106,25 +170,21 @@ class DistributedObjective:
             return nullcontext()
         return self._module.no_sync()
 
-    def warm_up(self, batch: Batch | None) -> None:
-        """Make DDP fix its gradient buckets now, with two backward passes that leave no trace.
+    def warm_up(self) -> None:
+        """Make DDP fix its gradient buckets now, with two backward passes over no rows, which leave no trace.
 
-        DDP orders its buckets anew after the first backward pass, and with three or more ranks the order decides how
-        sums are rounded. Without this, the first step after a resume would differ from the same step of a run that was
-        never interrupted (reliability of DDP across restarts; see docs/architecture.md).
+        DDP orders its buckets anew after the first backward pass, and with three or more ranks the order decides how sums are
+        rounded. Without this, the first step after a resume would differ from the same step of a run that was never interrupted.
+        Over no rows, the order depends on the model alone: not on rows, nor on what a loss leaves out at random.
         """
         if not isinstance(self._module, DistributedDataParallel):
             return
-        buffers = [buffer.clone() for buffer in self._module.buffers()]
         with self.only_own():
             for _ in range(2):
-                torch.autograd.backward(self.loss(batch))
-        with torch.no_grad():
-            for buffer, before in zip(self._module.buffers(), buffers, strict=True):
-                buffer.copy_(before)
+                torch.autograd.backward(self.loss(None))
         for parameter in self.parameters:
             parameter.grad = None
-        self._forward_s = 0.0
+        self.clock.take()
 
 
 def trained_parameters(model: nn.Module, objective: Objective) -> tuple[list[str], list[nn.Parameter]]:

@@ -230,6 +230,32 @@ class StragglerFound(Event):
     lost_s: float
 
 
+class TaskChanged(Event):
+    """Attributes of the job's Task changed in a step. They are not saved, so a resume begins with them as they were at the start.
+
+    Attributes:
+        attributes: their names.
+    """
+
+    kind: Literal["task_changed"] = "task_changed"
+    step: int
+    attributes: tuple[str, ...]
+
+
+class EvaluationGoesOn(Event):
+    """A batch of an evaluation is measured: a sign of life.
+
+    Attributes:
+        batch: its number in the evaluation.
+        num_batches: of the evaluation.
+    """
+
+    kind: Literal["evaluation_batch"] = "evaluation_batch"
+    epoch: int
+    batch: int
+    num_batches: int
+
+
 class RunStopped(Event):
     """The run ended before its last step."""
 
@@ -284,6 +310,8 @@ AnyEvent = (
     | ResizeStarted
     | DrainNoticed
     | StragglerFound
+    | TaskChanged
+    | EvaluationGoesOn
     | RunStopped
     | RunFinished
     | AttemptFailed
@@ -323,11 +351,12 @@ def append_event(folder: RunFolder, event: Event) -> None:
 
 
 class EventWriter:
-    """Appends events of one process, from any thread. Step events wait up to `every_s` for company, others for nothing.
+    """Appends events of one process, from any thread. Step events wait up to `every_s` for company, others for nothing; a sign of
+    life is left out where something was written less than `every_s` ago.
 
     Args:
         path: the run's events; made where it is not there yet.
-        every_s: least seconds between two writes of step events.
+        every_s: least seconds between two writes of step events, and before a sign of life.
     """
 
     def __init__(self, path: Path, every_s: float = WRITE_INTERVAL_S) -> None:
@@ -342,8 +371,11 @@ class EventWriter:
         """Add one event."""
         line = json.dumps(as_record(event), separators=(",", ":")) + "\n"
         with self._lock:
+            recent = time.monotonic() - self._flushed_s < self._every_s
+            if recent and isinstance(event, EvaluationGoesOn):
+                return
             self._lines.append(line)
-            if not isinstance(event, StepDone) or time.monotonic() - self._flushed_s >= self._every_s:
+            if not recent or not isinstance(event, StepDone):
                 self._flush()
 
     def flush(self) -> None:

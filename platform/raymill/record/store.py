@@ -37,6 +37,7 @@ class ResumePoint:
         position: rows trained on in it.
         skipped_positions: positions after the batches that are not to be trained on again.
         notes: what a person should know.
+        evaluated: at an epoch's end, whether its evaluation is done too; otherwise the attempt begins with it.
     """
 
     attempt: int
@@ -44,6 +45,7 @@ class ResumePoint:
     position: int
     skipped_positions: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
+    evaluated: bool = True
 
 
 def begin_attempt(folder: RunFolder) -> ResumePoint:
@@ -58,13 +60,14 @@ def begin_attempt(folder: RunFolder) -> ResumePoint:
     folder.handover_request.unlink(missing_ok=True)
     notes: list[str] = []
     name = directory.find_latest(folder.checkpoints, notes.append)
-    position = directory.read_state(folder.checkpoints / name, "position")["position"] if name else 0
+    state = directory.read_state(folder.checkpoints / name, "position") if name else {"position": 0}
     read = scan_events(folder.events)
     if read.num_damaged_lines:
         notes.append(f"{read.num_damaged_lines} damaged lines of {folder.events.name} were passed over")
     events = read.events
     refused = [event for event in events if isinstance(event, StepRefused) and event.policy == "rollback"]
-    return ResumePoint(attempt, name, position, frozenset(event.position for event in refused), tuple(notes))
+    skipped_positions = frozenset(event.position for event in refused)
+    return ResumePoint(attempt, name, state["position"], skipped_positions, tuple(notes), state.get("evaluated", True))
 
 
 def _attempt(folder: RunFolder) -> int:

@@ -31,16 +31,22 @@ ALIGNMENT_BYTES = 64
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor in it on the device; dicts, lists and tuples are walked.
+    """The batch with every tensor in it on the device; dicts, lists and tuples (named ones too) are walked, and whatever else has
+    a method `to`, such as a PackedSequence, moves itself.
+
+    To a GPU they go from pinned memory, so that the copy overlaps with what the CPU does next.
 
     Tensors come out aligned as torch allocates them: a matrix product rounds differently where its input starts elsewhere,
     and where a batch starts in its window must not change the weights.
     """
     if isinstance(batch, torch.Tensor):
-        moved = batch.to(device, non_blocking=True)
+        moved = (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
         return moved if moved.data_ptr() % ALIGNMENT_BYTES == 0 else moved.clone()
     if isinstance(batch, dict):
         return {name: to_device(value, device) for name, value in batch.items()}
+    if hasattr(batch, "to"):
+        return batch.to(device)
     if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)
+        values = [to_device(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch

@@ -8,6 +8,7 @@ reporter as events. With one rank the same code runs without a process group.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,25 +22,36 @@ from raymill.checkpoint.commit import better
 from raymill.checkpoint.snapshot import weights_sha256
 from raymill.data.bad_rows import BadRow
 from raymill.data.feed import Feed
+from raymill.data.order import num_batches
 from raymill.data.reader import Packet
 from raymill.data.rows import ROW_ID
 from raymill.data.seeds import COLLATE, STEP, seed_everything
 from raymill.errors import CheckpointError, NumberError, RunError
 from raymill.parallel.ddp import DistributedObjective
+from raymill.parallel.gradients import Microbatch, SavedBuffers, apply, averaged_gradients, gradient_norm, ordered_gradients
 from raymill.parallel.process_group import all_gather, all_gather_integers, all_gather_lines, broadcast_buffers
-from raymill.record.events import EvaluationDone, FirstStepDone, StageReached, StepDone, StepRefused, StragglerFound
+from raymill.record.events import (
+    EvaluationDone,
+    EvaluationGoesOn,
+    FirstStepDone,
+    StageReached,
+    StepDone,
+    StepRefused,
+    StragglerFound,
+    TaskChanged,
+)
 from raymill.record.store import Report, ResumePoint
 from raymill.task import TRAIN, VALIDATION
 from raymill.training.assembly import Job, WorkerContext
 from raymill.training.batch import to_device
 from raymill.training.evaluation import Evaluation, evaluate_batch
-from raymill.training.gradients import Microbatch, SavedBuffers, apply, averaged_gradients, gradient_norm, ordered_gradients
 from raymill.training.optimizers import optimizer_spec
 from raymill.training.outcome import Outcome
 from raymill.training.pending_step import PendingStep
 from raymill.training.state import TrainState, broken_weights, build_state, capture, restore
-from raymill.training.steps import EpochEnd, EvalEnd, EvalStep, Step, TrainStep, may_stop_after, remaining_steps
+from raymill.training.steps import EpochEnd, EvalEnd, EvalStep, Step, TrainEnd, TrainStep, may_stop_after, remaining_steps
 from raymill.training.stragglers import StragglerDetector
+from raymill.training.task_attributes import AttributeWatch
 
 MAX_SHOWN_ROWS = 5
 """Of a batch, in a message."""
@@ -127,15 +139,15 @@ class _Loop:
         self.clock = Clock(rows_before=state.position)
         self.evaluation = Evaluation()
         self.checkpoint_writer = context.store.checkpoint_writer(point.attempt, job.spec.checkpoint.keep, report)
-        self.last_saved_position = state.position
-        self.warmed_up = False
+        self.last_saved = (state.position, state.evaluated)
+        self.attribute_watch = AttributeWatch(job.task)
         self.stopping = False
         self.pending: PendingStep | None = None
         self.straggler_detector = StragglerDetector()
 
     def run(self) -> Outcome:
         """Take step after step."""
-        for step in remaining_steps(self.job.order, self.point.position):
+        for step in remaining_steps(self.job.order, self.point.position, evaluated=self.point.evaluated):
             self.take(step)
             if self.stopping and may_stop_after(step, self.job.order):
                 self.save()
@@ -150,6 +162,8 @@ class _Loop:
         match step:
             case TrainStep():
                 self.train_step(step)
+            case TrainEnd():
+                self.end_training(step)
             case EvalStep():
                 self.eval_step(step)
             case EvalEnd():
@@ -173,8 +187,6 @@ class _Loop:
         microbatches = self.take_microbatches(step, ids)
         batch_rows = self.job.shardings[TRAIN].batch_size(step.batch)
         rows = self.count_good_rows(microbatches, batch_rows)
-        if rows:
-            self.warm_up(microbatches)
         skipped = step.position in self.point.skipped_positions or not rows
         metrics = StepMetrics({}, {})
         for index, objective in enumerate(self.state.objectives):
@@ -187,26 +199,16 @@ class _Loop:
         self.finish_pending_step()
         used = 0 if skipped else sum(microbatch.count for microbatch in microbatches)
         wants_stop = self.context.rank == 0 and self.should_stop()
-        forward_s = sum(objective.take_forward_s() for objective in self.state.objectives)
+        forward_s = sum(objective.clock.take() for objective in self.state.objectives)
         event = self.step_event(number, step, metrics.known)
         self.pending = PendingStep(event, metrics.losses, used, forward_s, wants_stop=wants_stop)
         if self.clock.first_step_s is None:
             self.finish_first_step()
+        if changed := self.attribute_watch.changed():
+            self.report(TaskChanged(step=number, attributes=changed))
         faults.point("step_done")
         if number % self.job.plan.checkpoint_every_steps == 0 and may_stop_after(step, self.job.order):
             self.save()
-
-    def warm_up(self, microbatches: list[Microbatch]) -> None:
-        """Before an attempt's first step: let DDP fix what it otherwise fixes during that step."""
-        if not self.warmed_up:
-            batch = microbatches[0].batch if microbatches else None
-            if batch is None and self.context.rank == 0:
-                # Rank 0 decides the order of DDP's buckets, and a pass over no rows would decide otherwise.
-                rows = self.feed.peek(TRAIN, self.job.plan.global_batch_rows // self.job.shardings[TRAIN].num_shards)
-                batch = to_device(self.job.collate(rows), self.context.device) if rows else None
-            for objective in self.state.objectives:
-                objective.warm_up(batch)
-            self.warmed_up = True
 
     def take_microbatches(self, step: TrainStep, ids: list[np.ndarray]) -> list[Microbatch]:
         """The next training rows of this rank by shard, on its device; their row ids are added to `ids`."""
@@ -243,7 +245,7 @@ class _Loop:
         name, spec = objective.name, self.job.spec
         optimizer = self.state.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
-        self.state.model.train()
+        self.state.restore_modes()
         saved = SavedBuffers.of(self.state.model) if spec.loop.on_nan == "skip" else None
         compute_gradients = ordered_gradients if spec.loop.strict else averaged_gradients
         with objective.only_own():
@@ -255,8 +257,10 @@ class _Loop:
             )
         faults.point("after_backward")
         norm = gradient_norm(objective.parameters)
-        if not bool(torch.isfinite(norm)):
-            self.refuse(step, name, float(norm), ids)
+        # The one time in a step that the device is waited for.
+        norm_value, loss_sum_value = torch.stack([norm.double(), loss_sum]).tolist()
+        if not math.isfinite(norm_value):
+            self.refuse(step, name, norm_value, ids)
             if saved is not None:
                 saved.restore()
             return False
@@ -264,8 +268,8 @@ class _Loop:
         rate = optimizer.param_groups[0]["lr"]
         apply(objective, optimizer, norm, max_grad_norm)
         faults.point("after_optimizer")
-        metrics.losses[f"train/{_label(name, 'loss')}"] = loss_sum / rows
-        metrics.known[f"train/{_label(name, 'gradient_norm')}"] = float(norm)
+        metrics.losses[f"train/{_label(name, 'loss')}"] = loss_sum_value / rows
+        metrics.known[f"train/{_label(name, 'gradient_norm')}"] = norm_value
         metrics.known[f"train/{_label(name, 'learning_rate')}"] = float(rate)
         return True
 
@@ -319,14 +323,24 @@ class _Loop:
 
     # ------------------------------------------------------------ evaluation and epochs
 
+    def end_training(self, step: TrainEnd) -> None:
+        """Close the epoch's pass; save before the evaluation, which may take longer than what was trained since the last save."""
+        self.feed.finish(TRAIN, step.epoch, self.job.plan.train_windows)
+        if self.job.order.validation is not None:
+            self.state.evaluated = False
+            self.save()
+
     def eval_step(self, step: EvalStep) -> None:
-        """Measure this rank's part of one batch."""
+        """Measure this rank's part of one batch, and give a sign of life."""
         start_s = time.perf_counter()
         if step.batch == 0:
             # Each rank has its own running statistics since the last forward pass; the model is rank 0's.
             broadcast_buffers(self.state.model)
         faults.point("evaluation_batch")
         evaluate_batch(self.job, self.context, self.state.model, self.feed, step.epoch, step.batch, self.evaluation)
+        sharding = self.job.shardings[VALIDATION]
+        count = num_batches(sharding.num_rows, sharding.batch_rows)
+        self.report(EvaluationGoesOn(epoch=step.epoch, batch=step.batch, num_batches=count))
         self.clock.evaluation_s += time.perf_counter() - start_s
 
     def end_evaluation(self, step: EvalEnd) -> None:
@@ -351,20 +365,20 @@ class _Loop:
         )
 
     def end_epoch(self, step: EpochEnd) -> None:
-        """Close the epoch's pass and save."""
-        self.feed.finish(TRAIN, step.epoch, self.job.plan.train_windows)
+        """Save behind the evaluation, with what it found."""
         faults.point("epoch_end")
+        self.state.evaluated = True
         self.save(epoch_ended=True)
 
     # ------------------------------------------------------------ saving
 
     def save(self, *, epoch_ended: bool = False) -> None:
-        """Save the state, once per position. Only rank 0 writes: DDP keeps the same state on all ranks."""
-        if self.last_saved_position == self.state.position:
+        """Save the state, once per place in the run. Only rank 0 writes: DDP keeps the same state on all ranks."""
+        if self.last_saved == (self.state.position, self.state.evaluated):
             return
         self.finish_pending_step()
         self.check_weights()
-        self.last_saved_position = self.state.position
+        self.last_saved = (self.state.position, self.state.evaluated)
         best = epoch_ended and self.is_best()
         if self.context.rank == 0:
             self.checkpoint_writer.save(capture(self.state, self.job.order.step(self.state.position)), best=best)
@@ -402,7 +416,7 @@ class _Loop:
         elapsed_s = time.perf_counter() - (self.clock.first_step_s or time.perf_counter()) - self.clock.evaluation_s
         trained = self.state.position - self.clock.rows_before
         return Outcome(
-            status="finished" if self.state.position == self.job.order.total_rows else "interrupted",
+            status="finished" if self.state.evaluated and self.state.position == self.job.order.total_rows else "interrupted",
             step=self.job.order.step(self.state.position),
             position=self.state.position,
             rows_used=self.state.rows_used,

@@ -28,10 +28,12 @@ class TrainState:
         optimizers: objective -> its optimizer.
         schedules: objective -> its learning-rate schedule, where there is one.
         position: rows trained on since the start of the job.
+        evaluated: at an epoch's end, whether its evaluation is done too.
         rows_used: the same, counted from what ranks really received, less what was skipped.
         rows_skipped: rows not trained on: bad ones, and those of batches that spoiled the numbers.
         best: the best value of the checkpoint metric so far.
         metrics: the last evaluation.
+        modes: each module of the model, and whether `build` left it in training mode.
     """
 
     model: nn.Module
@@ -39,10 +41,21 @@ class TrainState:
     optimizers: Mapping[str, Optimizer]
     schedules: Mapping[str, lr_scheduler.LRScheduler]
     position: int = 0
+    evaluated: bool = True
     rows_used: int = 0
     rows_skipped: int = 0
     best: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    modes: Sequence[tuple[nn.Module, bool]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Note the modes."""
+        self.modes = [(module, module.training) for module in self.model.modules()]
+
+    def restore_modes(self) -> None:
+        """Put each module into the mode in which `build` left it: a trunk in eval mode keeps its statistics."""
+        for module, training in self.modes:
+            module.training = training
 
 
 def build_state(job: Job, context: WorkerContext) -> TrainState:
@@ -56,6 +69,8 @@ def build_state(job: Job, context: WorkerContext) -> TrainState:
     distributed = [
         DistributedObjective(model, objective, loop.precision, context.device, strict=loop.strict) for objective in objectives
     ]
+    for one in distributed:
+        one.warm_up()
     optimizers = {one.name: make_optimizer(optimizer_spec(job.spec, one.objective.name, names), one) for one in distributed}
     schedules = {}
     for name, optimizer in optimizers.items():
@@ -95,6 +110,7 @@ def capture(state: TrainState, step: int) -> Snapshot:
     weights = {name: _copy(tensor) for name, tensor in state.model.state_dict().items()}
     record = {
         "position": state.position,
+        "evaluated": state.evaluated,
         "step": step,
         "rows_used": state.rows_used,
         "rows_skipped": state.rows_skipped,
@@ -137,5 +153,6 @@ def restore(state: TrainState, snapshot: Snapshot) -> None:
         state.optimizers[name].load_state_dict({"state": by_index, "param_groups": from_plain(record["optimizer_groups"][name])})
     for name, schedule in state.schedules.items():
         schedule.load_state_dict(from_plain(record["schedules"][name]))
+    state.evaluated = record.get("evaluated", True)
     state.position, state.rows_used, state.rows_skipped = record["position"], record["rows_used"], record["rows_skipped"]
     state.best, state.metrics = record["best"], dict(record["metrics"])

@@ -151,6 +151,7 @@ def _start_together(
             world_size,
             data_cpus=worker.plan.data_cpus,
             task_cpus=worker.plan.read_task_cpus,
+            evaluated=point.evaluated,
         )
         # By reference: what Ray Train broadcasts is meant to be small.
         opened = [ray.put(GroupStart(point, iterators, listener.getsockname()))]

@@ -40,59 +40,100 @@ class Microbatch:
     batch: Batch
 
 
-def averaged_gradients(distributed: DistributedObjective, microbatches: Sequence[Microbatch], rows: int, seed: Seed) -> float:
-    """Leave the gradient of the mean loss over `rows` rows on the parameters; returns this rank's sum of losses."""
+def averaged_gradients(
+    distributed: DistributedObjective, microbatches: Sequence[Microbatch], rows: int, seed: Seed
+) -> torch.Tensor:
+    """Leave the gradient of the mean loss over `rows` rows on the parameters.
+
+    A parameter that no loss of the step used gets zeros, as DDP makes it, at any number of ranks.
+
+    Returns:
+        this rank's sum of losses, a scalar in float64, on the device.
+    """
     _, world_size = rank_and_world_size()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=distributed.device)
     if not microbatches:
         torch.autograd.backward(distributed.loss(None))
-        return 0.0
-    loss_sum = 0.0
     for number, microbatch in enumerate(microbatches):
         seed(microbatch.shard)
         with distributed.accumulating(last=number == len(microbatches) - 1):
             loss = distributed.loss(microbatch.batch)
             # DDP averages over ranks; this makes it the mean over the rows of the global batch.
             torch.autograd.backward(loss * (microbatch.count * world_size / rows))
-        loss_sum += float(loss.detach()) * microbatch.count
+        loss_sum += loss.detach().double() * microbatch.count
+    for parameter in distributed.parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     return loss_sum
 
 
-def ordered_gradients(distributed: DistributedObjective, microbatches: Sequence[Microbatch], rows: int, seed: Seed) -> float:
+def ordered_gradients(
+    distributed: DistributedObjective, microbatches: Sequence[Microbatch], rows: int, seed: Seed
+) -> torch.Tensor:
     """As `averaged_gradients`, but the same to the bit for any number of ranks.
 
-    Every shard starts from the same buffers (running statistics); afterwards they are the mean over the shards, weighted by
-    rows, added up in the same order as the gradients.
+    Every shard starts from the same buffers. Afterwards a buffer that no shard changed is as it was, to the bit. Of one that some
+    shard changed, running statistics (floating point, complex) are the mean over the shards, weighted by rows, added up in the
+    same order as the gradients; anything else, such as a counter, is as the last shard left it.
     """
-    buffers = [buffer for buffer in distributed.model.buffers() if buffer.is_floating_point()]
-    before = [buffer.clone() for buffer in buffers]
-    counters = [(buffer, buffer.clone()) for buffer in distributed.model.buffers() if not buffer.is_floating_point()]
+    buffers = [(buffer, buffer.clone()) for buffer in distributed.model.buffers()]
     own: list[torch.Tensor] = []
-    loss_sum = 0.0
+    loss_sum = torch.zeros((), dtype=torch.float64, device=distributed.device)
+    rank, world_size = rank_and_world_size()
     for microbatch in microbatches:
-        _restore(zip(buffers, before, strict=True))
-        _restore(counters)
+        _restore(buffers)
         seed(microbatch.shard)
         loss = distributed.loss(microbatch.batch)
         share = microbatch.count / rows
         grads = torch.autograd.grad(loss * share, distributed.parameters, allow_unused=True)
         known = [torch.zeros_like(p) if g is None else g for p, g in zip(distributed.parameters, grads, strict=True)]
-        own.append(torch.cat([*(g.reshape(-1) for g in known), *(b.reshape(-1) * share for b in buffers), loss.new_zeros(1)]))
-        loss_sum += float(loss.detach()) * microbatch.count
-    size = sum(p.numel() for p in distributed.parameters) + sum(b.numel() for b in buffers) + 1
-    summed = add_in_order(own, size, distributed.device)
+        changed = torch.stack([(_bits(now) != _bits(before)).any() for now, before in buffers]) if buffers else loss.new_zeros(0)
+        # How many shards changed each buffer, and how many shards each rank had, travel with the sums.
+        counts = [changed.to(loss.dtype), loss.new_tensor([float(other == rank) for other in range(world_size)])]
+        own.append(
+            torch.cat([*(g.reshape(-1) for g in known), *(_reals(now) * share for now, _ in buffers if _is_mean(now)), *counts])
+        )
+        loss_sum += loss.detach().double() * microbatch.count
+    size = sum(p.numel() for p in distributed.parameters) + sum(_reals(b).numel() for b, _ in buffers if _is_mean(b))
+    summed = add_in_order(own, size + len(buffers) + world_size, distributed.device)
     start = 0
     for parameter in distributed.parameters:
         parameter.grad = summed[start : start + parameter.numel()].view_as(parameter).clone()
         start += parameter.numel()
-    with torch.no_grad():
-        for buffer in buffers:
-            buffer.copy_(summed[start : start + buffer.numel()].view_as(buffer))
-            start += buffer.numel()
-    # Counters went up by one on every rank that had a shard; not every rank has one.
-    for buffer, _ in counters:
-        if dist.is_initialized():
-            dist.all_reduce(buffer, dist.ReduceOp.MAX)
+    _settle_buffers(buffers, summed[start:size], summed[size:].tolist())
     return loss_sum
+
+
+def _settle_buffers(buffers: Sequence[tuple[torch.Tensor, torch.Tensor]], means: torch.Tensor, counts: Sequence[float]) -> None:
+    """Give each buffer its value after a step, from the means and the counts of `ordered_gradients`; all ranks know the same."""
+    last_rank = max(rank for rank, num_shards in enumerate(counts[len(buffers) :]) if num_shards)
+    start = 0
+    with torch.no_grad():
+        for (buffer, before), num_changes in zip(buffers, counts, strict=False):
+            mean = means[start : start + _reals(buffer).numel()] if _is_mean(buffer) else None
+            start += 0 if mean is None else mean.numel()
+            if not num_changes:
+                buffer.copy_(before)
+            elif mean is not None and buffer.is_complex():
+                buffer.copy_(torch.view_as_complex(mean.view(*buffer.shape, 2)))
+            elif mean is not None:
+                buffer.copy_(mean.view_as(buffer))
+            elif dist.is_initialized():
+                dist.broadcast(buffer, last_rank)
+
+
+def _is_mean(buffer: torch.Tensor) -> bool:
+    return buffer.is_floating_point() or buffer.is_complex()
+
+
+def _reals(buffer: torch.Tensor) -> torch.Tensor:
+    """A floating-point or complex buffer as real numbers in a row."""
+    return (torch.view_as_real(buffer) if buffer.is_complex() else buffer).reshape(-1)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor: NaN equals itself there, and zero is not minus zero."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _restore(pairs: Any) -> None:
