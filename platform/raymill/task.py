@@ -145,7 +145,26 @@ class Total:
     value: torch.Tensor
 
 
-Loss = Callable[["torch.nn.Module", Batch], "torch.Tensor"]
+@dataclass(frozen=True)
+class Now:
+    """Where a run is. It follows from the position alone, so a run that was resumed sees the same.
+
+    Attributes:
+        step: the number of this optimizer step, from 1; in `after_epoch`, of the last one done.
+        epoch: in which epoch, from 0.
+        steps_per_epoch: optimizer steps of an epoch.
+        total_steps: of the job.
+        position: rows trained on since the job began, once this step is done.
+    """
+
+    step: int
+    epoch: int
+    steps_per_epoch: int
+    total_steps: int
+    position: int
+
+
+Loss = Callable[["torch.nn.Module", Batch], "torch.Tensor"] | Callable[["torch.nn.Module", Batch, Now], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
@@ -154,19 +173,29 @@ class Objective:
 
     Attributes:
         name: also the name of its optimizer in the job file, where there are several.
-        loss: (model, batch) -> the mean over the batch's rows, a scalar tensor.
+        loss: (model, batch) -> the mean over the batch's rows, a scalar tensor; with a third parameter it is given `Now`.
         trains: names of the model's submodules whose parameters it changes; empty for all of them.
+        every: it is minimised in every n-th step only.
+        from_step: the first step that it may be minimised in.
     """
 
     name: str
     loss: Loss
     trains: tuple[str, ...] = field(default=())
+    every: int = 1
+    from_step: int = 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is minimised in this step, counted from 1."""
+        return step >= self.from_step and step % self.every == 0
 
 
 class Task(Protocol):
     """What is learned. Subclass it, give `__init__` typed parameters (the job file's `model:`), and fill in.
 
     A parameter named `schema` is filled with the pipeline's schema, so that a head can take its size from the data.
+
+    State that changes while a run goes on lives in buffers of the model, which are saved; an attribute of the Task is not.
     """
 
     def build(self) -> torch.nn.Module:
@@ -174,13 +203,25 @@ class Task(Protocol):
         ...
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """The mean loss over the batch's rows, a scalar. Not needed where `objectives` is given."""
+        """The mean loss over the batch's rows, a scalar. Not needed where `objectives` is given.
+
+        An override may take a third parameter, which is given `Now`.
+        """
         name = type(self).__name__
         raise NotImplementedError(f"{name} must define loss(model, batch), or objectives()")
 
     def objectives(self) -> Sequence[Objective]:
         """What is minimised, in this order in each step. One objective named "loss" unless overridden."""
         return [Objective("loss", self.loss)]
+
+    def after_step(self, model: torch.nn.Module, now: Now) -> None:
+        """Change the model behind the optimizers of a step that was taken: clip weights, apply masks, count in a buffer.
+
+        Called on all ranks, with equal weights and buffers, without gradients, seeded by the position.
+        """
+
+    def after_epoch(self, model: torch.nn.Module, now: Now) -> None:
+        """As `after_step`, behind the last step of an epoch and before its evaluation."""
 
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> Mapping[str, torch.Tensor | Total]:
         """Measure one batch without gradients.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 
-from probes import layers, masked, mixed
+from probes import critic, gan, layers, masked, mixed
 from raymill.checkpoint import directory
 from raymill.checkpoint.snapshot import Tensors, load
 from worker_harness import Attempt, Crash, Experiment, TrainingRun
@@ -17,6 +17,7 @@ from worker_harness import Attempt, Crash, Experiment, TrainingRun
 NewRun = Callable[[Experiment], TrainingRun]
 
 PROBES: Mapping[str, Experiment] = {
+    "critic, hooks and an average": Experiment(critic.Wasserstein, gan.pipeline, critic.VALUES),
     "layers of all kinds": Experiment(layers.Layers, mixed.pipeline, layers.VALUES),
     "masks drawn in collate": Experiment(masked.FillIn, masked.pipeline, masked.VALUES),
 }
@@ -118,3 +119,45 @@ def test_a_run_that_ends_in_an_evaluation_begins_with_it_and_decides_the_same(ne
         (1, 0, 2),
         (1, 1, 2),
     ]
+
+
+# ---------------------------------------------------------------- time
+
+
+def test_an_objective_is_minimised_in_the_steps_that_it_is_due_in(new_run: NewRun) -> None:
+    run = new_run(PROBES["critic, hooks and an average"])
+    attempt = run.go(2)
+    steps = [event for event in attempt.events if event["kind"] == "step"]
+    assert [event["step"] for event in steps if "train/generator_loss" in event["metrics"]] == [6, 9, 12]
+    assert all("train/critic_loss" in event["metrics"] for event in steps)
+    found = weights(run)
+    assert (found["num_steps"], found["num_epochs"]) == (len(steps), 2)
+
+
+@pytest.mark.parametrize(("kind", "world_size"), [("ema", 1), ("swa", 2)])
+def test_an_average_is_of_the_weights_behind_each_step_and_is_what_is_evaluated(
+    new_run: NewRun, kind: str, world_size: int
+) -> None:
+    plain = Experiment(mixed.Mixed, mixed.pipeline, mixed.VALUES).with_values(
+        loop={"epochs": 1}, checkpoint={"every_steps": 1, "keep": 9}
+    )
+    behind = new_run(plain)
+    behind.go(world_size)
+    folder = behind.folder / "checkpoints"
+    states = [load(folder / name).weights for name in directory.names(folder)]
+    average = {"kind": kind, "from_step": 3} | ({"decay": 0.75} if kind == "ema" else {})
+    run = new_run(plain.with_values(loop={"epochs": 1, "average": average}))
+    attempt = run.go(world_size)
+    found = weights(run)
+    task = mixed.Mixed(mixed.SCHEMA)
+    model = task.build()
+    for name, _ in model.named_parameters():
+        third, fourth, fifth = (state[name] for state in states[2:5])
+        expected = (third + fourth + fifth) / 3 if kind == "swa" else 0.75 * (0.75 * third + 0.25 * fourth) + 0.25 * fifth
+        torch.testing.assert_close(found[name], expected)
+    model.load_state_dict(found)
+    batch = {name: torch.from_numpy(column) for name, column in mixed.make_rows(mixed.VALIDATION_ROWS, 2).items()}
+    with torch.no_grad():
+        loss = task.evaluate(model.eval(), batch)["loss"]
+    assert isinstance(loss, torch.Tensor)
+    assert attempt.first.metrics["validation/loss"] == pytest.approx(float(loss.mean()), rel=1e-5)

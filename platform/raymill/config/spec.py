@@ -79,6 +79,20 @@ OneOrSeveralSchedules = Annotated[
 ]
 
 
+class AverageSpec(StrictModel):
+    """An average of the weights over steps, which is evaluated, saved and registered in their place."""
+
+    kind: Literal["ema", "swa"] = Field(description="exponential moving average, or the mean of all")
+    decay: float = Field(default=0.999, ge=0, le=1, description="share of the old average that stays in each step, for ema")
+    from_step: int = Field(default=0, ge=0, description="first step whose weights count")
+
+    @model_validator(mode="after")
+    def _decay_is_used(self) -> Self:
+        if self.kind == "swa" and "decay" in self.model_fields_set and self.decay != AverageSpec.model_fields["decay"].default:
+            raise ValueError("decay goes with kind ema; swa counts all alike")
+        return self
+
+
 class LoopSpec(StrictModel):
     """The training loop."""
 
@@ -94,6 +108,7 @@ class LoopSpec(StrictModel):
     on_nan: Literal["stop", "skip", "rollback"] = Field(
         default="stop", description="a gradient is NaN: end the run, skip the batch, or go back and leave it out"
     )
+    average: AverageSpec | None = Field(default=None, description="null: the weights as the last step left them")
     stall_timeout_s: float = Field(default=60, gt=0, description="seconds without a step before the run is restarted")
     record_order: bool = Field(default=False, description="write the row ids of each step, for tests")
 

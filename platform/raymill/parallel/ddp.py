@@ -6,6 +6,7 @@ is what DDP wraps: so a job with two networks and two optimizers is no other cas
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raymill import faults
 from raymill.errors import InputError, Problem
 from raymill.parallel.precision import autocast
-from raymill.task import Batch, Objective
+from raymill.task import Batch, Now, Objective
 
 
 class _Tie(torch.autograd.Function):
@@ -76,7 +77,7 @@ class ForwardClock:
         return spent_s
 
     def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -89,6 +90,8 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
         self._clock = clock
+        self._takes_now = len(inspect.signature(objective.loss).parameters) > 2
+        self.now: Now | None = None
         self._loss = objective.loss
 
     def forward(self, batch: Batch | None) -> torch.Tensor:
@@ -102,7 +105,8 @@ class LossModule(nn.Module):
         self._clock.begin()
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if batch is not None:
-            return _tied(self._loss(self.model, batch), *parameters)
+            arguments = (self.model, batch, self.now) if self._takes_now else (self.model, batch)
+            return _tied(self._loss(*arguments), *parameters)
         loss = torch.zeros((), device=parameters[0].device)
         for parameter in parameters:
             loss = _tied(loss, parameter)
@@ -110,7 +114,7 @@ class LossModule(nn.Module):
 
 
 def _tied(loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-    return _Tie.apply(loss, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+    return _Tie.apply(loss, *parameters)  # type: ignore[no-any-return]
 
 
 class DistributedObjective:
@@ -152,6 +156,13 @@ class DistributedObjective:
         finally:
             for parameter, grad in zip(self._others, wanted, strict=True):
                 parameter.requires_grad_(grad)
+
+    @contextmanager
+    def in_step(self, now: Now) -> Iterator[None]:
+        """Within this, a loss is of this step, and only this objective's parameters require gradients."""
+        self._loss_module.now = now
+        with self.only_own():
+            yield
 
     def loss(self, batch: Batch | None) -> torch.Tensor:
         """The loss of a batch, computed in the job's precision."""

@@ -60,7 +60,7 @@ def begin_attempt(folder: RunFolder) -> ResumePoint:
     folder.handover_request.unlink(missing_ok=True)
     notes: list[str] = []
     name = directory.find_latest(folder.checkpoints, notes.append)
-    state = directory.read_state(folder.checkpoints / name, "position") if name else {"position": 0}
+    state: dict[str, Any] = directory.read_state(folder.checkpoints / name, "position") if name else {"position": 0}
     read = scan_events(folder.events)
     if read.num_damaged_lines:
         notes.append(f"{read.num_damaged_lines} damaged lines of {folder.events.name} were passed over")

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import assert_never
+from typing import Literal, assert_never
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from raymill.data.feed import Feed
 from raymill.data.order import num_batches
 from raymill.data.reader import Packet
 from raymill.data.rows import ROW_ID
-from raymill.data.seeds import COLLATE, STEP, seed_everything
+from raymill.data.seeds import COLLATE, HOOK, STEP, seed_everything
 from raymill.errors import CheckpointError, NumberError, RunError
 from raymill.parallel.ddp import DistributedObjective
 from raymill.parallel.gradients import Microbatch, SavedBuffers, apply, averaged_gradients, gradient_norm, ordered_gradients
@@ -41,14 +41,14 @@ from raymill.record.events import (
     TaskChanged,
 )
 from raymill.record.store import Report, ResumePoint
-from raymill.task import TRAIN, VALIDATION
+from raymill.task import TRAIN, VALIDATION, Now, Task
 from raymill.training.assembly import Job, WorkerContext
 from raymill.training.batch import to_device
 from raymill.training.evaluation import Evaluation, evaluate_batch
 from raymill.training.optimizers import optimizer_spec
 from raymill.training.outcome import Outcome
 from raymill.training.pending_step import PendingStep
-from raymill.training.state import TrainState, broken_weights, build_state, capture, restore
+from raymill.training.state import TrainState, broken_weights, build_state, capture, final_weights, restore
 from raymill.training.steps import EpochEnd, EvalEnd, EvalStep, Step, TrainEnd, TrainStep, may_stop_after, remaining_steps
 from raymill.training.stragglers import StragglerDetector
 from raymill.training.task_attributes import AttributeWatch
@@ -189,11 +189,16 @@ class _Loop:
         rows = self.count_good_rows(microbatches, batch_rows)
         skipped = step.position in self.point.skipped_positions or not rows
         metrics = StepMetrics({}, {})
+        now = self.now(step)
         for index, objective in enumerate(self.state.objectives):
-            if not skipped:
+            if not skipped and objective.objective.is_due(number):
                 skipped = not self.minimise(index, objective, microbatches, rows, step, ids, metrics)
             if objective.name in self.state.schedules:
                 self.state.schedules[objective.name].step()
+        if not skipped:
+            self.call_hook("after_step", now)
+            if self.state.average:
+                self.state.average.add(number)
         self.state.position = step.position
         self.state.rows_skipped += batch_rows - (0 if skipped else rows)
         self.finish_pending_step()
@@ -248,7 +253,7 @@ class _Loop:
         self.state.restore_modes()
         saved = SavedBuffers.of(self.state.model) if spec.loop.on_nan == "skip" else None
         compute_gradients = ordered_gradients if spec.loop.strict else averaged_gradients
-        with objective.only_own():
+        with objective.in_step(self.now(step)):
             loss_sum = compute_gradients(
                 objective,
                 microbatches,
@@ -272,6 +277,20 @@ class _Loop:
         metrics.known[f"train/{_label(name, 'gradient_norm')}"] = norm_value
         metrics.known[f"train/{_label(name, 'learning_rate')}"] = float(rate)
         return True
+
+    def now(self, step: TrainStep | TrainEnd) -> Now:
+        """The moment of a step, as the job's own code is told of it."""
+        order = self.job.order
+        number = order.step(step.position)
+        return Now(number, step.epoch, order.steps_per_epoch, self.job.plan.total_steps, step.position)
+
+    def call_hook(self, name: Literal["after_step", "after_epoch"], now: Now) -> None:
+        """Let the task change the model, if it wants to. Each rank has its own running statistics until then."""
+        if getattr(type(self.job.task), name) is not getattr(Task, name):
+            broadcast_buffers(self.state.model)
+            seed_everything(self.job.spec.loop.seed, HOOK, now.position, name == "after_epoch")
+            with torch.no_grad():
+                getattr(self.job.task, name)(self.state.model, now)
 
     def refuse(self, step: TrainStep, name: str, norm: float, ids: list[np.ndarray]) -> None:
         """Do not take a step whose gradient is not a number; the weights are as before. All ranks see the same norm.
@@ -326,6 +345,7 @@ class _Loop:
     def end_training(self, step: TrainEnd) -> None:
         """Close the epoch's pass; save before the evaluation, which may take longer than what was trained since the last save."""
         self.feed.finish(TRAIN, step.epoch, self.job.plan.train_windows)
+        self.call_hook("after_epoch", self.now(step))
         if self.job.order.validation is not None:
             self.state.evaluated = False
             self.save()
@@ -336,6 +356,8 @@ class _Loop:
         if step.batch == 0:
             # Each rank has its own running statistics since the last forward pass; the model is rank 0's.
             broadcast_buffers(self.state.model)
+            if self.state.average:
+                self.state.average.exchange()
         faults.point("evaluation_batch")
         evaluate_batch(self.job, self.context, self.state.model, self.feed, step.epoch, step.batch, self.evaluation)
         sharding = self.job.shardings[VALIDATION]
@@ -346,6 +368,8 @@ class _Loop:
     def end_evaluation(self, step: EvalEnd) -> None:
         """Add up all ranks and report."""
         self.feed.finish(VALIDATION, step.epoch, self.job.plan.validation_windows)
+        if self.state.average:
+            self.state.average.exchange()
         if self.job.spec.bad_rows.lenient:
             # A rank may have had bad rows only.
             measured = map(json.loads, all_gather_lines(json.dumps(self.evaluation.quantities())))
@@ -422,7 +446,7 @@ class _Loop:
             rows_used=self.state.rows_used,
             rows_skipped=self.state.rows_skipped,
             metrics=dict(self.state.metrics),
-            weights_sha256=weights_sha256(self.state.model.state_dict()),
+            weights_sha256=weights_sha256(final_weights(self.state)),
             rows_per_s=trained / elapsed_s if elapsed_s > 0 and trained else 0.0,
             data_wait_share=(self.feed.wait_s - self.clock.wait_before_s) / elapsed_s if elapsed_s > 0 else 0.0,
         )

@@ -15,7 +15,11 @@ from raymill.data.seeds import FIRST_WEIGHTS, seed_everything
 from raymill.errors import CheckpointError
 from raymill.parallel.ddp import DistributedObjective
 from raymill.training.assembly import Job, WorkerContext
+from raymill.training.average import WeightAverage
 from raymill.training.optimizers import make_optimizer, make_schedule, optimizer_spec
+
+TRAINED = "@trained"
+"""Beside an average, the weights that are trained, among the tensors of a checkpoint's optimizers."""
 
 
 @dataclass
@@ -33,6 +37,7 @@ class TrainState:
         rows_skipped: rows not trained on: bad ones, and those of batches that spoiled the numbers.
         best: the best value of the checkpoint metric so far.
         metrics: the last evaluation.
+        average: of the weights, where the job asks for one.
         modes: each module of the model, and whether `build` left it in training mode.
     """
 
@@ -46,6 +51,7 @@ class TrainState:
     rows_skipped: int = 0
     best: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    average: WeightAverage | None = None
     modes: Sequence[tuple[nn.Module, bool]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,7 +83,13 @@ def build_state(job: Job, context: WorkerContext) -> TrainState:
         schedule = make_schedule(job.spec, optimizer, job.plan.total_steps)
         if schedule is not None:
             schedules[name] = schedule
-    return TrainState(model, distributed, optimizers, schedules)
+    average = WeightAverage(loop.average, model) if loop.average else None
+    return TrainState(model, distributed, optimizers, schedules, average=average)
+
+
+def final_weights(state: TrainState) -> Mapping[str, torch.Tensor]:
+    """The weights and buffers that a run gives: evaluated, hashed, saved as its weights, registered."""
+    return {**state.model.state_dict(), **(state.average.averages() if state.average else {})}
 
 
 def broken_weights(model: nn.Module) -> list[str]:
@@ -107,7 +119,9 @@ def capture(state: TrainState, step: int) -> Snapshot:
                     tensors[path] = _copy(value)
                 else:
                     numbers[path] = value
-    weights = {name: _copy(tensor) for name, tensor in state.model.state_dict().items()}
+    if state.average:
+        tensors |= {f"{TRAINED}/{name}": _copy(parameter) for name, parameter in state.model.named_parameters()}
+    weights = {name: _copy(tensor) for name, tensor in final_weights(state).items()}
     record = {
         "position": state.position,
         "evaluated": state.evaluated,
@@ -116,6 +130,7 @@ def capture(state: TrainState, step: int) -> Snapshot:
         "rows_skipped": state.rows_skipped,
         "best": state.best,
         "metrics": dict(state.metrics),
+        "num_averaged": state.average.num_averaged if state.average else 0,
         "optimizer_groups": as_plain(groups),
         "optimizer_numbers": as_plain(numbers),
         "schedules": {name: as_plain(schedule.state_dict()) for name, schedule in state.schedules.items()},
@@ -140,6 +155,9 @@ def restore(state: TrainState, snapshot: Snapshot) -> None:
             f"the checkpoint does not fit the model: {error}. Restore the code and the `model:` values of the run."
         ) from error
     record = snapshot.record
+    if state.average:
+        trained = {name: snapshot.optimizer[f"{TRAINED}/{name}"] for name, _ in state.model.named_parameters()}
+        state.average.restore(trained, record["num_averaged"])
     for objective in state.objectives:
         name = objective.name
         by_index: dict[int, dict[str, Any]] = {}

@@ -46,7 +46,7 @@ def _mark(value: Any, depth: int = MAX_DEPTH) -> Any:
     if isinstance(value, torch.Tensor):
         return id(value), value._version
     if isinstance(value, np.ndarray):
-        return id(value), hashlib.sha256(np.ascontiguousarray(value).view(np.uint8)).digest() if value.dtype != object else None
+        return id(value), hashlib.sha256(value.tobytes()).digest()
     # A module's own state is its buffers; that of a module beside the model counts as soon as the model holds it.
     if depth == 0 or isinstance(value, torch.nn.Module):
         return id(value)

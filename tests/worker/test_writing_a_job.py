@@ -1,0 +1,67 @@
+"""The examples of docs/writing-a-job.md, run as they stand."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from raymill import task
+from raymill.data.seeds import unchanged_caller
+from raymill.data.sources import ArraySource
+from raymill.task import Field, Pipeline, Rows, Task
+from worker_harness import Experiment, Start, run_rank
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "writing-a-job.md"
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+VALUES: dict[str, Any] = {"optimizer": {"kind": "SGD", "lr": 0.05}, "loop": {"epochs": 2, "global_batch_rows": 8}}
+
+
+def make_rows(count: int) -> Rows:
+    x = np.random.default_rng(0).normal(size=(count, 3)).astype(np.float32)
+    return {"x": x, "y": x.sum(axis=1, keepdims=True)}
+
+
+def pipeline() -> Pipeline:
+    sources = {split: ArraySource(split, partial(make_rows, 20), 5) for split in ("train", "validation")}
+    return Pipeline(sources=sources, schema={"x": Field("float32", (3,)), "y": Field("float32", (1,))})
+
+
+def examples() -> list[Any]:
+    """The tasks of the document with the values of a job, by the name of the task or by the kind of the values."""
+    names: dict[str, Any] = {"nn": nn, "torch": torch, **vars(task)}
+    found = []
+    for language, text in BLOCKS:
+        if language == "python":
+            before = set(names)
+            exec(text, names)
+            found += [pytest.param(value, {}, id=name) for name, value in names.items() if name not in before and _is_task(value)]
+        elif language == "yaml":
+            values = yaml.safe_load(text)
+            found.append(pytest.param(names["Lines"], values, id=" ".join(values)))
+    return found
+
+
+def _is_task(value: Any) -> bool:
+    return isinstance(value, type) and Task in value.__mro__[1:]
+
+
+def test_the_document_has_examples() -> None:
+    assert len(examples()) >= 6
+
+
+@pytest.mark.parametrize(("make_task", "values"), examples())
+def test_an_example_of_the_document_trains(tmp_path: Path, make_task: Any, values: dict[str, Any]) -> None:
+    merged = {**VALUES, **values, "loop": {**VALUES["loop"], **values.get("loop", {})}}
+    experiment = Experiment(make_task, pipeline, merged)
+    with unchanged_caller():
+        outcome, events = run_rank(0, 1, 0, experiment, Start(tmp_path, 1, None, None, True))
+    assert outcome.status == "finished"
+    assert [event["step"] for event in events if event["kind"] == "task_changed"] == []
