@@ -392,6 +392,50 @@ def test_each_of_several_optimizers_is_checked(project: Path) -> None:
     assert (problem.where, problem.fix) == ("--set optimizer.b.momentun", "Did you mean 'momentum'?")
 
 
+def test_each_of_a_list_of_optimizers_is_checked_alone_or_below_an_objective(project: Path) -> None:
+    problem = only(JOB, "optimizer=[{kind: SGD, parameters: [a.*]}, {kind: SGD, momentun: 1}]")
+    assert (problem.where, problem.fix) == ("--set optimizer.1.momentun", "Did you mean 'momentum'?")
+    problem = only(JOB, "optimizer={a: [{kind: SGD}, {kind: SGD, from_step: -1}], b: {kind: SGD}}")
+    assert problem.where == "--set optimizer.a.1.from_step"
+    with pytest.raises(InputError):
+        load_job("digits", ["optimizer=[]"])
+
+
+OWN_CLASSES = """
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+class Lion(Optimizer):
+    def __init__(self, params, lr: float = 0.1, betas: tuple[float, float] = (0.9, 0.99)) -> None: ...
+
+class Sign(torch.optim.Optimizer):
+    def __init__(self, params, lr: float) -> None: ...
+
+class Steps(LRScheduler):
+    def __init__(self, optimizer, factor: float, last_epoch: int = -1) -> None: ...
+
+class Other:
+    pass
+"""
+
+
+def test_own_optimizer_and_schedule_classes_are_checked_by_their_source(project: Path) -> None:
+    (project / "jobs/digits/optim.py").write_text(OWN_CLASSES)
+    own = "jobs.digits.optim"
+    load_job(
+        "digits",
+        [f"optimizer={{kind: '{own}:Lion', lr: 1e-3, max_grad_norm: 1.0}}", f"schedule={{kind: '{own}:Steps', factor: 0.5}}"],
+    )
+    assert only(JOB, f"optimizer={{kind: '{own}:Lion', beta: 1}}").where == "--set optimizer.beta"
+    assert only(JOB, f"optimizer={{kind: '{own}:Sign'}}").where == "--set optimizer.lr"
+    assert only(JOB, f"optimizer={{kind: '{own}:Lion', params: []}}").where == "--set optimizer.params"
+    assert "torch.optim.Optimizer" in only(JOB, f"optimizer={{kind: '{own}:Other'}}").expected
+    assert "torch.optim.Optimizer" in only(JOB, f"optimizer={{kind: '{own}:Steps', factor: 0.5}}").expected
+    assert only(JOB, "optimizer={kind: 'os:system', lr: 1e-3}").where == "--set optimizer.kind"
+    assert only(JOB, f"schedule={{kind: '{own}:Steps'}}").where == "--set schedule.factor"
+
+
 def test_a_module_that_is_not_python_is_reported(project: Path) -> None:
     (project / "jobs/digits/task.py").write_text("class Digits(:")
     assert "not Python" in only(JOB).found

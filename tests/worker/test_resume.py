@@ -15,7 +15,7 @@ from raymill.checkpoint.snapshot import content, load, weights_sha256
 from raymill.config.spec import JobSpec
 from raymill.parallel.ddp import DistributedObjective
 from raymill.task import Objective
-from raymill.training.optimizers import make_optimizer, make_schedule, optimizer_spec
+from raymill.training.optimizers import make_optimizers
 from raymill.training.state import TrainState, capture, restore
 from worker_harness import Crash, Experiment, TrainingRun
 
@@ -104,6 +104,11 @@ OPTIMIZERS = [
     {"kind": "RMSprop", "lr": 0.01, "momentum": 0.9, "centered": True},
     {"kind": "NAdam", "lr": 0.01},
 ]
+GROUPS = [
+    {"kind": "AdamW", "lr": 0.01, "weight_decay": 0.0, "parameters": ["*.bias", "1.*"]},
+    {"kind": "SGD", "lr": 0.1, "momentum": 0.9, "parameters": ["2.*"], "from_step": 5},
+    {"kind": "RMSprop", "lr": 0.01},
+]
 SCHEDULES = [
     {"kind": "CosineAnnealingLR"},
     {"kind": "CosineAnnealingLR", "warmup_steps": 3},
@@ -122,22 +127,20 @@ def fresh(values: dict[str, object]) -> tuple[TrainState, JobSpec]:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     objective = Objective("loss", lambda network, batch: network(batch).square().mean())
     distributed = DistributedObjective(model, objective, "fp32", torch.device("cpu"))
-    optimizer = make_optimizer(optimizer_spec(spec, "loss", ["loss"]), distributed)
-    schedule = make_schedule(spec, optimizer, NUM_STEPS)
-    return TrainState(model, [distributed], {"loss": optimizer}, {"loss": schedule} if schedule else {}), spec
+    return TrainState(model, [distributed], {"loss": make_optimizers(spec, distributed, ["loss"], NUM_STEPS)}), spec
 
 
 def advance(state: TrainState, first: int, last: int) -> list[float]:
     rates = []
-    optimizer = state.optimizers["loss"]
+    groups = state.optimizers["loss"]
     for step in range(first, last):
-        optimizer.zero_grad()
+        state.model.zero_grad()
         batch = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
         torch.autograd.backward(state.objectives[0].loss(batch))
-        optimizer.step()
-        rates.append(float(optimizer.param_groups[0]["lr"]))
-        for schedule in state.schedules.values():
-            schedule.step()
+        for group in groups:
+            group.step(step)
+            rates.append(group.learning_rate)
+            group.advance()
     return rates
 
 
@@ -147,17 +150,19 @@ def advance(state: TrainState, first: int, last: int) -> list[float]:
     [
         *({"optimizer": optimizer, "schedule": SCHEDULES[1]} for optimizer in OPTIMIZERS),
         *({"optimizer": OPTIMIZERS[1], "schedule": schedule} for schedule in SCHEDULES),
+        {"optimizer": GROUPS, "schedule": SCHEDULES[1]},
     ],
     ids=str,
 )
 def test_steps_before_and_after_a_restore_are_the_steps_without_one(tmp_path: Path, values: dict[str, object], stop: int) -> None:
     whole, _ = fresh(values)
     rates = advance(whole, 0, NUM_STEPS)
+    num_groups = len(whole.optimizers["loss"])
 
     first, _ = fresh(values)
-    assert advance(first, 0, stop) == rates[:stop]
+    assert advance(first, 0, stop) == rates[: stop * num_groups]
     directory.save(tmp_path, "step-00000001.1", content(capture(first, stop), best=False))
     second, _ = fresh(values)
     restore(second, load(tmp_path / "step-00000001.1"))
-    assert advance(second, stop, NUM_STEPS) == rates[stop:]
+    assert advance(second, stop, NUM_STEPS) == rates[stop * num_groups :]
     assert weights_sha256(second.model.state_dict()) == weights_sha256(whole.model.state_dict())

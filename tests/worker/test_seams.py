@@ -9,15 +9,17 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 
-from probes import critic, gan, layers, masked, mixed
+from probes import critic, gan, layers, masked, mixed, transfer
 from raymill.checkpoint import directory
 from raymill.checkpoint.snapshot import Tensors, load
+from raymill.errors import InputError
 from worker_harness import Attempt, Crash, Experiment, TrainingRun
 
 NewRun = Callable[[Experiment], TrainingRun]
 
 PROBES: Mapping[str, Experiment] = {
     "critic, hooks and an average": Experiment(critic.Wasserstein, gan.pipeline, critic.VALUES),
+    "a trunk unfrozen, three optimizers": Experiment(transfer.Transfer, mixed.pipeline, transfer.VALUES),
     "layers of all kinds": Experiment(layers.Layers, mixed.pipeline, layers.VALUES),
     "masks drawn in collate": Experiment(masked.FillIn, masked.pipeline, masked.VALUES),
 }
@@ -161,3 +163,30 @@ def test_an_average_is_of_the_weights_behind_each_step_and_is_what_is_evaluated(
         loss = task.evaluate(model.eval(), batch)["loss"]
     assert isinstance(loss, torch.Tensor)
     assert attempt.first.metrics["validation/loss"] == pytest.approx(float(loss.mean()), rel=1e-5)
+
+
+# ---------------------------------------------------------------- optimizers by parameters
+
+
+def test_a_trunk_stays_until_its_first_step_and_norms_are_not_decayed(new_run: NewRun) -> None:
+    experiment = PROBES["a trunk unfrozen, three optimizers"]
+    run = new_run(experiment.with_values(checkpoint={"every_steps": 1, "keep": 20}))
+    attempt = run.go(1)
+    folder = run.folder / "checkpoints"
+    states = {int(name[5:13]): load(folder / name).weights for name in directory.names(folder)}
+    assert torch.equal(states[1]["trunk.weight"], states[transfer.UNFROZEN_FROM - 1]["trunk.weight"])
+    assert not torch.equal(states[transfer.UNFROZEN_FROM - 1]["trunk.weight"], states[transfer.UNFROZEN_FROM]["trunk.weight"])
+    assert not torch.equal(states[1]["head.weight"], states[2]["head.weight"])
+    rates = ["train/learning_rate", "train/learning_rate_2", "train/learning_rate_3"]
+    assert set(rates) <= set(attempt.metrics("step")[0])
+
+
+def test_patterns_that_fit_nothing_and_parameters_that_none_fits_are_refused_together(new_run: NewRun) -> None:
+    optimizer = [{"kind": "SGD", "lr": 0.1, "parameters": ["trunc.*"]}, {"kind": "SGD", "lr": 0.1, "parameters": ["head.*"]}]
+    experiment = Experiment(transfer.Transfer, mixed.pipeline, {**transfer.VALUES, "optimizer": optimizer})
+    with pytest.raises(InputError) as caught:
+        new_run(experiment).go(1)
+    first, second = caught.value.problems
+    assert first.where == "optimizer.0.parameters"
+    assert "trunc" in first.found
+    assert "trunk.weight" in second.found

@@ -33,11 +33,21 @@ from raymill.errors import InputError, Problem, did_you_mean
 
 ALLOWED = frozenset({"jobs", "pipelines"})
 
-MARKS = {"class": ("raymill.task", "Task"), "function": ("raymill.task", "Pipeline")}
-"""What code must say of itself before a job may name it: a class derives from Task, a function returns a Pipeline."""
+MARKS = {
+    "class": ("raymill.task", "Task"),
+    "function": ("raymill.task", "Pipeline"),
+    "optimizer": ("torch.optim", "Optimizer"),
+    "schedule": ("torch.optim.lr_scheduler", "LRScheduler"),
+}
+"""What code must say of itself before a job may name it: a class derives from this one, a function returns a Pipeline."""
 
 MARK_PROBLEMS = {
     "class": ("a subclass of raymill.task.Task", "Write `class {name}(Task):`."),
+    "optimizer": ("a subclass of torch.optim.Optimizer", "Write `class {name}(torch.optim.Optimizer):`."),
+    "schedule": (
+        "a subclass of torch.optim.lr_scheduler.LRScheduler",
+        "Write `class {name}(torch.optim.lr_scheduler.LRScheduler):`.",
+    ),
     "function": ("a function annotated with what it returns, a raymill.task.Pipeline", "Write `def {name}(...) -> Pipeline:`."),
 }
 """Per kind: what was expected, and what to do."""
@@ -49,8 +59,9 @@ _PACKAGE = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 @dataclass(frozen=True)
 class _Kind:
-    """One family of torch classes that a job may name."""
+    """One family of torch classes that a job may name, or its own after their kind; see `MARKS`."""
 
+    code: str
     module: str
     own_fields: frozenset[str]
     filled: frozenset[str]
@@ -60,6 +71,7 @@ class _Kind:
 
 
 _OPTIMIZER = _Kind(
+    code="optimizer",
     module="torch.optim",
     own_fields=frozenset(OptimizerSpec.model_fields),
     filled=frozenset({"params"}),
@@ -68,6 +80,7 @@ _OPTIMIZER = _Kind(
     refused={"LBFGS": "its step must be able to compute the loss again"},
 )
 _SCHEDULE = _Kind(
+    code="schedule",
     module="torch.optim.lr_scheduler",
     own_fields=frozenset(ScheduleSpec.model_fields),
     filled=frozenset({"optimizer", "last_epoch"}),
@@ -156,12 +169,13 @@ def find_code(import_path: str, field: str, kind: str, packages: Packages) -> Si
 
     Args:
         field: where the import path stands in the job.
-        kind: "class" or "function".
+        kind: one of `MARKS`.
 
     Raises:
         InputError: when it may not be named or is not there.
     """
-    form = "package.module:Class" if kind == "class" else "package.module:function"
+    category = "function" if kind == "function" else "class"
+    form = "package.module:function" if kind == "function" else "package.module:Class"
 
     def refusal(found: str, expected: str, fix: str) -> InputError:
         return InputError([Problem(field, found, expected, fix)])
@@ -182,12 +196,12 @@ def find_code(import_path: str, field: str, kind: str, packages: Packages) -> Si
             found_in = " or ".join(map(str, packages.locations(top))) or f"a package {top!r}, which is not there"
             raise refusal(f"the module {name!r}", f"a source file in {found_in}", fix)
         signature = read_signature(module, attribute, packages.locate)
-        if signature is None or signature.kind != kind:
-            fix = did_you_mean(attribute, _definitions(module, kind, packages))
-            raise refusal(f"{attribute!r}", f"a {kind} at the top level of {name}, from an allowed package", fix)
+        if signature is None or signature.kind != category:
+            fix = did_you_mean(attribute, _definitions(module, category, packages))
+            raise refusal(f"{attribute!r}", f"a {category} at the top level of {name}, from an allowed package", fix)
         expected, fix = MARK_PROBLEMS[kind]
         if not is_marked(module, attribute, *MARKS[kind], packages.locate):
-            raise refusal(f"{attribute!r}, a {kind} without the mark of one", expected, fix.format(name=attribute))
+            raise refusal(f"{attribute!r}, a {category} without the mark of one", expected, fix.format(name=attribute))
     except (SyntaxError, ValueError) as error:
         raise refusal(f"a file that is not Python: {error}", "a module that can be parsed", "Correct it.") from error
     return signature
@@ -205,16 +219,18 @@ def check_names(values: Mapping[str, Any], packages: Packages) -> list[Problem]:
     problems = _check_code("task", "class", values, "model", packages)
     problems += _check_code("pipeline", "function", values, "data", packages)
     optimizer, schedule = values.get("optimizer"), values.get("schedule")
+    by_field = {"optimizer": optimizer}
     if isinstance(optimizer, dict) and "kind" not in optimizer:
-        for name, given in optimizer.items():
-            problems += _check_torch(f"optimizer.{name}", given, _OPTIMIZER)
-    else:
-        problems += _check_torch("optimizer", optimizer, _OPTIMIZER)
+        by_field = {f"optimizer.{name}": own for name, own in optimizer.items()}
+    for field, own in by_field.items():
+        groups = {f"{field}.{number}": given for number, given in enumerate(own)} if isinstance(own, list) else {field: own}
+        for where, given in groups.items():
+            problems += _check_class(where, given, _OPTIMIZER, packages)
     if isinstance(schedule, list):
         for position, given in enumerate(schedule):
-            problems += _check_torch(f"schedule.{position}", given, _SCHEDULE)
+            problems += _check_class(f"schedule.{position}", given, _SCHEDULE, packages)
     else:
-        problems += _check_torch("schedule", schedule, _SCHEDULE)
+        problems += _check_class("schedule", schedule, _SCHEDULE, packages)
     return problems
 
 
@@ -249,9 +265,21 @@ def argument_names(values: Mapping[str, Any], packages: Packages) -> dict[str, s
     return names
 
 
-def _check_torch(field: str, given: Any, kind: _Kind) -> list[Problem]:
+def _check_class(field: str, given: Any, kind: _Kind, packages: Packages) -> list[Problem]:
+    """A class of torch by its name, or one of the job's own code by its import path."""
     if not isinstance(given, dict) or not isinstance(name := given.get("kind"), str):
         return []
+    if ":" not in name:
+        return _check_torch(field, name, given, kind)
+    try:
+        signature = find_code(name, f"{field}.kind", kind.code, packages)
+    except InputError as error:
+        return list(error.problems)
+    arguments = {key: value for key, value in given.items() if key not in kind.own_fields}
+    return check_arguments(signature, arguments, field, ignore=kind.filled, derived=kind.derived)
+
+
+def _check_torch(field: str, name: str, given: Mapping[str, Any], kind: _Kind) -> list[Problem]:
     packages = _TORCH
     module = read_module(kind.module, packages.locate)
     if module is None:

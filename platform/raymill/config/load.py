@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -219,6 +219,15 @@ def import_task(spec: JobSpec, schema: Schema) -> Task:
     return cast("Task", task_class(**spec.model, **given))
 
 
+def import_class(import_path: str, field: str, kind: Literal["optimizer", "schedule"]) -> Any:
+    """Import a job's own optimizer or schedule class.
+
+    Raises:
+        InputError: when it may not be imported, or cannot be.
+    """
+    return _import_code(import_path, field, kind)
+
+
 def resolved(spec: JobSpec) -> dict[str, Any]:
     """The job as JSON-ready values with every default written out; `JobSpec.model_validate` reads it back equal."""
     return spec.model_dump(mode="json", by_alias=True)
@@ -356,7 +365,10 @@ def _path(details: Mapping[str, Any]) -> list[str]:
     """The field path of a pydantic error."""
     parts = [str(part) for part in details["loc"]]
     if parts[0] in ("optimizer", "schedule"):
-        del parts[1:2]  # pydantic puts the tag of the chosen shape there
+        # Pydantic puts the tag of the chosen shape there, and again below the name of an objective.
+        del parts[1:2]
+        if parts[0] == "optimizer" and details["loc"][1:2] == ("several",):
+            del parts[2:3]
     return parts
 
 

@@ -36,11 +36,11 @@ class StrictModel(BaseModel):
 
 
 class ClassSpec(StrictModel):
-    """A class of a library by name, with its arguments beside it: `{kind: AdamW, lr: 1e-3}`."""
+    """A class by name, with its arguments beside it: `{kind: AdamW, lr: 1e-3}`; one of the job's own by its import path."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
-    kind: str = Field(description="class name")
+    kind: str = Field(description="class name, or package.module:Class")
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -52,6 +52,10 @@ class OptimizerSpec(ClassSpec):
     """Any class of torch.optim; its arguments are checked against its signature."""
 
     max_grad_norm: float | None = Field(default=None, gt=0, description="largest gradient norm; null: no clipping")
+    parameters: list[str] | None = Field(
+        default=None, description="patterns of parameter names, in a list; null: all that are left"
+    )
+    from_step: int = Field(default=0, ge=0, description="its first step; until then its parameters stay as they are")
 
 
 class ScheduleSpec(ClassSpec):
@@ -61,17 +65,32 @@ class ScheduleSpec(ClassSpec):
     steps: Positive | None = Field(default=None, description="steps it lasts, in a list of schedules; null: the rest")
 
 
+def _is_optimizer(value: Any) -> bool:
+    items = value if isinstance(value, list) and value else [value]
+    return all(isinstance(item, dict | ClassSpec) for item in items)
+
+
 def _one_or_several(value: Any) -> str:
     # A plain union would report every error once per member; the shape decides which member is meant.
     many = isinstance(value, list) or (
-        isinstance(value, dict) and bool(value) and all(isinstance(item, dict | ClassSpec) for item in value.values())
+        isinstance(value, dict) and bool(value) and all(_is_optimizer(item) for item in value.values())
     )
     return "several" if many else "one"
 
 
+def _optimizer_shape(value: Any) -> str:
+    return "groups" if isinstance(value, list) else _one_or_several(value)
+
+
+OneOrGroups = Annotated[
+    Annotated[OptimizerSpec, Tag("one")] | Annotated[list[OptimizerSpec], Field(min_length=1), Tag("groups")],
+    Discriminator(_optimizer_shape),
+]
 OneOrSeveralOptimizers = Annotated[
-    Annotated[OptimizerSpec, Tag("one")] | Annotated[dict[str, OptimizerSpec], Tag("several")],
-    Discriminator(_one_or_several),
+    Annotated[OptimizerSpec, Tag("one")]
+    | Annotated[list[OptimizerSpec], Field(min_length=1), Tag("groups")]
+    | Annotated[dict[str, OneOrGroups], Tag("several")],
+    Discriminator(_optimizer_shape),
 ]
 OneOrSeveralSchedules = Annotated[
     Annotated[ScheduleSpec, Tag("one")] | Annotated[list[ScheduleSpec], Tag("several")],
@@ -209,7 +228,7 @@ class JobSpec(StrictModel):
     pipeline: str = Field(description="import path of the function that makes the Pipeline, package.module:function")
     model: dict[str, Any] = Field(default_factory=dict, description="arguments of the task")
     data: dict[str, Any] = Field(default_factory=dict, description="arguments of the pipeline")
-    optimizer: OneOrSeveralOptimizers = Field(description="one, or one per objective by name")
+    optimizer: OneOrSeveralOptimizers = Field(description="one, several by parameters in a list, or either per objective by name")
     schedule: OneOrSeveralSchedules | None = Field(default=None, description="learning-rate schedule")
     loop: LoopSpec = Field(default_factory=LoopSpec)
     scale: ScaleSpec = Field(default_factory=ScaleSpec)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim import Optimizer
 
 from raymill.parallel.ddp import DistributedObjective
 from raymill.parallel.process_group import broadcast_buffers, rank_and_world_size
@@ -159,13 +158,6 @@ def add_in_order(own: Sequence[torch.Tensor], size: int, device: torch.device) -
     if world_size > 1:
         dist.broadcast(running, src=world_size - 1)
     return running
-
-
-def apply(distributed: DistributedObjective, optimizer: Optimizer, norm: torch.Tensor, max_grad_norm: float | None) -> None:
-    """Clip the gradient to a norm, if one is given, and let the optimizer step."""
-    if max_grad_norm is not None:
-        nn.utils.clip_grads_with_norm_(distributed.parameters, max_grad_norm, norm)
-    optimizer.step()
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from raymill.data.rows import ROW_ID
 from raymill.data.seeds import COLLATE, HOOK, STEP, seed_everything
 from raymill.errors import CheckpointError, NumberError, RunError
 from raymill.parallel.ddp import DistributedObjective
-from raymill.parallel.gradients import Microbatch, SavedBuffers, apply, averaged_gradients, gradient_norm, ordered_gradients
+from raymill.parallel.gradients import Microbatch, SavedBuffers, averaged_gradients, gradient_norm, ordered_gradients
 from raymill.parallel.process_group import all_gather, all_gather_integers, all_gather_lines, broadcast_buffers
 from raymill.record.events import (
     EvaluationDone,
@@ -45,7 +45,6 @@ from raymill.task import TRAIN, VALIDATION, Now, Task
 from raymill.training.assembly import Job, WorkerContext
 from raymill.training.batch import to_device
 from raymill.training.evaluation import Evaluation, evaluate_batch
-from raymill.training.optimizers import optimizer_spec
 from raymill.training.outcome import Outcome
 from raymill.training.pending_step import PendingStep
 from raymill.training.state import TrainState, broken_weights, build_state, capture, final_weights, restore
@@ -193,8 +192,8 @@ class _Loop:
         for index, objective in enumerate(self.state.objectives):
             if not skipped and objective.objective.is_due(number):
                 skipped = not self.minimise(index, objective, microbatches, rows, step, ids, metrics)
-            if objective.name in self.state.schedules:
-                self.state.schedules[objective.name].step()
+            for group in self.state.optimizers[objective.name]:
+                group.advance()
         if not skipped:
             self.call_hook("after_step", now)
             if self.state.average:
@@ -248,8 +247,9 @@ class _Loop:
     ) -> bool:
         """One optimizer step of one objective; adds to the metrics. Returns False for a step that was refused."""
         name, spec = objective.name, self.job.spec
-        optimizer = self.state.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
+        groups, number = self.state.optimizers[name], self.job.order.step(step.position)
+        for group in groups:
+            group.optimizer.zero_grad(set_to_none=True)
         self.state.restore_modes()
         saved = SavedBuffers.of(self.state.model) if spec.loop.on_nan == "skip" else None
         compute_gradients = ordered_gradients if spec.loop.strict else averaged_gradients
@@ -261,6 +261,8 @@ class _Loop:
                 lambda shard: seed_everything(spec.loop.seed, STEP, step.position, shard, index),
             )
         faults.point("after_backward")
+        for group in groups:
+            group.hold_back(number)
         norm = gradient_norm(objective.parameters)
         # The one time in a step that the device is waited for.
         norm_value, loss_sum_value = torch.stack([norm.double(), loss_sum]).tolist()
@@ -269,13 +271,13 @@ class _Loop:
             if saved is not None:
                 saved.restore()
             return False
-        max_grad_norm = optimizer_spec(spec, name, [one.name for one in self.state.objectives]).max_grad_norm
-        rate = optimizer.param_groups[0]["lr"]
-        apply(objective, optimizer, norm, max_grad_norm)
+        rates = {f"learning_rate{f'_{place}' if place > 1 else ''}": group.learning_rate for place, group in enumerate(groups, 1)}
+        for group in groups:
+            group.step(number)
         faults.point("after_optimizer")
         metrics.losses[f"train/{_label(name, 'loss')}"] = loss_sum_value / rows
         metrics.known[f"train/{_label(name, 'gradient_norm')}"] = norm_value
-        metrics.known[f"train/{_label(name, 'learning_rate')}"] = float(rate)
+        metrics.known |= {f"train/{_label(name, quantity)}": rate for quantity, rate in rates.items()}
         return True
 
     def now(self, step: TrainStep | TrainEnd) -> Now:

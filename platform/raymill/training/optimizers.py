@@ -1,43 +1,141 @@
-"""Optimizers and learning-rate schedules, from what the job file says."""
+"""Optimizers and learning-rate schedules, from what the job file says.
+
+An objective's parameters are dealt out to one optimizer or several, by patterns of their names; each has its schedule. Gradients
+are computed once, then each optimizer steps.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
+from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
+from raymill.config import load
 from raymill.config.spec import JobSpec, OptimizerSpec, ScheduleSpec
 from raymill.errors import InputError, Problem
 from raymill.parallel.ddp import DistributedObjective
+from raymill.parallel.gradients import gradient_norm
 
 
-def make_optimizer(spec: OptimizerSpec, distributed: DistributedObjective) -> Optimizer:
-    """The objective's optimizer, over its parameters."""
-    return getattr(torch.optim, spec.kind)(distributed.parameters, **spec.arguments)  # type: ignore[no-any-return]
+@dataclass(frozen=True)
+class GroupOptimizer:
+    """One optimizer, over some of an objective's parameters.
+
+    Attributes:
+        spec: what the job file says of it.
+        names: its parameters' names in the model.
+        parameters: the parameters, in the same order.
+        optimizer: torch's own, or the job's.
+        schedule: of its learning rate, if there is one.
+    """
+
+    spec: OptimizerSpec
+    names: Sequence[str]
+    parameters: Sequence[nn.Parameter]
+    optimizer: Optimizer
+    schedule: lr_scheduler.LRScheduler | None
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def hold_back(self, step: int) -> None:
+        """Before its first step, its parameters are as if they had no gradient."""
+        if step < self.spec.from_step:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def advance(self) -> None:
+        """Take the schedule a step of the job further. Torch would have the optimizer step first, which it may not do yet."""
+        if self.schedule is not None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+                self.schedule.step()
+
+    def step(self, step: int) -> None:
+        """Clip the gradient to a norm, if one is given, and step."""
+        if step < self.spec.from_step:
+            return
+        if self.spec.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.spec.max_grad_norm, gradient_norm(self.parameters))
+        self.optimizer.step()
 
 
-def optimizer_spec(spec: JobSpec, objective: str, objectives: Sequence[str]) -> OptimizerSpec:
-    """The optimizer of an objective.
+def make_optimizers(
+    spec: JobSpec, distributed: DistributedObjective, objectives: Sequence[str], steps: int
+) -> list[GroupOptimizer]:
+    """The optimizers of an objective, over its parameters.
+
+    Args:
+        objectives: the names of all objectives of the task.
+        steps: of the whole job.
+
+    Raises:
+        InputError: with every pattern that names no parameter, and parameters that no pattern names.
+    """
+    specs, where = optimizer_specs(spec, distributed.name, objectives)
+    made = []
+    left = dict(zip(distributed.names, distributed.parameters, strict=True))
+    problems = []
+    for number, one in enumerate(specs):
+        own = [name for name in left if one.parameters is None or any(fnmatchcase(name, p) for p in one.parameters)]
+        if not own:
+            found = "no parameters left" if one.parameters is None else f"patterns {one.parameters}, which no parameter left fits"
+            fix = "Correct the patterns: the first that fits a name takes it, and * stands for any letters."
+            problems.append(Problem(f"{where}.{number}.parameters", found, f"patterns for some of {shown(left)}", fix))
+            continue
+        made.append((one, {name: left.pop(name) for name in own}))
+    if left:
+        fix = "Leave out `parameters` in the last, which then takes all that are left; or freeze them in build()."
+        problems.append(Problem(where, f"optimizers for none of {shown(left)}", "one for each parameter", fix))
+    if problems:
+        raise InputError(problems)
+    return [_group(spec, one, own, f"{where}.{number}", steps) for number, (one, own) in enumerate(made)]
+
+
+def shown(names: Sequence[str] | dict[str, nn.Parameter], most: int = 8) -> str:
+    """The first of these names, for messages."""
+    return f"{list(names)[:most]}" + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _group(spec: JobSpec, one: OptimizerSpec, own: dict[str, nn.Parameter], where: str, steps: int) -> GroupOptimizer:
+    own_code = ":" in one.kind
+    made_class = load.import_class(one.kind, f"{where}.kind", "optimizer") if own_code else getattr(torch.optim, one.kind)
+    try:
+        optimizer = made_class(list(own.values()), **one.arguments)
+    except (ValueError, TypeError) as error:
+        fix = "Change its arguments, or give it other parameters."
+        raise InputError([Problem(where, f"{one.kind} over {shown(own)}: {error}", "what the optimizer takes", fix)]) from error
+    return GroupOptimizer(one, list(own), list(own.values()), optimizer, make_schedule(spec, optimizer, steps))
+
+
+def optimizer_specs(spec: JobSpec, objective: str, objectives: Sequence[str]) -> tuple[list[OptimizerSpec], str]:
+    """The optimizers of an objective, and the field that holds them.
 
     Raises:
         InputError: when the job names optimizers that are not the task's objectives.
     """
-    if isinstance(spec.optimizer, OptimizerSpec):
-        return spec.optimizer
-    if set(spec.optimizer) != set(objectives):
+    given = spec.optimizer
+    if not isinstance(given, dict):
+        return (given if isinstance(given, list) else [given]), "optimizer"
+    if set(given) != set(objectives):
         raise InputError(
             [
                 Problem(
                     "optimizer",
-                    f"optimizers for {sorted(spec.optimizer)}",
+                    f"optimizers for {sorted(given)}",
                     f"one for each objective of the task: {sorted(objectives)}",
                     "Name them so in the job file, or give one optimizer with `kind` for all.",
                 )
             ]
         )
-    return spec.optimizer[objective]
+    own = given[objective]
+    return (own if isinstance(own, list) else [own]), f"optimizer.{objective}"
 
 
 def make_schedule(spec: JobSpec, optimizer: Optimizer, total_steps: int) -> lr_scheduler.LRScheduler | None:
@@ -70,4 +168,6 @@ def _schedule_part(spec: ScheduleSpec, optimizer: Optimizer, steps: int) -> lr_s
         arguments.setdefault("T_max", steps)
     if spec.kind == "OneCycleLR" and "epochs" not in arguments:
         arguments.setdefault("total_steps", steps)
-    return getattr(lr_scheduler, spec.kind)(optimizer, **arguments)  # type: ignore[no-any-return]
+    own_code = ":" in spec.kind
+    made_class = load.import_class(spec.kind, "schedule.kind", "schedule") if own_code else getattr(lr_scheduler, spec.kind)
+    return made_class(optimizer, **arguments)  # type: ignore[no-any-return]

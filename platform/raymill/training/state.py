@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer, lr_scheduler
 
 from raymill.checkpoint.snapshot import Snapshot, Tensors, as_plain, from_plain
 from raymill.data.seeds import FIRST_WEIGHTS, seed_everything
@@ -16,7 +15,7 @@ from raymill.errors import CheckpointError
 from raymill.parallel.ddp import DistributedObjective
 from raymill.training.assembly import Job, WorkerContext
 from raymill.training.average import WeightAverage
-from raymill.training.optimizers import make_optimizer, make_schedule, optimizer_spec
+from raymill.training.optimizers import GroupOptimizer, make_optimizers
 
 TRAINED = "@trained"
 """Beside an average, the weights that are trained, among the tensors of a checkpoint's optimizers."""
@@ -29,8 +28,7 @@ class TrainState:
     Attributes:
         model: the model itself, not a wrapper.
         objectives: per objective, in the task's order, what is trained.
-        optimizers: objective -> its optimizer.
-        schedules: objective -> its learning-rate schedule, where there is one.
+        optimizers: objective -> its optimizers, each over some of its parameters, with their learning-rate schedules.
         position: rows trained on since the start of the job.
         evaluated: at an epoch's end, whether its evaluation is done too.
         rows_used: the same, counted from what ranks really received, less what was skipped.
@@ -43,8 +41,7 @@ class TrainState:
 
     model: nn.Module
     objectives: Sequence[DistributedObjective]
-    optimizers: Mapping[str, Optimizer]
-    schedules: Mapping[str, lr_scheduler.LRScheduler]
+    optimizers: Mapping[str, Sequence[GroupOptimizer]]
     position: int = 0
     evaluated: bool = True
     rows_used: int = 0
@@ -77,14 +74,9 @@ def build_state(job: Job, context: WorkerContext) -> TrainState:
     ]
     for one in distributed:
         one.warm_up()
-    optimizers = {one.name: make_optimizer(optimizer_spec(job.spec, one.objective.name, names), one) for one in distributed}
-    schedules = {}
-    for name, optimizer in optimizers.items():
-        schedule = make_schedule(job.spec, optimizer, job.plan.total_steps)
-        if schedule is not None:
-            schedules[name] = schedule
+    optimizers = {one.name: make_optimizers(job.spec, one, names, job.plan.total_steps) for one in distributed}
     average = WeightAverage(loop.average, model) if loop.average else None
-    return TrainState(model, distributed, optimizers, schedules, average=average)
+    return TrainState(model, distributed, optimizers, average=average)
 
 
 def final_weights(state: TrainState) -> Mapping[str, torch.Tensor]:
@@ -107,18 +99,20 @@ def capture(state: TrainState, step: int) -> Snapshot:
     """Copy the state to the CPU."""
     tensors: Tensors = {}
     numbers: dict[str, Any] = {}
-    groups: dict[str, Any] = {}
-    for objective in state.objectives:
-        name = objective.name
-        saved = state.optimizers[name].state_dict()
-        groups[name] = saved["param_groups"]
+    param_groups: dict[str, Any] = {}
+    schedules: dict[str, Any] = {}
+    for name, place, group in _groups(state):
+        saved = group.optimizer.state_dict()
+        param_groups.setdefault(name, []).extend(saved["param_groups"])
         for index, values in saved["state"].items():
             for value_name, value in values.items():
-                path = f"{name}/{objective.names[index]}/{value_name}"
+                path = f"{name}/{group.names[index]}/{value_name}"
                 if isinstance(value, torch.Tensor):
                     tensors[path] = _copy(value)
                 else:
                     numbers[path] = value
+        if group.schedule is not None:
+            schedules[place] = as_plain(group.schedule.state_dict())
     if state.average:
         tensors |= {f"{TRAINED}/{name}": _copy(parameter) for name, parameter in state.model.named_parameters()}
     weights = {name: _copy(tensor) for name, tensor in final_weights(state).items()}
@@ -131,9 +125,9 @@ def capture(state: TrainState, step: int) -> Snapshot:
         "best": state.best,
         "metrics": dict(state.metrics),
         "num_averaged": state.average.num_averaged if state.average else 0,
-        "optimizer_groups": as_plain(groups),
+        "optimizer_groups": as_plain(param_groups),
         "optimizer_numbers": as_plain(numbers),
-        "schedules": {name: as_plain(schedule.state_dict()) for name, schedule in state.schedules.items()},
+        "schedules": schedules,
     }
     return Snapshot(weights, tensors, record)
 
@@ -158,19 +152,27 @@ def restore(state: TrainState, snapshot: Snapshot) -> None:
     if state.average:
         trained = {name: snapshot.optimizer[f"{TRAINED}/{name}"] for name, _ in state.model.named_parameters()}
         state.average.restore(trained, record["num_averaged"])
-    for objective in state.objectives:
-        name = objective.name
+    saved_groups = {name: iter(from_plain(groups)) for name, groups in record["optimizer_groups"].items()}
+    for name, place, group in _groups(state):
         by_index: dict[int, dict[str, Any]] = {}
-        for index, parameter in enumerate(objective.names):
+        for index, parameter in enumerate(group.names):
             prefix = f"{name}/{parameter}/"
             found = {path.removeprefix(prefix): value for path, value in snapshot.optimizer.items() if path.startswith(prefix)}
             plain = record["optimizer_numbers"]
             found |= {path.removeprefix(prefix): from_plain(plain[path]) for path in plain if path.startswith(prefix)}
             if found:
                 by_index[index] = found
-        state.optimizers[name].load_state_dict({"state": by_index, "param_groups": from_plain(record["optimizer_groups"][name])})
-    for name, schedule in state.schedules.items():
-        schedule.load_state_dict(from_plain(record["schedules"][name]))
+        own = [next(saved_groups[name]) for _ in group.optimizer.param_groups]
+        group.optimizer.load_state_dict({"state": by_index, "param_groups": own})
+        if group.schedule is not None:
+            group.schedule.load_state_dict(from_plain(record["schedules"][place]))
     state.evaluated = record.get("evaluated", True)
     state.position, state.rows_used, state.rows_skipped = record["position"], record["rows_used"], record["rows_skipped"]
     state.best, state.metrics = record["best"], dict(record["metrics"])
+
+
+def _groups(state: TrainState) -> Iterator[tuple[str, str, GroupOptimizer]]:
+    """Each optimizer with its objective's name, and with a name of its own: the same, numbered from the second on."""
+    for name, groups in state.optimizers.items():
+        for number, group in enumerate(groups):
+            yield name, f"{name}/{number}" if number else name, group
