@@ -28,6 +28,9 @@ from raymill.cli.runs import show_evaluations
 from raymill.errors import InputError, Problem
 from raymill.redaction import for_people
 
+MUCH_WAITING = 0.1
+"""The share of an evaluation's time from which on waiting for data is worth a word."""
+
 
 def init(
     folder: Annotated[Path, typer.Argument(help="the folder to make")],
@@ -128,7 +131,10 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
     if recoveries := summary["recoveries"]:
         each = ", ".join(f"{one['seconds']:.1f} s" for one in recoveries)
         table.add_row("went on by itself", f"{len(recoveries)} times; from the last step to the next: {each}")
-    table.add_row("waiting for data", f"{summary['data_wait_share']:.1%} of the time")
+    waited = f"{summary['data_wait_share']:.1%} of the time"
+    if summary["evaluation_wait_share"] >= MUCH_WAITING:
+        waited += f"; {summary['evaluation_wait_share']:.1%} in evaluations"
+    table.add_row("waiting for data", waited)
     model = summary.get("model")
     if model:
         table.add_row("model", f"{model['name']} version {model['version']}, alias {model['alias']}")

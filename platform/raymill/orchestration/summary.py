@@ -84,6 +84,7 @@ def summarise(folder: RunFolder, planned: Plan, spec: JobSpec, outcome: Outcome)
         ],
         "rows_per_s": round(outcome.rows_per_s, 1),
         "data_wait_share": round(outcome.data_wait_share, 4),
+        "evaluation_wait_share": round(outcome.evaluation_wait_share, 4),
         "seconds_to_first_step": round(first_step_s, 2) if first_step_s is not None else None,
         "num_workers": starts[-1].num_workers,
         "ended_s": time.time(),
