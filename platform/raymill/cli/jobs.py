@@ -93,6 +93,9 @@ def train(
     workers: WorkersOption = None,
     resume: Annotated[str | None, typer.Option("--resume", help="id of an interrupted or failed run")] = None,
     in_process: InProcessOption = False,
+    accept_code_changes: Annotated[
+        bool, typer.Option("--accept-code-changes", help="with --resume: go on though the job's own code changed")
+    ] = False,
     json_: JsonOption = False,
 ) -> None:
     """Run a job: train, track, register."""
@@ -105,12 +108,22 @@ def train(
         if resume is not None and set_:
             fix = "Resume it as it was, or start a new run."
             raise InputError([Problem("--set", "--resume with changed values", "the values of the run", fix)])
+        if resume is None and accept_code_changes:
+            fix = "A new run takes the code as it is: leave the option out."
+            raise InputError([Problem("--accept-code-changes", "no --resume", "a run to go on with", fix)])
         console = plain_console(stderr=True)
         started_s = psutil.Process().create_time()
         if job is not None:
             summary = api.train_job(job, overrides(set_, workers), in_process=in_process, console=console, started_s=started_s)
         else:
-            summary = api.resume_run(str(resume), workers, in_process=in_process, console=console, started_s=started_s)
+            summary = api.resume_run(
+                str(resume),
+                workers,
+                in_process=in_process,
+                accept_code_changes=accept_code_changes,
+                console=console,
+                started_s=started_s,
+            )
         emit(summary, json_, lambda console: _show_summary(console, summary))
 
 

@@ -11,6 +11,7 @@ from raymill.checkpoint.directory import read_pointer, read_state
 from raymill.config.plan import Plan
 from raymill.config.spec import JobSpec
 from raymill.files import read_record, write_record
+from raymill.record import kept_code
 from raymill.record.bad_row_ledger import summarise_bad_rows
 from raymill.record.catalog import evaluations
 from raymill.record.events import (
@@ -75,6 +76,7 @@ def summarise(folder: RunFolder, planned: Plan, spec: JobSpec, outcome: Outcome)
             "remaining": remaining,
             "total": total,
         },
+        "code_changed": kept_code.accepted_changes(folder.path),
         "degraded": bad["distinct"] > 0,
         "bad_rows": bad,
         "stragglers": [
