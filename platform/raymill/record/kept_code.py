@@ -244,7 +244,7 @@ def notes(folder: Path) -> list[str]:
     """What people should know of a run's code when an attempt begins."""
     record = read(folder)
     if record is None:
-        return ["the code that this run began with is not known"]
+        return []
     found = []
     for earlier in record.earlier:
         if earlier.digest is None:
