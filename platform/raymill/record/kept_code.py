@@ -256,5 +256,6 @@ def notes(folder: Path) -> list[str]:
         why = "; ".join(sorted(set(record.not_kept.values())))
         found.append(f"not kept of the code: {', '.join(sorted(record.not_kept)[:5])}: {why}")
     now = versions()
-    others = [f"{name} {then} then, {now.get(name)} now" for name, then in record.libraries.items() if now.get(name) != then]
+    known = [(name, then, now.get(name)) for name, then in record.libraries.items()]
+    others = [f"{name} {then} then, {new} now" for name, then, new in known if then and new and then != new]
     return [*found, *([f"other libraries than when the run began: {', '.join(others)}"] if others else [])]
