@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import pyarrow as pa
 import pytest
 
+from raymill.config.spec import JobSpec
+from raymill.data import ray_stream
 from raymill.errors import CheckpointError, InputError, RunError
 from raymill.files import write_record
 from raymill.record import kept_code
 from raymill.record.folder import RunFolder
 from raymill.record.store import begin_attempt
 from raymill.redaction import code_holds_secret
+from raymill.training import assembly
 
 CODE = {"jobs/mine/task.py": b"a = 1\nb = 2\nc = 3\n", "jobs/mine/net.py": b"width = 8\n"}
 
@@ -150,3 +155,22 @@ def test_a_record_that_was_changed_leads_to_no_file_outside_its_folder(folder: R
         assert record is not None
         [change] = kept_code.changes_since(inner.path, record, {})
         assert (change.kind, change.lines_removed) == ("missing", None)
+
+
+def test_a_process_that_begins_to_read_holds_the_code_against_the_runs_before_it_reads() -> None:
+    reader = MagicMock(run="a run", check_code=MagicMock(side_effect=InputError([])))
+    with pytest.raises(InputError):
+        next(ray_stream._read_block(pa.table({"id": [0]}), reader, MagicMock()))
+    reader.read.assert_not_called()
+
+
+def test_workers_name_the_file_and_both_ways_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "code_of", lambda spec: {**CODE, "jobs/mine/net.py": b""})
+    spec = JobSpec.model_validate({"name": "mine", "task": "jobs.mine.task:T", "pipeline": "-", "optimizer": {"kind": "SGD"}})
+    assembly.refuse_other_code("run-1", kept_code.sha256s({**CODE, "jobs/mine/net.py": b""}), spec)
+    with pytest.raises(InputError) as caught:
+        assembly.refuse_other_code("run-1", kept_code.sha256s(CODE), spec)
+    [problem] = caught.value.problems
+    assert (problem.where, problem.found) == ("jobs/mine/net.py", "changed")
+    assert "Undo that and type --resume run-1, or" in problem.fix
+    assert problem.fix.endswith("--resume run-1 --accept-code-changes")

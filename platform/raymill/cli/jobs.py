@@ -144,6 +144,8 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
     if recoveries := summary["recoveries"]:
         each = ", ".join(f"{one['seconds']:.1f} s" for one in recoveries)
         table.add_row("went on by itself", f"{len(recoveries)} times; from the last step to the next: {each}")
+    for change in summary["code_changed"]:
+        table.add_row("code", f"{change['file']} {change['kind']} after step {change['after_step']}")
     waited = f"{summary['data_wait_share']:.1%} of the time"
     if summary["evaluation_wait_share"] >= MUCH_WAITING:
         waited += f"; {summary['evaluation_wait_share']:.1%} in evaluations"
