@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from raymill.config.code_lookup import Packages
-from raymill.config.job_code import read_code
+from raymill.config.job_code import code_of, code_when_imported, read_code
+from raymill.config.spec import JobSpec
 
 
 def project(root: Path, files: Mapping[str, str]) -> Packages:
@@ -68,3 +69,16 @@ def test_the_init_of_each_package_on_the_way_runs_too(tmp_path: Path) -> None:
 def test_a_file_that_is_not_python_is_code_that_leads_nowhere(tmp_path: Path) -> None:
     files = {"jobs/task": "from jobs import broken, far", "jobs/broken": "def (", "jobs/far": "from .... import x"}
     assert reached(tmp_path, "jobs.task", files) == ["jobs/broken.py", "jobs/far.py", "jobs/task.py"]
+
+
+def test_what_a_process_has_imported_stays_the_code_it_saw_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project(tmp_path, {"jobs/mine/task": "width = 8"})
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    spec = JobSpec.model_validate(
+        {"name": "mine", "task": "jobs.mine.task:T", "pipeline": "jobs.mine.task:p", "optimizer": {"kind": "SGD"}}
+    )
+    assert code_when_imported(spec)["jobs/mine/task.py"] == b"width = 8"
+    (tmp_path / "jobs" / "mine" / "task.py").write_text("width = 9")
+    assert code_when_imported(spec)["jobs/mine/task.py"] == b"width = 8"
+    assert code_of(spec)["jobs/mine/task.py"] == b"width = 9"

@@ -165,7 +165,7 @@ def test_a_process_that_begins_to_read_holds_the_code_against_the_runs_before_it
 
 
 def test_workers_name_the_file_and_both_ways_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "code_of", lambda spec: {**CODE, "jobs/mine/net.py": b""})
+    monkeypatch.setattr(assembly, "code_when_imported", lambda spec: {**CODE, "jobs/mine/net.py": b""})
     spec = JobSpec.model_validate({"name": "mine", "task": "jobs.mine.task:T", "pipeline": "-", "optimizer": {"kind": "SGD"}})
     assembly.refuse_other_code("run-1", kept_code.sha256s({**CODE, "jobs/mine/net.py": b""}), spec)
     with pytest.raises(InputError) as caught:

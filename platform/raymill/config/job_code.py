@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -19,7 +20,24 @@ from raymill.paths import project_root
 
 def code_of(spec: JobSpec) -> dict[str, bytes]:
     """The code of a job as it stands in this project now; see `read_code`."""
-    return read_code([spec.task.partition(":")[0], spec.pipeline.partition(":")[0]], project_packages(project_root()))
+    return read_code(_modules(spec), project_packages(project_root()))
+
+
+def code_when_imported(spec: JobSpec) -> dict[str, bytes]:
+    """The code of a job as it stood when this process first asked, which is to be right after importing it.
+
+    A process imports a module once. What is edited later is not what runs there, and a process may stand by for hours.
+    """
+    return _first_seen(*_modules(spec))
+
+
+def _modules(spec: JobSpec) -> list[str]:
+    return [spec.task.partition(":")[0], spec.pipeline.partition(":")[0]]
+
+
+@cache
+def _first_seen(*modules: str) -> dict[str, bytes]:
+    return read_code(modules, project_packages(project_root()))
 
 
 def read_code(modules: Sequence[str], packages: Packages) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from raymill.config import load
-from raymill.config.job_code import code_of
+from raymill.config.job_code import code_when_imported
 from raymill.config.plan import Plan, batch_sharding, job_order
 from raymill.config.spec import JobSpec
 from raymill.data.manifest import Manifest
@@ -118,7 +118,7 @@ def assemble(
 
 
 def refuse_other_code(run_id: str, recorded: Mapping[str, str], spec: JobSpec) -> None:
-    """To be called where the job's code has just been imported: it must be the code that the run was trained with so far.
+    """The code that this process has imported must be the code that the run was trained with so far.
 
     Args:
         recorded: name -> SHA-256 of each file of the run's code.
@@ -126,7 +126,7 @@ def refuse_other_code(run_id: str, recorded: Mapping[str, str], spec: JobSpec) -
     Raises:
         InputError: names each file that differs.
     """
-    if found := kept_code.changes(recorded, code_of(spec)):
+    if found := kept_code.changes(recorded, code_when_imported(spec)):
         raise InputError(kept_code.problems(run_id, found))
 
 

@@ -20,6 +20,7 @@ import ray.train
 
 from raymill import faults, startup_gc
 from raymill.config import load
+from raymill.config.job_code import code_when_imported
 from raymill.config.plan import Plan
 from raymill.config.spec import JobSpec
 from raymill.data import ray_stream
@@ -125,12 +126,14 @@ def _import_all(worker: WorkerConfig, rank: int) -> None:
     for name in ("raymill.training.loop", "ray.data", "torch._dynamo"):
         importlib.import_module(name)
     load.import_task(worker.spec, load.import_pipeline(worker.spec).schema)
+    code_when_imported(worker.spec)
     if rank == 0:
         ray.get(imported)
 
 
 def _import_reading(spec: JobSpec) -> None:
     load.import_pipeline(spec)
+    code_when_imported(spec)
     importlib.import_module("ray.data")
 
 
