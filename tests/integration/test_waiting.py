@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -14,6 +15,7 @@ from raymill.record.events import StepDone, read_events
 pytestmark = pytest.mark.integration
 
 READ_S, LOSS_S = 0.3, 0.05
+FREE_STEPS = 12
 
 TASK = '''
 import json, os, time
@@ -95,10 +97,12 @@ def test_the_share_of_waiting_on_ray_is_the_true_one(tmp_path: Path) -> None:
     ranks = [[json.loads(line) for line in (notes / f"rank-{rank}").read_text().splitlines()[-num_steps:]] for rank in (0, 1)]
     begun_s = [max(rank[step][0] for rank in ranks) for step in range(num_steps)]
     ended_s = [max(rank[step][1] for rank in ranks) for step in range(num_steps)]
-    # Between the end of a step's last forward pass and the beginning of the next one's, hardly anything is done but waiting.
-    waited_s = sum(begun - ended for ended, begun in zip(ended_s[:-1], begun_s[1:], strict=True))
-    true = waited_s / (begun_s[-1] - begun_s[0])
-    assert 0.4 < true < 0.9, "the sleeps are what takes the time"
+    # From the last forward pass of a step to the last one's beginning in the next: exchange, optimizer, rows. How long that takes
+    # with all rows there, the first steps say, whose windows were read freely; what it takes longer later is waiting.
+    gaps_s = [begun - ended for ended, begun in zip(ended_s[:-1], begun_s[1:], strict=True)]
+    usual_s = median(gaps_s[:FREE_STEPS])
+    true = sum(max(0.0, gap_s - usual_s) for gap_s in gaps_s) / (begun_s[-1] - begun_s[0])
+    assert 0.3 < true < 0.9, "the sleeps are what takes the time"
     assert summary["data_wait_share"] == pytest.approx(true, abs=0.05)
     steps = [event for event in read_events(home.folder().events)[0] if isinstance(event, StepDone)]
     assert steps[-1].data_wait_share == pytest.approx(summary["data_wait_share"], abs=0.01)
