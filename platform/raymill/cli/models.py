@@ -39,6 +39,8 @@ def show_model(model: ModelArgument, json_: JsonOption = False) -> None:
             **found["metrics"],
             "weights SHA-256": found["weights_sha256"],
             "data SHA-256": found["data_digest"],
+            "code SHA-256": found["code_digest"],
+            "its code": found["code"],
         }
         emit(found, json_, lambda console: show_values(console, values))
 
