@@ -149,26 +149,48 @@ def run(run_id: str) -> Run:
     return Run(catalog.find_run(run_id).run_id)
 
 
-def resume(run_id: str, *, workers: int | None = None, in_process: bool = False, quiet: bool = False) -> Run:
+def resume(
+    run_id: str,
+    *,
+    workers: int | None = None,
+    in_process: bool = False,
+    accept_code_changes: bool = False,
+    quiet: bool = False,
+) -> Run:
     """Go on with an interrupted or failed run from its last checkpoint; errors as those of `Job.train`.
 
     Args:
         workers: another number of workers; None: the same.
         in_process: in this process, whatever it was begun on.
+        accept_code_changes: go on though the job's own code is another one now; the weights will be others too.
     """
-    resume_run(run_id, workers, in_process=in_process, console=_console(quiet), started_s=time.time())
+    resume_run(
+        run_id,
+        workers,
+        in_process=in_process,
+        accept_code_changes=accept_code_changes,
+        console=_console(quiet),
+        started_s=time.time(),
+    )
     return Run(run_id)
 
 
 def resume_run(
-    run_id: str, workers: int | None, *, in_process: bool, console: Console | None, started_s: float
+    run_id: str,
+    workers: int | None,
+    *,
+    in_process: bool,
+    accept_code_changes: bool,
+    console: Console | None,
+    started_s: float,
 ) -> dict[str, Any]:
     """See `resume` and `train_job`; returns the summary."""
     executor = executors.choose(this_process=in_process)
     if executor.only_one_worker and workers is not None:
         _refuse_workers(f"scale.workers={workers}")
     with ExitStack() as stack:
-        return runner.resume(run_id, workers, executor, _watch(stack, console, in_process), started_s)
+        watch = _watch(stack, console, in_process)
+        return runner.resume(run_id, workers, executor, watch, started_s, accept_code_changes=accept_code_changes)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ it (`redact`). Of a text only the part that looks like a secret is replaced (`re
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import sys
@@ -213,3 +214,41 @@ def _typed(text: str) -> Any:
 def _words(name: str) -> list[str]:
     """The words of a name, in lower case: dbPassword, X-Amz-Signature, data.api_key."""
     return re.findall(r"[a-z0-9]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
+
+
+# ---------------------------------------------------------------- source code
+
+
+def code_holds_secret(source: bytes) -> bool:
+    """Whether a text in the code looks like a secret, by the name it is given or as part of an address."""
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError, RecursionError):
+        nodes = []
+    return any(any(find_secrets({name: text})) for node in nodes for name, text in _named_texts(node))
+
+
+def _named_texts(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """(name, text) of each text that a node gives to a name: in an assignment, a call, a dict or as a default."""
+    pairs: list[tuple[str, ast.expr | None]] = []
+    if isinstance(node, ast.Assign):
+        pairs = [(_last_part(target), node.value) for target in node.targets]
+    elif isinstance(node, ast.AnnAssign):
+        pairs = [(_last_part(node.target), node.value)]
+    elif isinstance(node, ast.keyword):
+        pairs = [(node.arg or "", node.value)]
+    elif isinstance(node, ast.Dict):
+        pairs = [
+            (str(key.value), value) for key, value in zip(node.keys, node.values, strict=True) if isinstance(key, ast.Constant)
+        ]
+    elif isinstance(node, ast.arguments):
+        given = [*node.posonlyargs, *node.args][::-1]
+        pairs = [(one.arg, value) for one, value in zip(given, node.defaults[::-1], strict=False)]
+        pairs += [(one.arg, value) for one, value in zip(node.kwonlyargs, node.kw_defaults, strict=True)]
+    for name, value in pairs:
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            yield name or "text", value.value
+
+
+def _last_part(target: ast.expr) -> str:
+    return ast.unparse(target).rpartition(".")[2]

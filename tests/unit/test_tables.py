@@ -146,6 +146,8 @@ SUMMARY: dict[str, Any] = {
     "degraded": False,
     "recoveries": [],
     "data_wait_share": 0.1,
+    "evaluation_wait_share": 0.0,
+    "code_changed": [],
 }
 
 
@@ -167,7 +169,7 @@ def test_models_are_listed_and_shown_with_dates_and_whole_hashes(monkeypatch: py
     assert header.split("  ")[0] == "model"
     assert line.split() == ["digits", "3", "candidate", "3", "2027-01-15", "13:00:00"]
     version = {"name": "digits", "version": 3, "aliases": ["candidate"], "run_id": RUN, "metrics": {"validation/iou": 0.123456}}
-    found = version | {"weights_sha256": DIGEST, "data_digest": DIGEST, "created_s": START_S}
+    found = version | {"weights_sha256": DIGEST, "data_digest": DIGEST, "code_digest": DIGEST, "code": None, "created_s": START_S}
     monkeypatch.setattr(registry, "show_model", lambda reference: found)
     lines = CliRunner().invoke(app, ["models", "show", "digits/3"]).stdout.splitlines()
     assert f"weights SHA-256  {DIGEST}" in lines
@@ -189,7 +191,8 @@ def notes_of(executor: Executor, error: Exception, folder: RunFolder, monkeypatc
     folder.path.mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(runner, "write_record", lambda path, values: None)
     monkeypatch.setattr(runner.load, "resolved", lambda spec: {})
-    prepared: Any = type("Prepared", (), {"spec": None, "plan": type("Plan", (), {"as_record": lambda self: {}})()})()
+    plan = type("Plan", (), {"as_record": lambda self: {}})()
+    prepared: Any = type("Prepared", (), {"spec": None, "code": {}, "plan": plan})()
     with pytest.raises(type(error)) as caught:
         runner._execute(folder, prepared, failing(executor, error), lambda folder: lambda event: None, 0.0)
     return list(getattr(caught.value, "__notes__", []))

@@ -28,6 +28,9 @@ from raymill.cli.runs import show_evaluations
 from raymill.errors import InputError, Problem
 from raymill.redaction import for_people
 
+MUCH_WAITING = 0.1
+"""The share of an evaluation's time from which on waiting for data is worth a word."""
+
 
 def init(
     folder: Annotated[Path, typer.Argument(help="the folder to make")],
@@ -90,6 +93,9 @@ def train(
     workers: WorkersOption = None,
     resume: Annotated[str | None, typer.Option("--resume", help="id of an interrupted or failed run")] = None,
     in_process: InProcessOption = False,
+    accept_code_changes: Annotated[
+        bool, typer.Option("--accept-code-changes", help="with --resume: go on though the job's own code changed")
+    ] = False,
     json_: JsonOption = False,
 ) -> None:
     """Run a job: train, track, register."""
@@ -102,12 +108,22 @@ def train(
         if resume is not None and set_:
             fix = "Resume it as it was, or start a new run."
             raise InputError([Problem("--set", "--resume with changed values", "the values of the run", fix)])
+        if resume is None and accept_code_changes:
+            fix = "A new run takes the code as it is: leave the option out."
+            raise InputError([Problem("--accept-code-changes", "no --resume", "a run to go on with", fix)])
         console = plain_console(stderr=True)
         started_s = psutil.Process().create_time()
         if job is not None:
             summary = api.train_job(job, overrides(set_, workers), in_process=in_process, console=console, started_s=started_s)
         else:
-            summary = api.resume_run(str(resume), workers, in_process=in_process, console=console, started_s=started_s)
+            summary = api.resume_run(
+                str(resume),
+                workers,
+                in_process=in_process,
+                accept_code_changes=accept_code_changes,
+                console=console,
+                started_s=started_s,
+            )
         emit(summary, json_, lambda console: _show_summary(console, summary))
 
 
@@ -128,7 +144,12 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
     if recoveries := summary["recoveries"]:
         each = ", ".join(f"{one['seconds']:.1f} s" for one in recoveries)
         table.add_row("went on by itself", f"{len(recoveries)} times; from the last step to the next: {each}")
-    table.add_row("waiting for data", f"{summary['data_wait_share']:.1%} of the time")
+    for change in summary["code_changed"]:
+        table.add_row("code", f"{change['file']} {change['kind']} after step {change['after_step']}")
+    waited = f"{summary['data_wait_share']:.1%} of the time"
+    if summary["evaluation_wait_share"] >= MUCH_WAITING:
+        waited += f"; {summary['evaluation_wait_share']:.1%} in evaluations"
+    table.add_row("waiting for data", waited)
     model = summary.get("model")
     if model:
         table.add_row("model", f"{model['name']} version {model['version']}, alias {model['alias']}")

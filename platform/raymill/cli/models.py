@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from raymill.cli.output import JsonOption, ModelArgument, emit, errors, moment, plain_console, show_table, show_values
+from raymill.redaction import for_people
 
 app = typer.Typer(help="Browse registered models.", no_args_is_help=True)
 
@@ -38,6 +39,8 @@ def show_model(model: ModelArgument, json_: JsonOption = False) -> None:
             **found["metrics"],
             "weights SHA-256": found["weights_sha256"],
             "data SHA-256": found["data_digest"],
+            "code SHA-256": found["code_digest"],
+            "its code": found["code"],
         }
         emit(found, json_, lambda console: show_values(console, values))
 
@@ -48,8 +51,21 @@ def evaluate(model: ModelArgument, json_: JsonOption = False) -> None:
         from raymill.models.evaluate import evaluate as evaluate_model
 
         result = evaluate_model(model)
+        for line in _about_code(result["code_changed"]):
+            plain_console(stderr=True).print(for_people(line), soft_wrap=True)
         values = {"model": model, **result["metrics"], "rows": result["rows"]}
         emit(result, json_, lambda console: show_values(console, values))
+
+
+def _about_code(changed: list[dict[str, Any]] | None) -> list[str]:
+    from raymill.record.kept_code import FileChange
+
+    if changed is None:
+        return ["note: the code that trained this model is not known; today's was used"]
+    if not changed:
+        return []
+    what = [f"  {FileChange.model_validate(change)}" for change in changed]
+    return ["note: this model was trained with other code than today's, which was used; how today's differs:", *what]
 
 
 def ui(port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 5000) -> None:

@@ -83,6 +83,7 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
         **{f"last {name}": value for name, value in sorted(_last_metrics(facts).items())},
         "model": facts["version"],
         "MLflow run": facts["mlflow_run_id"],
+        "its code": facts["code"],
         **({"damaged lines": facts["damaged_lines"]} if "damaged_lines" in facts else {}),
     }
     show_values(console, values)

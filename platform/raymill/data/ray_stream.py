@@ -41,6 +41,8 @@ def _read_block(block: pa.Table, reader: Reader, stream: Stream) -> Iterator[pa.
     # One reader per process: its cache of epoch orders is what makes a window cheap to find.
     cached = _readers.get(reader.run)
     if cached is None:
+        # Ray starts reading processes whenever it needs some, so code that was edited during the run may get in here.
+        reader.check_code()
         _readers.clear()
         cached = _readers[reader.run] = reader
     for index in block["id"].to_pylist():

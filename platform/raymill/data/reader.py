@@ -6,7 +6,7 @@ A window is read and transformed once, whatever the number of ranks. `ray_stream
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,6 +50,7 @@ class Reader:
         fragments: split -> its fragments, as in the manifest.
         pipeline: where rows come from.
         lenient: leave bad rows out, rather than raise.
+        check_code: is called once in each process that reads, when the pipeline's code is imported; raises if it is another.
     """
 
     run: str
@@ -58,6 +59,7 @@ class Reader:
     fragments: Mapping[str, Sequence[Fragment]]
     pipeline: Pipeline
     lenient: bool = False
+    check_code: Callable[[], None] = lambda: None
 
     def read(self, item: Item) -> list[Packet]:
         """Read one window and cut it into a packet for each rank.

@@ -33,7 +33,8 @@ def evaluate(reference: str) -> dict[str, Any]:
         reference: name@alias, name/version, or the id of a run, which means its best checkpoint.
 
     Returns:
-        model, run_id, rows, metrics (name -> mean over all rows) and totals (name -> nested lists).
+        model, run_id, rows, metrics (name -> mean over all rows), totals (name -> nested lists), and code_changed: how today's
+        code, which measures, differs from the code that trained the model (see `FileChange`); None: that code is not known.
 
     Raises:
         InputError: when there is no such model, or its job has no validation rows.
@@ -41,6 +42,7 @@ def evaluate(reference: str) -> dict[str, Any]:
         DataError: when the rows cannot be read.
     """
     trained = find_model(reference)
+    changed = trained.code_changes()
     values, totals, num_rows = evaluate_all(trained)
     return {
         "model": trained.name,
@@ -48,6 +50,7 @@ def evaluate(reference: str) -> dict[str, Any]:
         "rows": num_rows,
         "metrics": {f"{VALIDATION}/{name}": value for name, value in values.items()},
         "totals": {f"{VALIDATION}/{name}": total for name, total in totals.items()},
+        "code_changed": None if changed is None else [change.model_dump() for change in changed],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,9 @@ class Predictor:
             InputError, CheckpointError, TrackingError: see `find_model`.
         """
         trained = find_model(reference)
+        if changed := trained.code_changes():
+            what = ", ".join(map(str, changed))
+            warnings.warn(f"{reference} was trained with other code than today's, which runs now: {what}", stacklevel=3)
         pipeline = load.import_pipeline(trained.spec)
         task = load.import_task(trained.spec, pipeline.schema)
         return cls(trained, pipeline, task, trained.build(task))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raymill.checkpoint.directory import WEIGHTS, file_sha256, read_state, verify, write_checksums
+from raymill.config.job_code import code_of
 from raymill.config.load import import_pipeline, import_task
 from raymill.config.spec import JobSpec
 from raymill.data.bad_rows import read_good_rows
@@ -22,7 +23,8 @@ from raymill.data.rows import ROW_ID, join, num_rows, take
 from raymill.errors import CheckpointError, InputError, Problem, RunError
 from raymill.files import read_record, write_record
 from raymill.models import exported
-from raymill.models.registry import DATA_TAG, METRICS_TAG, MODEL_TAG, RUN_ID_TAG, WEIGHTS_TAG
+from raymill.models.registry import CODE_TAG, DATA_TAG, METRICS_TAG, MODEL_TAG, RUN_ID_TAG, WEIGHTS_TAG
+from raymill.record import kept_code
 from raymill.record.catalog import data_digest
 from raymill.record.events import RunFinished, read_events
 from raymill.record.folder import RunFolder
@@ -87,6 +89,9 @@ def _make_version(
 ) -> MlflowVersion:
     import mlflow
 
+    if (code := kept_code.read(folder.path)) is not None:
+        kept_code.refuse_to_export(folder, code, code_of(spec))
+        tags[CODE_TAG] = code.digest
     model, inputs = rebuild(spec, checkpoint)
     run = client.get_run(read_record(folder.delivery)["mlflow_run_id"])
     logged = client.create_logged_model(run.info.experiment_id, "model", source_run_id=run.info.run_id, tags=tags)
@@ -159,6 +164,7 @@ def _files_beside(folder: RunFolder, checkpoint: Path, beside: Path) -> list[str
         write_record(beside / path.name, read_record(path))
     shutil.copyfile(checkpoint / WEIGHTS, beside / WEIGHTS)
     write_checksums(beside)
+    kept_code.copy(folder.path, beside)
     return [str(path) for path in sorted(beside.iterdir())]
 
 

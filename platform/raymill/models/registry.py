@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 
-RUN_ID_TAG, WEIGHTS_TAG, MODEL_TAG, DATA_TAG, METRICS_TAG = (
-    f"raymill.{name}" for name in ("run_id", "weights_sha256", "model_sha256", "data_digest", "metrics")
+RUN_ID_TAG, WEIGHTS_TAG, MODEL_TAG, DATA_TAG, METRICS_TAG, CODE_TAG = (
+    f"raymill.{name}" for name in ("run_id", "weights_sha256", "model_sha256", "data_digest", "metrics", "code_digest")
 )
 
 VERSION_FILES = (WEIGHTS, "spec.json", "plan.json", "data_manifest.json")
@@ -74,7 +74,8 @@ def list_models() -> list[dict[str, Any]]:
 
 
 def show_model(reference: str) -> dict[str, Any]:
-    """What is known of one version: name, version, aliases, run_id, metrics, weights_sha256, data_digest, created_s.
+    """What is known of one version: name, version, aliases, run_id, metrics, weights_sha256, data_digest, code_digest, code
+    (where MLflow keeps the code that trained it), created_s.
 
     Raises:
         InputError: when there is no such model.
@@ -91,6 +92,8 @@ def show_model(reference: str) -> dict[str, Any]:
             "metrics": dict(found.metrics),
             "weights_sha256": version.tags.get(WEIGHTS_TAG),
             "data_digest": version.tags.get(DATA_TAG),
+            "code": f"{found.uri}/extra_files/code" if version.tags.get(CODE_TAG) else None,
+            "code_digest": version.tags.get(CODE_TAG),
             "created_s": version.creation_timestamp / 1000,
         }
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raymill.checkpoint.directory import WEIGHTS, read_pointer, read_state, verify
+from raymill.config.job_code import code_of
 from raymill.config.plan import Plan
 from raymill.config.spec import JobSpec
 from raymill.errors import CheckpointError, InputError, Problem
 from raymill.files import read_record
 from raymill.models import registry
+from raymill.record import kept_code
 from raymill.record.folder import RunFolder, is_run_id, run_folder
 from raymill.task import Task
 
@@ -31,6 +33,7 @@ class Trained:
         weights_sha256: what the weights must hash to, as a checkpoint or the registry says.
         spec: its job.
         plan: the numbers that it was trained by.
+        records: the folder that says so, and that keeps the job's code.
     """
 
     name: str
@@ -39,6 +42,16 @@ class Trained:
     weights_sha256: str
     spec: JobSpec
     plan: Plan
+    records: Path
+
+    def code_changes(self) -> list[kept_code.FileChange] | None:
+        """How today's code, which is what runs, differs from the code that trained it; None: that code is not known.
+
+        Raises:
+            CheckpointError: what is kept of it is damaged.
+        """
+        record = kept_code.read(self.records)
+        return None if record is None else kept_code.changes_since(self.records, record, code_of(self.spec))
 
     def load_weights(self) -> Mapping[str, torch.Tensor]:
         """The weights, on the CPU.
@@ -116,4 +129,4 @@ def _trained(name: str, run_id: str, weights: Path, weights_sha256: str, records
         planned = Plan.from_record(read_record(records / "plan.json"))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{records}: the job or the plan of {name} cannot be read: {error}. {_AGAIN}") from error
-    return Trained(name, run_id, weights / WEIGHTS, weights_sha256, spec, planned)
+    return Trained(name, run_id, weights / WEIGHTS, weights_sha256, spec, planned, records)

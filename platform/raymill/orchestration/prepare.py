@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from raymill.config import load, plan
+from raymill.config.job_code import code_of
 from raymill.config.plan import ClusterFacts, Plan
 from raymill.config.spec import JobSpec
 from raymill.data import manifest
@@ -13,6 +15,7 @@ from raymill.data.manifest import Manifest
 from raymill.errors import InputError, Problem
 from raymill.files import read_record
 from raymill.orchestration.cluster_facts import unsafe_variables
+from raymill.record import kept_code
 from raymill.record.catalog import find_run, show_run
 from raymill.record.folder import RunFolder
 from raymill.task import Pipeline
@@ -28,12 +31,14 @@ class Prepared:
         pipeline: its data.
         manifest: what the data hold now.
         plan: every derived number.
+        code: the job's own code, as it is now; see `job_code`.
     """
 
     spec: JobSpec
     pipeline: Pipeline
     manifest: Manifest
     plan: Plan
+    code: Mapping[str, bytes]
 
 
 def prepare(job: load.LoadedJob, facts: ClusterFacts) -> Prepared:
@@ -58,17 +63,20 @@ def prepare(job: load.LoadedJob, facts: ClusterFacts) -> Prepared:
         problems += plan.find_problems(job.spec, taken, facts, job.where)
     if problems or pipeline is None or taken is None:
         raise InputError(problems)
-    return Prepared(job.spec, pipeline, taken, plan.make_plan(job.spec, taken, facts, job.where))
+    return Prepared(job.spec, pipeline, taken, plan.make_plan(job.spec, taken, facts, job.where), code_of(job.spec))
 
 
-def prepare_resume(run_id: str, num_workers: int | None, facts: ClusterFacts) -> tuple[RunFolder, Prepared]:
-    """Check whether a run can go on, with its data as they were.
+def prepare_resume(
+    run_id: str, num_workers: int | None, facts: ClusterFacts, *, accept_code_changes: bool = False
+) -> tuple[RunFolder, Prepared]:
+    """Check whether a run can go on, with its data and its code as they were.
 
     Args:
         num_workers: another number of workers, or None for the same.
+        accept_code_changes: go on with other code too, which ends with other weights.
 
     Raises:
-        InputError: when there is no such run, it is finished, or its data changed.
+        InputError: when there is no such run, it is finished, its data changed, or its code did.
     """
     if problems := [*unsafe_variables(os.environ), *store_problems()]:
         raise InputError(problems)
@@ -77,12 +85,15 @@ def prepare_resume(run_id: str, num_workers: int | None, facts: ClusterFacts) ->
         found = "a run that is finished" if known["status"] == "finished" else known["message"]
         raise InputError([Problem(f"--resume {run_id}", found, "an interrupted or failed run", "Start a new run.")])
     spec, recorded_manifest = _read_records(folder, num_workers)
+    code, recorded_code = code_of(spec), kept_code.read(folder.path)
+    if recorded_code and not accept_code_changes and (other := kept_code.changes_since(folder.path, recorded_code, code)):
+        raise InputError(kept_code.problems(run_id, other))
     pipeline = load.import_pipeline(spec)
     taken = manifest.take_manifest(pipeline, lenient=spec.bad_rows.lenient)
     if changed := manifest.differences(recorded_manifest, taken):
         raise InputError(changed)
     planned = plan.make_plan(spec, taken, facts, lambda field: f"run {run_id} {field}")
-    return folder, Prepared(spec, pipeline, taken, planned)
+    return folder, Prepared(spec, pipeline, taken, planned, code)
 
 
 def _read_records(folder: RunFolder, num_workers: int | None) -> tuple[JobSpec, Manifest]:

@@ -11,9 +11,10 @@ from raymill.config import load
 from raymill.data import manifest
 from raymill.errors import Interrupted
 from raymill.files import make_private_folder, run_lock, write_record
-from raymill.orchestration.attempts import Show
+from raymill.orchestration.attempts import Show, committed_step
 from raymill.orchestration.executors import Executor
 from raymill.orchestration.prepare import Prepared, prepare_resume
+from raymill.record import kept_code
 from raymill.record.environment import environment
 from raymill.record.folder import RunFolder, run_folder
 
@@ -45,19 +46,22 @@ def train(prepared: Prepared, executor: Executor, watch: Watch, started_s: float
     return _execute(folder, prepared, executor, watch, started_s)
 
 
-def resume(run_id: str, num_workers: int | None, executor: Executor, watch: Watch, started_s: float) -> dict[str, Any]:
+def resume(
+    run_id: str, num_workers: int | None, executor: Executor, watch: Watch, started_s: float, *, accept_code_changes: bool = False
+) -> dict[str, Any]:
     """Go on with an interrupted or failed run from its last checkpoint; arguments and errors as those of `train`.
 
     Args:
         run_id: which run.
         num_workers: another number of workers, or None for the same.
+        accept_code_changes: go on though the job's own code is another one now.
 
     Raises:
-        InputError: when there is no such run, it is finished, or its data changed.
+        InputError: when there is no such run, it is finished, its data changed, or its code did.
     """
     if executor.only_one_worker:
         num_workers = 1
-    folder, prepared = prepare_resume(run_id, num_workers, executor.find_facts())
+    folder, prepared = prepare_resume(run_id, num_workers, executor.find_facts(), accept_code_changes=accept_code_changes)
     return _execute(folder, prepared, executor, watch, started_s)
 
 
@@ -67,6 +71,7 @@ def _execute(folder: RunFolder, prepared: Prepared, executor: Executor, watch: W
         with run_lock(folder.driver_lock):
             write_record(folder.spec, load.resolved(prepared.spec))
             write_record(folder.plan, prepared.plan.as_record())
+            kept_code.keep(folder, prepared.code, committed_step(folder))
             write_record(folder.command, {"started_s": started_s, "executor": executor.name})
             folder.stop_request.unlink(missing_ok=True)
         try:

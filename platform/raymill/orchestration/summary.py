@@ -11,6 +11,7 @@ from raymill.checkpoint.directory import read_pointer, read_state
 from raymill.config.plan import Plan
 from raymill.config.spec import JobSpec
 from raymill.files import read_record, write_record
+from raymill.record import kept_code
 from raymill.record.bad_row_ledger import summarise_bad_rows
 from raymill.record.catalog import evaluations
 from raymill.record.events import (
@@ -75,6 +76,7 @@ def summarise(folder: RunFolder, planned: Plan, spec: JobSpec, outcome: Outcome)
             "remaining": remaining,
             "total": total,
         },
+        "code_changed": kept_code.accepted_changes(folder.path),
         "degraded": bad["distinct"] > 0,
         "bad_rows": bad,
         "stragglers": [
@@ -84,6 +86,7 @@ def summarise(folder: RunFolder, planned: Plan, spec: JobSpec, outcome: Outcome)
         ],
         "rows_per_s": round(outcome.rows_per_s, 1),
         "data_wait_share": round(outcome.data_wait_share, 4),
+        "evaluation_wait_share": round(outcome.evaluation_wait_share, 4),
         "seconds_to_first_step": round(first_step_s, 2) if first_step_s is not None else None,
         "num_workers": starts[-1].num_workers,
         "ended_s": time.time(),

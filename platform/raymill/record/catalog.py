@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from raymill.errors import InputError, Problem, did_you_mean
+from raymill.errors import CheckpointError, InputError, Problem, did_you_mean
 from raymill.files import read_record
+from raymill.record import kept_code
 from raymill.record.events import (
     AttemptStarted,
     CheckpointSaved,
@@ -54,7 +55,8 @@ def show_run(run_id: str) -> dict[str, Any]:
         (Unix seconds, or None), duration_s (of all attempts together), attempts, num_workers (of the last one, or None), step,
         num_total_steps, metrics (name -> latest value), checkpoint_metric (the one that decides which checkpoint is best, or
         None), evaluations (see `evaluations`), last and best (the ones of them that are, or None), mlflow_run_id and version
-        ("name/1"), both None until they exist; damaged_lines, where lines of its events had to be passed over.
+        ("name/1"), both None until they exist; code (the folder with the code it was trained with, or None); damaged_lines, where
+        lines of its events had to be passed over.
 
     Raises:
         InputError: when there is no such run.
@@ -130,6 +132,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "best": None,
         "mlflow_run_id": None,
         "version": None,
+        "code": None,
     }
     try:
         spec = _record(folder.spec)
@@ -137,10 +140,12 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         facts["mlflow_run_id"] = _record_if_there(folder.delivery).get("mlflow_run_id")
         if made := _record_if_there(folder.model_version):
             facts["version"] = f"{made['name']}/{made['version']}"
+        if (code := kept_code.read(folder.path)) and code.kept:
+            facts["code"] = str(folder.path / code.kept)
         read = scan_events(folder.events)
     except InputError as error:
         return facts | {"status": "unreadable", "message": str(error.problems[0])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return facts | {"status": "damaged", "message": f"a file of the run cannot be read: {type(error).__name__}: {error}"}
     events = read.events
     if read.num_damaged_lines:

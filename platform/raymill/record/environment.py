@@ -21,11 +21,16 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "num_cpus": os.cpu_count(),
-        "versions": {name: _version(name) for name in ("torch", "ray", "mlflow", "numpy", "pyarrow")},
+        "versions": versions(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if (changes := _git("status", "--porcelain")) is None else bool(changes),
         "command": redact_arguments(sys.argv),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """What runs here: name -> version; None: it is not there."""
+    return {name: _version(name) for name in ("raymill", "torch", "ray", "mlflow", "numpy", "pyarrow")}
 
 
 def _version(package: str) -> str | None:

@@ -127,7 +127,7 @@ class StepDone(Event):
         rows: rows trained on since the job began.
         metrics: of the whole global batch.
         rows_per_s: rows per second since the attempt's first step.
-        data_wait_share: share of that time in which rank 0 waited for rows.
+        data_wait_share: share of that time in which all ranks were held up by one that waited for rows.
     """
 
     kind: Literal["step"] = "step"

@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "environment.json"
 
     @property
+    def code(self) -> Path:
+        """What the job's own code was, as JSON; the files themselves are in the folder `code`. See `kept_code`."""
+        return self.path / "code.json"
+
+    @property
     def events(self) -> Path:
         """What happened, one JSON object a line, appended by rank 0 and the driver: the durable queue to MLflow."""
         return self.path / "events.jsonl"

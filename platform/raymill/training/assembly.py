@@ -12,11 +12,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from raymill.config import load
+from raymill.config.job_code import code_when_imported
 from raymill.config.plan import Plan, batch_sharding, job_order
 from raymill.config.spec import JobSpec
 from raymill.data.manifest import Manifest
 from raymill.data.order import BatchSharding, JobOrder
 from raymill.data.reader import Reader
+from raymill.errors import InputError
+from raymill.record import kept_code
 from raymill.record.events import AttemptStarted
 from raymill.record.processes import ProcessId
 from raymill.record.store import ResumePoint
@@ -57,6 +60,7 @@ class Job:
         order: the order of samples.
         shardings: split -> how batches are dealt out to the ranks.
         fragments: split -> its fragments, as in the manifest.
+        check_code: raises where the job's own code, once imported, is not the run's; called in each process that imports it.
     """
 
     spec: JobSpec
@@ -66,6 +70,7 @@ class Job:
     order: JobOrder
     shardings: Mapping[str, BatchSharding]
     fragments: Mapping[str, Sequence[Fragment]]
+    check_code: Callable[[], None]
 
     @cached_property
     def task(self) -> Task:
@@ -81,7 +86,8 @@ class Job:
 
     def reader(self, name: str) -> Reader:
         """Reads the windows of the job's stream; `name` tells readers of different runs and attempts apart."""
-        return Reader(name, self.order, self.shardings, self.fragments, self.pipeline, self.spec.bad_rows.lenient)
+        lenient = self.spec.bad_rows.lenient
+        return Reader(name, self.order, self.shardings, self.fragments, self.pipeline, lenient, self.check_code)
 
 
 def assemble(
@@ -91,11 +97,13 @@ def assemble(
     pipeline: Pipeline,
     world_size: int,
     make_task: Callable[[], Task] | None = None,
+    check_code: Callable[[], None] = lambda: None,
 ) -> Job:
     """Put a job together for this many ranks.
 
     Args:
         make_task: makes the Task; None: the one that the spec names.
+        check_code: see `Job`; not needed where one process imports the code once and does all.
     """
     return Job(
         spec=spec,
@@ -105,7 +113,21 @@ def assemble(
         order=job_order(spec, plan, manifest),
         shardings={split: batch_sharding(plan, split, world_size) for split in (TRAIN, VALIDATION)},
         fragments={split: part.fragments for split, part in manifest.splits.items()},
+        check_code=check_code,
     )
+
+
+def refuse_other_code(run_id: str, recorded: Mapping[str, str], spec: JobSpec) -> None:
+    """The code that this process has imported must be the code that the run was trained with so far.
+
+    Args:
+        recorded: name -> SHA-256 of each file of the run's code.
+
+    Raises:
+        InputError: names each file that differs.
+    """
+    if found := kept_code.changes(recorded, code_when_imported(spec)):
+        raise InputError(kept_code.problems(run_id, found))
 
 
 def attempt_started(job: Job, point: ResumePoint, world_size: int, driver: ProcessId) -> AttemptStarted:

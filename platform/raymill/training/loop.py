@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Literal, assert_never
 
 import numpy as np
@@ -27,6 +27,7 @@ from raymill.data.reader import Packet
 from raymill.data.rows import ROW_ID
 from raymill.data.seeds import COLLATE, HOOK, STEP, seed_everything
 from raymill.errors import CheckpointError, NumberError, RunError
+from raymill.parallel.clock import Clock, RankTime, held_up_s, share
 from raymill.parallel.ddp import DistributedObjective
 from raymill.parallel.gradients import Microbatch, SavedBuffers, averaged_gradients, gradient_norm, ordered_gradients
 from raymill.parallel.process_group import all_gather, all_gather_integers, all_gather_lines, broadcast_buffers
@@ -54,16 +55,6 @@ from raymill.training.task_attributes import AttributeWatch
 
 MAX_SHOWN_ROWS = 5
 """Of a batch, in a message."""
-
-
-@dataclass
-class Clock:
-    """Where the time goes, in seconds, since the first step was done."""
-
-    first_step_s: float | None = None
-    rows_before: int = 0
-    wait_before_s: float = 0.0
-    evaluation_s: float = 0.0
 
 
 @dataclass
@@ -135,7 +126,7 @@ class _Loop:
         self.job, self.context, self.state, self.point = job, context, state, point
         self.feed = Feed(packets, _bad_row_listener(job, context, report))
         self.report, self.should_stop = report, should_stop
-        self.clock = Clock(rows_before=state.position)
+        self.clock = Clock()
         self.evaluation = Evaluation()
         self.checkpoint_writer = context.store.checkpoint_writer(point.attempt, job.spec.checkpoint.keep, report)
         self.last_saved = (state.position, state.evaluated)
@@ -184,6 +175,7 @@ class _Loop:
         faults.here(step=number)
         ids: list[np.ndarray] = []
         microbatches = self.take_microbatches(step, ids)
+        own = self.clock.apart(self.feed.wait_s)
         batch_rows = self.job.shardings[TRAIN].batch_size(step.batch)
         rows = self.count_good_rows(microbatches, batch_rows)
         skipped = step.position in self.point.skipped_positions or not rows
@@ -198,15 +190,20 @@ class _Loop:
             self.call_hook("after_step", now)
             if self.state.average:
                 self.state.average.add(number)
+        self.clock.gather(self.feed.wait_s)
         self.state.position = step.position
         self.state.rows_skipped += batch_rows - (0 if skipped else rows)
         self.finish_pending_step()
         used = 0 if skipped else sum(microbatch.count for microbatch in microbatches)
         wants_stop = self.context.rank == 0 and self.should_stop()
-        forward_s = sum(objective.clock.take() for objective in self.state.objectives)
-        event = self.step_event(number, step, metrics.known)
-        self.pending = PendingStep(event, metrics.losses, used, forward_s, wants_stop=wants_stop)
-        if self.clock.first_step_s is None:
+        own = replace(own, forward_s=sum(objective.clock.take() for objective in self.state.objectives))
+        event = StepDone(step=number, epoch=step.epoch, rows=step.position, metrics=metrics.known)
+        training_s = None
+        if self.clock.started:
+            event = event.model_copy(update={"rows_per_s": self.clock.rows_per_s(step.position)})
+            training_s = self.clock.training_s()
+        self.pending = PendingStep(event, metrics.losses, used, own, training_s=training_s, wants_stop=wants_stop)
+        if not self.clock.started:
             self.finish_first_step()
         if changed := self.attribute_watch.changed():
             self.report(TaskChanged(step=number, attributes=changed))
@@ -310,24 +307,10 @@ class _Loop:
                 "look for NaN in the rows with `raymill data check`, or set loop.on_nan to skip or rollback."
             )
 
-    def step_event(self, number: int, step: TrainStep, known: dict[str, float]) -> StepDone:
-        """A step event without what other ranks still have to add."""
-        event = StepDone(step=number, epoch=step.epoch, rows=step.position, metrics=known)
-        if self.clock.first_step_s is None:
-            return event
-        elapsed_s = time.perf_counter() - self.clock.first_step_s - self.clock.evaluation_s
-        speeds = {
-            "rows_per_s": (step.position - self.clock.rows_before) / max(elapsed_s, 1e-9),
-            "data_wait_share": min(1.0, (self.feed.wait_s - self.clock.wait_before_s) / max(elapsed_s, 1e-9)),
-        }
-        return event.model_copy(update=speeds)
-
     def finish_first_step(self) -> None:
         """Say that the first step is done, and then start the clock for speeds: who hears of it may take some time."""
         self.report(FirstStepDone(step=self.job.order.step(self.state.position)))
-        self.clock.first_step_s = time.perf_counter()
-        self.clock.rows_before = self.state.position
-        self.clock.wait_before_s = self.feed.wait_s
+        self.clock.start(self.state.position, self.feed.wait_s)
 
     def finish_pending_step(self) -> None:
         """Wait for the sums of the step before: report it, and hear whether rank 0 wants to stop."""
@@ -335,10 +318,15 @@ class _Loop:
             return
         done = self.pending.finish()
         self.state.rows_used += done.rows
-        self.report(done.event)
+        event = done.event
+        if done.training_s is not None:
+            self.clock.training_held_up_s += held_up_s(done.ranks)
+            waited = share(self.clock.training_held_up_s, done.training_s)
+            event = event.model_copy(update={"data_wait_share": waited})
+        self.report(event)
         # Only rank 0's reports are used.
-        if self.context.rank == 0 and (straggler := self.straggler_detector.add(done.forward_s)):
-            self.report(StragglerFound(step=done.event.step, **asdict(straggler)))
+        if self.context.rank == 0 and (straggler := self.straggler_detector.add([rank.forward_s for rank in done.ranks])):
+            self.report(StragglerFound(step=event.step, **asdict(straggler)))
         self.pending = None
         self.stopping |= done.wants_stop
 
@@ -360,6 +348,7 @@ class _Loop:
             broadcast_buffers(self.state.model)
             if self.state.average:
                 self.state.average.exchange()
+            self.clock.gather(self.feed.wait_s)
         faults.point("evaluation_batch")
         evaluate_batch(self.job, self.context, self.state.model, self.feed, step.epoch, step.batch, self.evaluation)
         sharding = self.job.shardings[VALIDATION]
@@ -369,9 +358,13 @@ class _Loop:
 
     def end_evaluation(self, step: EvalEnd) -> None:
         """Add up all ranks and report."""
+        start_s = time.perf_counter()
         self.feed.finish(VALIDATION, step.epoch, self.job.plan.validation_windows)
         if self.state.average:
             self.state.average.exchange()
+        own = self.clock.apart(self.feed.wait_s)
+        ranks = all_gather(torch.tensor(astuple(own), dtype=torch.float64))
+        self.clock.evaluation_held_up_s += held_up_s([RankTime(*rank.tolist()) for rank in ranks])
         if self.job.spec.bad_rows.lenient:
             # A rank may have had bad rows only.
             measured = map(json.loads, all_gather_lines(json.dumps(self.evaluation.quantities())))
@@ -389,6 +382,8 @@ class _Loop:
                 totals={f"{VALIDATION}/{name}": total for name, total in totals.items()},
             )
         )
+        self.clock.evaluation_s += time.perf_counter() - start_s
+        self.clock.gather(self.feed.wait_s)
 
     def end_epoch(self, step: EpochEnd) -> None:
         """Save behind the evaluation, with what it found."""
@@ -439,8 +434,8 @@ class _Loop:
 
     def outcome(self) -> Outcome:
         """The result of this attempt."""
-        elapsed_s = time.perf_counter() - (self.clock.first_step_s or time.perf_counter()) - self.clock.evaluation_s
-        trained = self.state.position - self.clock.rows_before
+        speed = self.clock.rows_per_s(self.state.position) if self.clock.started else 0.0
+        waited = share(self.clock.training_held_up_s, self.clock.training_s())
         return Outcome(
             status="finished" if self.state.evaluated and self.state.position == self.job.order.total_rows else "interrupted",
             step=self.job.order.step(self.state.position),
@@ -449,8 +444,9 @@ class _Loop:
             rows_skipped=self.state.rows_skipped,
             metrics=dict(self.state.metrics),
             weights_sha256=weights_sha256(final_weights(self.state)),
-            rows_per_s=trained / elapsed_s if elapsed_s > 0 and trained else 0.0,
-            data_wait_share=(self.feed.wait_s - self.clock.wait_before_s) / elapsed_s if elapsed_s > 0 else 0.0,
+            rows_per_s=speed,
+            data_wait_share=waited,
+            evaluation_wait_share=share(self.clock.evaluation_held_up_s, self.clock.evaluation_s),
         )
 
 

@@ -19,7 +19,8 @@ class Outcome:
         metrics: of the last evaluation.
         weights_sha256: of the weights at the end.
         rows_per_s: rows per second from the attempt's first step on, evaluations left out.
-        data_wait_share: share of that time in which this rank waited for rows.
+        data_wait_share: share of that time in which all ranks were held up by one that waited for rows.
+        evaluation_wait_share: the same share of the time of evaluations.
     """
 
     status: Literal["finished", "interrupted"]
@@ -31,3 +32,4 @@ class Outcome:
     weights_sha256: str
     rows_per_s: float
     data_wait_share: float
+    evaluation_wait_share: float

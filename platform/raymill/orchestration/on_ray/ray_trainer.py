@@ -78,6 +78,7 @@ def _trainer(folder: RunFolder, planned: Plan, spec: JobSpec, each: dict[str, fl
         spec=spec,
         plan=planned,
         manifest=manifest.from_record(read_record(folder.data_manifest)),
+        code=read_record(folder.code)["files"],
         driver=ProcessId.of_this(),
         driver_node=ray.get_runtime_context().get_node_id(),
         store_actor=start_store_actor(folder, variables) if on_cluster else None,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import ray.train
 
 from raymill import faults, startup_gc
 from raymill.config import load
+from raymill.config.job_code import code_when_imported
 from raymill.config.plan import Plan
 from raymill.config.spec import JobSpec
 from raymill.data import ray_stream
@@ -31,7 +33,7 @@ from raymill.record.folder import RunFolder
 from raymill.record.processes import ProcessId
 from raymill.record.remote_store import RemoteRunStore, RunStore
 from raymill.record.store import LocalRunStore, ResumePoint
-from raymill.training.assembly import Job, WorkerContext, assemble, attempt_started
+from raymill.training.assembly import Job, WorkerContext, assemble, attempt_started, refuse_other_code
 from raymill.training.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class WorkerConfig:
         spec: the resolved job.
         plan: every derived number.
         manifest: the input when the run began.
+        code: name -> SHA-256 of each file of the run's code.
         driver: the process that drives the run.
         driver_node: the Ray node where the folder is.
         store_actor: does what workers on other nodes ask of the folder; None: there are no other nodes.
@@ -59,6 +62,7 @@ class WorkerConfig:
     spec: JobSpec
     plan: Plan
     manifest: Manifest
+    code: Mapping[str, str]
     driver: ProcessId
     driver_node: str
     store_actor: Any
@@ -101,7 +105,9 @@ def work(config: dict[str, WorkerConfig]) -> Outcome:
     if rank == 0:
         store.report(StageReached(stage="opening the stream"))
     try:
-        job = assemble(worker.spec, worker.plan, worker.manifest, load.import_pipeline(worker.spec), world_size)
+        check_code = partial(refuse_other_code, worker.run_id, worker.code, worker.spec)
+        pipeline = load.import_pipeline(worker.spec)
+        job = assemble(worker.spec, worker.plan, worker.manifest, pipeline, world_size, check_code=check_code)
         listener = socket.create_server((_own_address(), 0)) if rank == 0 else None
         start = _start_together(worker, job, store, world_size, listener)
         # Packets are on their way while torch is still being imported.
@@ -120,12 +126,14 @@ def _import_all(worker: WorkerConfig, rank: int) -> None:
     for name in ("raymill.training.loop", "ray.data", "torch._dynamo"):
         importlib.import_module(name)
     load.import_task(worker.spec, load.import_pipeline(worker.spec).schema)
+    code_when_imported(worker.spec)
     if rank == 0:
         ray.get(imported)
 
 
 def _import_reading(spec: JobSpec) -> None:
     load.import_pipeline(spec)
+    code_when_imported(spec)
     importlib.import_module("ray.data")
 
 
@@ -180,6 +188,8 @@ def _train(
     context = WorkerContext(rank=rank, world_size=world_size, device=device, store=store)
     # Before the group is joined: what the job's own module raises is then raised by itself.
     _ = job.task
+    # Somebody may have edited it since the attempt before.
+    job.check_code()
     process_group.join_group(start.address, listener, rank, world_size, device, GROUP_TIMEOUT_S)
 
     def report(event: Event) -> None:
