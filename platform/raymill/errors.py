@@ -145,10 +145,11 @@ class Interrupted(RaymillError):
 
 
 def as_record(error: RaymillError) -> dict[str, Any]:
-    """An error as JSON-ready values; `from_record` makes an equal one."""
+    """An error as JSON-ready values, with its notes; `from_record` makes an equal one."""
+    notes = list(getattr(error, "__notes__", ()))
     if isinstance(error, InputError):
-        return {"kind": "InputError", "problems": [problem.as_dict() for problem in error.problems]}
-    return {"kind": type(error).__name__, "args": list(error.args)}
+        return {"kind": "InputError", "problems": [problem.as_dict() for problem in error.problems], "notes": notes}
+    return {"kind": type(error).__name__, "args": list(error.args), "notes": notes}
 
 
 def from_record(record: Mapping[str, Any]) -> RaymillError:
@@ -157,10 +158,14 @@ def from_record(record: Mapping[str, Any]) -> RaymillError:
     Raises:
         KeyError: when the record is not one of an error of this file.
     """
+    made: RaymillError
     if record["kind"] == "InputError":
-        return InputError([Problem(**problem) for problem in record["problems"]])
-    kinds = (RunError, WorkerError, DataError, CheckpointError, NumberError, StallError, TrackingError, Interrupted)
-    made: RaymillError = {kind.__name__: kind for kind in kinds}[record["kind"]](*record["args"])
+        made = InputError([Problem(**problem) for problem in record["problems"]])
+    else:
+        kinds = (RunError, WorkerError, DataError, CheckpointError, NumberError, StallError, TrackingError, Interrupted)
+        made = {kind.__name__: kind for kind in kinds}[record["kind"]](*record["args"])
+    for note in record.get("notes", ()):
+        made.add_note(note)
     return made
 
 

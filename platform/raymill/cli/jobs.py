@@ -47,7 +47,13 @@ def init(
         emit({**made, "next": next_steps}, json_, show)
 
 
-def check(job: JobArgument, set_: SetOption = None, workers: WorkersOption = None, json_: JsonOption = False) -> None:
+def check(
+    job: JobArgument,
+    set_: SetOption = None,
+    workers: WorkersOption = None,
+    run: Annotated[bool, typer.Option("--run", help="also try the job's own code on a few rows, in this process")] = False,
+    json_: JsonOption = False,
+) -> None:
     """Validate a job and its data without starting anything."""
     with errors(json_):
         from raymill.config import load
@@ -56,6 +62,10 @@ def check(job: JobArgument, set_: SetOption = None, workers: WorkersOption = Non
 
         loaded = load.examine_job(job, overrides(set_, workers))
         prepared = prepare(loaded, executors.choose(this_process=False).find_facts())
+        if run:
+            from raymill.orchestration.run import try_code
+
+            try_code(prepared)
         rows = {split: part.num_rows for split, part in prepared.manifest.splits.items()}
         emit(
             {"job": prepared.spec.name, "valid": True, "rows": rows, "problems": []},
@@ -90,6 +100,7 @@ def train(
     workers: WorkersOption = None,
     resume: Annotated[str | None, typer.Option("--resume", help="id of an interrupted or failed run")] = None,
     in_process: InProcessOption = False,
+    preflight: Annotated[bool, typer.Option(help="try the job's own code on a few rows first, or while the run starts")] = True,
     json_: JsonOption = False,
 ) -> None:
     """Run a job: train, track, register."""
@@ -99,15 +110,13 @@ def train(
         if (job is None) == (resume is None):
             fix = "Give a job file, or --resume RUN."
             raise InputError([Problem("train", "both or neither of JOB and --resume", "one of them", fix)])
-        if resume is not None and set_:
-            fix = "Resume it as it was, or start a new run."
-            raise InputError([Problem("--set", "--resume with changed values", "the values of the run", fix)])
         console = plain_console(stderr=True)
         started_s = psutil.Process().create_time()
+        how: Any = {"in_process": in_process, "preflight": preflight, "console": console, "started_s": started_s}
         if job is not None:
-            summary = api.train_job(job, overrides(set_, workers), in_process=in_process, console=console, started_s=started_s)
+            summary = api.train_job(job, overrides(set_, workers), **how)
         else:
-            summary = api.resume_run(str(resume), workers, in_process=in_process, console=console, started_s=started_s)
+            summary = api.resume_run(str(resume), workers, set_ or [], **how)
         emit(summary, json_, lambda console: _show_summary(console, summary))
 
 

@@ -24,6 +24,7 @@ from raymill.data.order import Item, Stream
 from raymill.data.reader import Packet, Reader
 from raymill.data.rows import num_rows, pack, unpack
 from raymill.errors import DataError
+from raymill.own_code.traces import for_a_journey
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,7 +45,14 @@ def _read_block(block: pa.Table, reader: Reader, stream: Stream) -> Iterator[pa.
         _readers.clear()
         cached = _readers[reader.run] = reader
     for index in block["id"].to_pylist():
-        for packet in cached.read(stream[index]):
+        try:
+            read = cached.read(stream[index])
+        except Exception as error:
+            told = for_a_journey(error, "reading the data")
+            if told is error:
+                raise
+            raise told from error
+        for packet in read:
             header, buffers = pack(packet.rows)
             item = packet.item
             yield pa.table(

@@ -15,8 +15,9 @@ from raymill import faults
 from raymill.data.bad_rows import BadRow, read_good_rows
 from raymill.data.order import BatchSharding, Item, JobOrder, Stream, key, window, window_rows
 from raymill.data.rows import ROW_ID, join, num_rows, pack, take, unpack
-from raymill.errors import DataError
-from raymill.task import TRAIN, Fragment, Pipeline, Rows
+from raymill.own_code.seams import TRANSFORM, calling, wrong
+from raymill.own_code.traces import describe, noting, row_ids
+from raymill.task import TRAIN, Fragment, Pipeline, Rows, Transform
 
 TRANSFORM_STREAM = 3
 """Keeps the random numbers of transforms apart from those of the order."""
@@ -65,7 +66,8 @@ class Reader:
         """Read one window and cut it into a packet for each rank.
 
         Raises:
-            DataError: when a row is bad (unless lenient), or the transform changes the number of rows.
+            DataError: when a row is bad (unless lenient).
+            InputError: when the transform changes the number of rows.
         """
         faults.point("before_read")
         split_order, cut = self.order.split(item.split), self.shardings[item.split]
@@ -77,7 +79,7 @@ class Reader:
         rows: Rows = {}
         if parts:
             # The good rows lie end to end: a row moves up by the bad ones before it.
-            rows = self._transformed(take(join(parts), (np.cumsum(good) - 1)[offsets[kept]]), item)
+            rows = self._transformed(take(join(parts), (np.cumsum(good) - 1)[offsets[kept]]), item, ids[kept])
         faults.point("after_transform")
         rows[ROW_ID] = ids[kept]
         sequence = np.arange(opened.start, opened.stop, dtype=np.int64)
@@ -112,19 +114,32 @@ class Reader:
             start += fragment.num_rows
         return parts, good, found
 
-    def _transformed(self, rows: Rows, item: Item) -> Rows:
+    def _transformed(self, rows: Rows, item: Item, ids: np.ndarray) -> Rows:
         # The seed depends on the window alone, never on who reads it, so a resume draws the same numbers; and every
         # evaluation draws the same, so that they differ by the weights alone.
         epoch = item.epoch if item.split == TRAIN else 0
         seed = key(self.order.train.seed, epoch, item.window, TRANSFORM_STREAM)
-        count = num_rows(rows)
-        changed = self.pipeline.transform(rows, item.split, np.random.Generator(np.random.Philox(key=seed)))
-        if num_rows(changed) != count:
-            raise DataError(
-                f"the pipeline's transform made {num_rows(changed)} rows of {count} ({item.split}, window {item.window}). "
-                "A transform may change rows, not their number; make other rows in the Source."
-            )
-        return dict(changed)
+        generator = np.random.Generator(np.random.Philox(key=seed))
+        with noting(lambda: f"split {item.split!r}, epoch {item.epoch}, window {item.window}, rows {row_ids(ids)}"):
+            return transformed(self.pipeline.transform, rows, item.split, generator)
+
+
+def transformed(transform: Transform, rows: Rows, split: str, generator: np.random.Generator) -> Rows:
+    """The rows as the pipeline's transform makes them.
+
+    Raises:
+        InputError: it made something else, or another number of them.
+    """
+    with calling(TRANSFORM, rows):
+        changed = transform(rows, split, generator)
+    if not isinstance(changed, Mapping):
+        raise wrong(TRANSFORM, transform, describe(changed), "Let the transform return the rows.", rows)
+    lengths = {len(column) for column in changed.values()}
+    if lengths != {num_rows(rows)}:
+        fix = "A transform may change rows, not their number; make other rows in the Source."
+        found = f"columns of {sorted(lengths)} rows" if len(lengths) > 1 else f"{num_rows(changed)} rows"
+        raise wrong(TRANSFORM, transform, f"{found}, made of {num_rows(rows)}", fix, rows)
+    return dict(changed)
 
 
 def read_locally(reader: Reader, position: int, rank: int) -> Iterator[Packet]:

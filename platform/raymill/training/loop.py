@@ -24,6 +24,7 @@ from raymill.data.feed import Feed
 from raymill.data.reader import Packet
 from raymill.data.rows import ROW_ID
 from raymill.errors import CheckpointError, NumberError, RunError
+from raymill.own_code.traces import noting, row_ids
 from raymill.parallel.ddp import DistributedObjective
 from raymill.parallel.process_group import all_gather, all_gather_integers, all_gather_lines, broadcast_buffers
 from raymill.record.events import EvaluationDone, FirstStepDone, StageReached, StepDone, StepRefused, StragglerFound
@@ -147,17 +148,28 @@ class _Loop:
 
     def take(self, step: Step) -> None:
         """Do what a step says."""
+        self.feed.handed_out.clear()
         match step:
             case TrainStep():
-                self.train_step(step)
+                with noting(lambda: self.where(step)):
+                    self.train_step(step)
             case EvalStep():
-                self.eval_step(step)
+                with noting(lambda: self.where(step)):
+                    self.eval_step(step)
             case EvalEnd():
                 self.end_evaluation(step)
             case EpochEnd():
                 self.end_epoch(step)
             case _:
                 assert_never(step)
+
+    def where(self, step: TrainStep | EvalStep) -> str:
+        """What this rank works on, for an error's note."""
+        what = f"step {self.job.order.step(step.position)}" if isinstance(step, TrainStep) else "evaluation"
+        split = TRAIN if isinstance(step, TrainStep) else VALIDATION
+        ids = [number for part in self.feed.handed_out for number in part.tolist()]
+        rows = f", {split} rows {row_ids(ids)}" if ids else ""
+        return f"rank {self.context.rank}, {what} (epoch {step.epoch}, batch {step.batch}){rows}"
 
     def close(self) -> None:
         """Release the thread that saves."""

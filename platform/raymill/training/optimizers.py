@@ -55,6 +55,10 @@ def make_schedule(spec: JobSpec, optimizer: Optimizer, total_steps: int) -> lr_s
             milestones.append(start := start + part.warmup_steps)
         steps = part.steps or max(1, total_steps - start)
         parts.append(_schedule_part(part, optimizer, steps))
+        most = getattr(parts[-1], "total_steps", None)
+        if most is not None and most < steps:
+            fix = "Leave out total_steps, epochs and steps_per_epoch, which are derived; or set `steps` in a list of schedules."
+            raise InputError([Problem("schedule", f"{part.kind} for {most} steps", f"the {steps} steps that it lasts", fix)])
         milestones.append(start := start + steps)
     if len(parts) == 1:
         return parts[0]

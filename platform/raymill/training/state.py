@@ -12,6 +12,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from raymill.checkpoint.snapshot import Snapshot, Tensors, as_plain, from_plain
 from raymill.errors import CheckpointError
+from raymill.own_code import contracts
 from raymill.parallel.ddp import DistributedObjective
 from raymill.training.assembly import Job, WorkerContext
 from raymill.training.optimizers import make_optimizer, make_schedule, optimizer_spec
@@ -49,8 +50,8 @@ def build_state(job: Job, context: WorkerContext) -> TrainState:
     """The state before the first step: the same weights on every rank, from the seed alone."""
     torch.set_num_threads(job.plan.threads)
     seed_everything(job.spec.loop.seed, FIRST_WEIGHTS)
-    model = job.task.build().to(context.device)
-    objectives = list(job.task.objectives())
+    model = contracts.build(job.task).to(context.device)
+    objectives = contracts.objectives(job.task, model)
     names = [objective.name for objective in objectives]
     loop = job.spec.loop
     distributed = [
