@@ -138,6 +138,12 @@ def _loss(name: str, line: str, found: str, fix: str = "Correct the loss", shown
 
 DEF_LOSS, DEF_BUILD, DEF_EVALUATE = "def loss(self, model, batch):", "def build(self):", "def evaluate(self, model, batch):"
 DEF_CHANGE, DEF_INPUTS = "def change(rows, split, generator):", "def inputs(self, batch):"
+SPARE = """\
+        model = nn.Sequential(nn.Linear(2, 3))
+        model.spare = nn.Linear(2, 2)
+        model.forward = model[0].forward
+        return model
+"""
 BATCH_NORM = "return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))"
 
 MISTAKES = [
@@ -309,7 +315,7 @@ MISTAKES = [
         [
             (
                 BUILD,
-                "        model = nn.Sequential(nn.Linear(2, 3))\n        model.spare = nn.Linear(2, 2)\n        model.forward = model[0].forward\n        return model\n",
+                SPARE,
             )
         ],
         DEF_LOSS,

@@ -18,7 +18,7 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from mistakes import BUILD, LOSS, MISTAKES, Mistake
+from mistakes import BUILD, LOSS, MISTAKES, SPARE, Mistake
 from raymill.cli.app import app
 
 Command = Callable[..., Result]
@@ -106,7 +106,7 @@ ONE_WORKER = Mistake(
     [
         (
             BUILD,
-            "        model = nn.Sequential(nn.Linear(2, 3))\n        model.spare = nn.Linear(2, 2)\n        model.forward = model[0].forward\n        return model\n",
+            SPARE,
         )
     ],
     job=[("workers: 2", "workers: 1")],

@@ -6,6 +6,7 @@ same order to the same weights. So a resume stays what a resume is, and a mistak
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,10 +58,11 @@ def changed(recorded: Mapping[str, Any], overrides: Sequence[str]) -> JobSpec:
     Raises:
         InputError: with each that cannot be applied, may not change, or is no value for its field.
     """
-    values: dict[str, Any] = {name: value for name, value in recorded.items()}
+    values = copy.deepcopy(dict(recorded))
     fields, problems = apply_overrides(values, overrides)
-    problems = [*problems, *(_refusal(field) for field in sorted(fields) if not _within(field, MAY_CHANGE))]
     spec, wrong = validated(values)
+    refused = sorted(fields - {one.where for one in wrong})
+    problems += [_refusal(field) for field in refused if not _within(field, MAY_CHANGE)]
     problems += [Problem(f"--set {one.where}", one.found, one.expected, one.fix) for one in wrong]
     if problems or spec is None:
         raise InputError(problems)

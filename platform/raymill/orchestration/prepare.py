@@ -67,12 +67,13 @@ def prepare(job: load.LoadedJob, facts: ClusterFacts) -> Prepared:
 
 
 def prepare_resume(
-    run_id: str, num_workers: int | None, overrides: Sequence[str], facts: ClusterFacts
+    run_id: str, num_workers: int | None, facts: ClusterFacts, overrides: Sequence[str] = ()
 ) -> tuple[RunFolder, Prepared]:
     """Check whether a run can go on, with its data as they were.
 
     Args:
         num_workers: another number of workers, or None for the same.
+        facts: what there is to run on.
         overrides: "field.path=value" each, of fields that may change.
 
     Raises:

@@ -93,7 +93,7 @@ def resume(
     """
     if executor.only_one_worker:
         num_workers = 1
-    folder, prepared = prepare_resume(run_id, num_workers, overrides, executor.find_facts())
+    folder, prepared = prepare_resume(run_id, num_workers, executor.find_facts(), overrides)
     records = {path: path.read_text() for path in (folder.spec, folder.plan, folder.command) if path.exists()}
     try:
         return _execute(folder, prepared, executor, watch, started_s, preflight)

@@ -187,7 +187,7 @@ class _Trial:
         return self.tried(seams.TRANSFORM, lambda: unpack(*pack(changed)), self.job.pipeline.transform, at=f"split {split!r}")
 
     def read(self, split: str) -> tuple[Rows, np.ndarray] | None:
-        """A few rows spread over the first fragment, or the first ones where they are small, and their ids; None: there is none."""
+        """A few rows spread over the first fragment, or over some small ones, and their ids; None: there is none."""
         parts: list[Rows] = []
         ids: list[np.ndarray] = []
         start = 0

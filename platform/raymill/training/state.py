@@ -32,6 +32,7 @@ class TrainState:
         rows_used: the same, counted from what ranks really received, less what was skipped.
         rows_skipped: rows not trained on: bad ones, and those of batches that spoiled the numbers.
         best: the best value of the checkpoint metric so far.
+        best_by: that metric, and whether more or less of it is better.
         metrics: the last evaluation.
     """
 
@@ -43,6 +44,7 @@ class TrainState:
     rows_used: int = 0
     rows_skipped: int = 0
     best: float | None = None
+    best_by: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -63,7 +65,8 @@ def build_state(job: Job, context: WorkerContext) -> TrainState:
         schedule = make_schedule(job.spec, optimizer, job.plan.total_steps)
         if schedule is not None:
             schedules[name] = schedule
-    return TrainState(model, distributed, optimizers, schedules)
+    best_by = f"{job.spec.checkpoint.mode} {job.spec.checkpoint.metric}"
+    return TrainState(model, distributed, optimizers, schedules, best_by=best_by)
 
 
 def broken_weights(model: nn.Module) -> list[str]:
@@ -100,6 +103,7 @@ def capture(state: TrainState, step: int) -> Snapshot:
         "rows_used": state.rows_used,
         "rows_skipped": state.rows_skipped,
         "best": state.best,
+        "best_by": state.best_by,
         "metrics": dict(state.metrics),
         "optimizer_groups": as_plain(groups),
         "optimizer_numbers": as_plain(numbers),
@@ -139,4 +143,6 @@ def restore(state: TrainState, snapshot: Snapshot) -> None:
     for name, schedule in state.schedules.items():
         schedule.load_state_dict(from_plain(record["schedules"][name]))
     state.position, state.rows_used, state.rows_skipped = record["position"], record["rows_used"], record["rows_skipped"]
-    state.best, state.metrics = record["best"], dict(record["metrics"])
+    # Another metric may have been chosen for what is left; a record of an older raymill does not name its own.
+    same = record.get("best_by", state.best_by) == state.best_by
+    state.best, state.metrics = record["best"] if same else None, dict(record["metrics"])
