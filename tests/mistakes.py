@@ -240,7 +240,7 @@ MISTAKES = [
         "a column that cannot travel",
         [(CHANGE, '    return {**rows, "tag": np.array([None] * len(rows["x"]))}\n\n\ndef collate')],
         DEF_CHANGE,
-        "TypeError: column 'tag'.*cannot travel",
+        "column 'tag'.*cannot travel",
         "transform",
     ),
     Mistake(

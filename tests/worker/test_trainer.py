@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+
 import ray.exceptions
 import torch
+from ray.data._internal.util import _annotate_exception_with_retry_context
 from ray.train import WorkerGroupError
 
-from raymill.errors import DataError, WorkerError
+from raymill.errors import DataError, InputError, Interrupted, Problem, WorkerError
 from raymill.orchestration.on_ray.root_cause import root_cause
 from raymill.orchestration.retry import Cause
 
@@ -43,4 +46,26 @@ def test_memory_that_was_refused_or_taken_too_much_is_not_tried_again() -> None:
 def test_an_error_of_the_jobs_code_comes_with_its_rank_and_words_and_is_not_tried_again() -> None:
     found = cause_of({0: GONE, 1: ValueError("shapes do not fit")})
     assert (found.rank, found.cause) == (1, Cause.CODE)
-    assert "rank 1 failed: ValueError: shapes do not fit" in str(found)
+    assert str(found) == "rank 1 failed: ValueError: shapes do not fit"
+
+
+def test_ray_datas_own_advice_is_not_the_message() -> None:
+    error = _annotate_exception_with_retry_context(
+        ValueError("no luck"), description="map", attempts=1, max_attempts=1, total_backoff_s=0.0, exception_str=""
+    )
+    wrapped = ray.exceptions.RayTaskError("f", "traceback", error)
+    assert "configure `ray.data.DataContext" in str(error)
+    assert str(cause_of({1: wrapped.as_instanceof_cause()})) == "rank 1 failed: ValueError: no luck"
+
+
+def test_an_error_of_ours_is_the_same_whatever_ray_data_adds_to_it() -> None:
+    problem = Problem("a", "b", "c", "d")
+    for error in (DataError("no luck"), InputError([problem]), WorkerError("no luck", 1, "trace", "code"), Interrupted("run", 3)):
+        error.add_note("split 'train'")
+        said = str(error)
+        _annotate_exception_with_retry_context(
+            error, description="map", attempts=1, max_attempts=1, total_backoff_s=0.0, exception_str=""
+        )
+        there = pickle.loads(pickle.dumps(error))
+        assert (type(there), str(there), there.__notes__) == (type(error), said, ["split 'train'"])
+        assert there.values == error.values

@@ -90,6 +90,19 @@ class Reader:
             for rank in range(cut.world_size)
         ]
 
+    def pack(self, packet: Packet) -> tuple[str, list[bytes | memoryview]]:
+        """A packet's rows as they travel.
+
+        Raises:
+            InputError: the transform made a column that cannot.
+        """
+        item = packet.item
+        with noting(lambda: f"split {item.split!r}, epoch {item.epoch}, window {item.window}"):
+            try:
+                return pack(packet.rows)
+            except TypeError as error:
+                raise wrong(TRANSFORM, self.pipeline.transform, str(error)) from error
+
     def _read_good_rows(
         self, split: str, fragments: Sequence[int] | np.ndarray, count: int
     ) -> tuple[list[Rows], np.ndarray, dict[int, tuple[str, int, int, str]]]:
@@ -151,4 +164,4 @@ def read_locally(reader: Reader, position: int, rank: int) -> Iterator[Packet]:
     stream = Stream(reader.order, position)
     for index in range(len(stream)):
         packet = reader.read(stream[index])[rank]
-        yield replace(packet, rows=unpack(*pack(packet.rows)))
+        yield replace(packet, rows=unpack(*reader.pack(packet)))

@@ -23,8 +23,8 @@ from torch import nn
 
 from raymill.data.bad_rows import read_good_rows
 from raymill.data.order import BatchSharding, Item, key, num_batches, shard_bounds
-from raymill.data.reader import TRANSFORM_STREAM, transformed
-from raymill.data.rows import ROW_ID, join, num_rows, pack, take, unpack
+from raymill.data.reader import TRANSFORM_STREAM, Packet, transformed
+from raymill.data.rows import ROW_ID, join, num_rows, take, unpack
 from raymill.errors import DataError, InputError, Problem, did_you_mean
 from raymill.own_code import contracts, seams
 from raymill.own_code.seams import Seam, problem
@@ -184,7 +184,9 @@ class _Trial:
             return None
         changed.setdefault(ROW_ID, ids)
         # As they travel from the process that reads: packed, and read-only.
-        return self.tried(seams.TRANSFORM, lambda: unpack(*pack(changed)), self.job.pipeline.transform, at=f"split {split!r}")
+        packet = Packet(Item(split, 0, 0, 0), 0, changed, np.ones(num_rows(changed), bool))
+        pack = self.job.reader("preflight").pack
+        return self.tried(seams.TRANSFORM, lambda: unpack(*pack(packet)), at=f"split {split!r}")
 
     def read(self, split: str) -> tuple[Rows, np.ndarray] | None:
         """A few rows spread over the first fragment, or over some small ones, and their ids; None: there is none."""

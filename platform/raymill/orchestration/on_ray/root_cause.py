@@ -23,6 +23,9 @@ OF_A_COLLECTIVE = re.compile(
 )
 """What torch's own messages name when a collective fails because another rank is gone."""
 
+ADVICE = re.compile(r"\nFailed to [^\n]* attempts \(total backoff [^\n]*\n(?:[^\n]*S3[^\n]*\n)?To change retry attempts[^\n]*")
+"""What Ray Data adds to the words of whatever is raised in its tasks."""
+
 
 def root_cause(error: Exception) -> RaymillError:
     """The error that explains a failed training: our own kind from whichever rank raised it, else the first that is not
@@ -49,7 +52,7 @@ def root_cause(error: Exception) -> RaymillError:
         why = Cause.LOST_PROCESS if _is_consequence(failures[rank]) else Cause.CODE
         # Not what Ray wraps it in, which speaks of Ray's own settings.
         said = next((one for one in _causes(failures[rank]) if not isinstance(one, ray.exceptions.RayError)), failures[rank])
-        return WorkerError(f"rank {rank} failed: {tell(said)}", rank, text, why)
+        return WorkerError(f"rank {rank} failed: {ADVICE.sub('', tell(said))}", rank, text, why)
     return WorkerError(f"training failed: {error}", None, "".join(traceback.format_exception(error)), Cause.LOST_PROCESS)
 
 
