@@ -6,7 +6,6 @@ import pickle
 
 import ray.exceptions
 import torch
-from ray.data._internal.util import _annotate_exception_with_retry_context
 from ray.train import WorkerGroupError
 
 from raymill.errors import DataError, InputError, Interrupted, Problem, WorkerError
@@ -49,10 +48,19 @@ def test_an_error_of_the_jobs_code_comes_with_its_rank_and_words_and_is_not_trie
     assert str(found) == "rank 1 failed: ValueError: shapes do not fit"
 
 
-def test_ray_datas_own_advice_is_not_the_message() -> None:
-    error = _annotate_exception_with_retry_context(
-        ValueError("no luck"), description="map", attempts=1, max_attempts=1, total_backoff_s=0.0, exception_str=""
+def give_advice(error: Exception) -> None:
+    """As Ray Data does with what is raised in its tasks."""
+    advice = (
+        "Failed to map after 1/1 attempts (total backoff 0.0s).\nTo change retry attempts, backoff, or which errors are retried, "
+        "configure `ray.data.DataContext.get_current()` if you believe this to be transient."
     )
+    first, *others = error.args
+    error.args = (f"{first}\n{advice}", *others) if isinstance(first, str) else (*error.args, advice)
+
+
+def test_ray_datas_own_advice_is_not_the_message() -> None:
+    error = ValueError("no luck")
+    give_advice(error)
     wrapped = ray.exceptions.RayTaskError("f", "traceback", error)
     assert "configure `ray.data.DataContext" in str(error)
     assert str(cause_of({1: wrapped.as_instanceof_cause()})) == "rank 1 failed: ValueError: no luck"
@@ -63,9 +71,7 @@ def test_an_error_of_ours_is_the_same_whatever_ray_data_adds_to_it() -> None:
     for error in (DataError("no luck"), InputError([problem]), WorkerError("no luck", 1, "trace", "code"), Interrupted("run", 3)):
         error.add_note("split 'train'")
         said = str(error)
-        _annotate_exception_with_retry_context(
-            error, description="map", attempts=1, max_attempts=1, total_backoff_s=0.0, exception_str=""
-        )
+        give_advice(error)
         there = pickle.loads(pickle.dumps(error))
         assert (type(there), str(there), there.__notes__) == (type(error), said, ["split 'train'"])
         assert there.values == error.values
