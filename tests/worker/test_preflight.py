@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from mistakes import BUILD, LOSS, MISTAKES, SPARE, Mistake
+from probes import detector, gan, language, mixed
 from raymill.cli.app import app
+from raymill.config.plan import ClusterFacts, make_plan
+from raymill.data.manifest import take_manifest
+from raymill.errors import InputError
+from raymill.preflight.trial import find_problems
+from raymill.task import Schema
+from raymill.training.assembly import Job, assemble
+from worker_harness import Experiment, Start, run_rank
 
 Command = Callable[..., Result]
 
@@ -97,10 +106,6 @@ SPOILED = Mistake(
     [('    return {"x": x,', '    x[:] = np.nan\n    return {"x": x,')],
     job=[("threads: 1}", "threads: 1, on_nan: skip}")],
 )
-FOR_GPUS = Mistake(
-    "a model that is moved to a GPU",
-    [(BUILD, "        raise AssertionError('Torch not compiled with CUDA enabled')\n")],
-)
 ONE_WORKER = Mistake(
     "a parameter without a gradient, and one worker",
     [
@@ -118,6 +123,84 @@ def test_a_job_that_would_run_is_not_refused(right: Mistake, project: Path) -> N
     right.write(project)
     result = run("check", "tiny", "--run", "--json")
     assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("make_task", "make_pipeline", "values"),
+    [
+        (gan.Points, gan.pipeline, gan.VALUES),
+        (detector.Boxes, detector.pipeline, detector.VALUES),
+        (language.NextWord, language.pipeline, language.VALUES),
+        (mixed.Mixed, mixed.pipeline, mixed.VALUES),
+        (mixed.Mixed, mixed.pipeline, {**mixed.VALUES, "loop": {**mixed.VALUES["loop"], "strict": True}}),
+        (mixed.Mixed, mixed.pipeline_with_nan, {**mixed.VALUES, "checkpoint": {}}),
+    ],
+    ids=["gan", "detector", "language", "mixed", "strict", "nan in the rows"],
+)
+def test_whatever_is_trained_nothing_is_wrong_with_it(make_task: Any, make_pipeline: Any, values: dict[str, Any]) -> None:
+    assert find_problems(job_of(Experiment(make_task, make_pipeline, values))) == []
+
+
+def job_of(experiment: Experiment, num_workers: int = 2, **scale: int) -> Job:
+    spec, pipeline = experiment.spec(num_workers), experiment.make_pipeline()
+    spec = spec.model_copy(update={"scale": spec.scale.model_copy(update=scale)})
+    manifest = take_manifest(pipeline)
+    planned = make_plan(spec, manifest, ClusterFacts(num_cpus=8, num_gpus=8, memory_bytes=2**32))
+    return assemble(spec, planned, manifest, pipeline, num_workers, lambda: experiment.make_task(pipeline.schema))
+
+
+class Unlucky(mixed.Mixed):
+    """Goes wrong in its fifth step, or its second evaluation."""
+
+    def __init__(self, schema: Schema, what: str = "loss") -> None:
+        super().__init__(schema)
+        self.what, self.num_calls = what, 0
+
+    def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        self.num_calls += self.what == "loss"
+        if self.num_calls > 8:
+            raise LookupError("no luck")
+        return super().loss(model, batch)
+
+    def evaluate(self, model: torch.nn.Module, batch: Any) -> dict[str, Any]:
+        self.num_calls += self.what == "evaluate"
+        measured = super().evaluate(model, batch)
+        return measured if self.num_calls < 3 else {name: torch.tensor(0.5) for name in measured}
+
+
+def test_an_error_at_a_later_step_is_the_codes_own_and_says_rank_step_and_rows(tmp_path: Path) -> None:
+    experiment = Experiment(Unlucky, mixed.pipeline, mixed.VALUES)
+    assert find_problems(job_of(experiment, 1)) == [], "a few rows cannot show it"
+    with pytest.raises(LookupError, match="no luck") as caught:
+        run_rank(0, 1, 0, experiment, Start(tmp_path, 1, None, None, warm_up=True))
+    expected, where = caught.value.__notes__
+    assert expected.startswith("expected: loss(model, batch) to give the mean loss")
+    assert "image float32 [1, 1, 4, 4], label int64 [1]" in expected
+    found = re.fullmatch(r"rank 0, step 5 \(epoch 0, batch 4\), train rows (\d+), (\d+)", where)
+    assert found, where
+
+
+def test_what_the_code_gives_is_held_against_what_it_must_in_a_run_too(tmp_path: Path) -> None:
+    experiment = Experiment(partial(Unlucky, what="evaluate"), mixed.pipeline, mixed.VALUES)
+    with pytest.raises(InputError, match=r"found 'loss': float32 \[\] for \d+ rows; expected evaluate") as caught:
+        run_rank(0, 1, 0, experiment, Start(tmp_path, 1, None, None, warm_up=True))
+    (where,) = caught.value.__notes__
+    assert re.match(r"rank 0, evaluation \(epoch 1, batch 0\), validation rows \d", where)
+
+
+class OnGpus(mixed.Mixed):
+    """Wants a GPU, which this machine may not have."""
+
+    def build(self) -> torch.nn.Module:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+
+def test_a_job_for_gpus_is_not_refused_where_there_is_none() -> None:
+    experiment = Experiment(OnGpus, mixed.pipeline, mixed.VALUES)
+    assert find_problems(job_of(experiment, gpus_per_worker=1)) == []
+    assert [problem.found for problem in find_problems(job_of(experiment))] == [
+        "AssertionError: Torch not compiled with CUDA enabled"
+    ]
 
 
 def test_nothing_of_the_process_is_changed_and_what_the_code_prints_is_not_the_result(

@@ -11,8 +11,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -47,7 +47,8 @@ FEW_ROWS = 8
 MOST_FRAGMENTS = 8
 """Fragments that are read for the first few rows of a split, where they are small."""
 
-OF_A_DEVICE = re.compile(r"cuda|CUDA|NVIDIA|same device|torch\.device|HIP", re.IGNORECASE)
+OF_A_DEVICE = re.compile(r"cuda|nvidia|on the same device|torch\.device|\bHIP\b", re.IGNORECASE)
+"""What torch says where a GPU is missing, or a tensor is on another device than the model."""
 
 CPU = torch.device("cpu")
 
@@ -62,27 +63,14 @@ def find_problems(job: Job) -> list[Problem]:
         does not need one that failed.
     """
     trial = _Trial(job)
-    with unchanged_caller(), _undisturbed():
+    # What the code prints is not the result of the command.
+    with unchanged_caller(), redirect_stdout(sys.stderr):
+        os.environ["PYTHONBREAKPOINT"] = "0"
         torch.set_num_threads(job.plan.threads)
         trial.run()
     # What fails at one line is one mistake, whichever parts of the code came by.
     unique = {one.line: one.problem for one in reversed(trial.found)}.values()
     return list({one.where: one for one in unique}.values())[::-1]
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """What the code prints goes to stderr, and it stops at no breakpoint."""
-    before = os.environ.get("PYTHONBREAKPOINT")
-    os.environ["PYTHONBREAKPOINT"] = "0"
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONBREAKPOINT"]
-        else:
-            os.environ["PYTHONBREAKPOINT"] = before
 
 
 @dataclass(frozen=True)
