@@ -70,7 +70,7 @@ def test_a_mistake_is_found_with_its_line_what_was_expected_and_what_to_do(mista
         assert re.fullmatch(rf"jobs/tiny/job.yaml:\d+ {mistake.field}", problem["where"])
     elif mistake.line:
         assert mistake.place(project) in problem["where"]
-        assert mistake.line in problem["where"]
+        assert mistake.line.rstrip(":") in problem["where"]
     assert re.search(mistake.found, problem["found"]), problem
     assert mistake.fix in problem["fix"] or re.search(mistake.fix, problem["fix"]), problem
     assert problem["expected"]

@@ -77,7 +77,7 @@ def definition(code: Any) -> str:
         _, line = inspect.getsourcelines(code)
     except (TypeError, OSError):
         return getattr(code, "__qualname__", None) or repr(code)
-    return f"{place(str(file), line)}: {linecache.getline(str(file), line).strip()}"
+    return f"{place(str(file), line)}: {linecache.getline(str(file), line).strip().rstrip(':')}"
 
 
 def headline(error: BaseException) -> str:
