@@ -28,9 +28,9 @@ from raymill.errors import InputError
 from raymill.preflight.trial import find_problems
 from raymill.task import Schema
 from raymill.training.assembly import Job, assemble
-from worker_harness import Experiment, Start, run_rank
+from worker_harness import Experiment, Start, TrainingRun, run_rank
 
-Command = Callable[..., Result]
+NewRun = Callable[[Experiment], TrainingRun]
 
 
 @pytest.fixture
@@ -186,6 +186,26 @@ def test_what_the_code_gives_is_held_against_what_it_must_in_a_run_too(tmp_path:
         run_rank(0, 1, 0, experiment, Start(tmp_path, 1, None, None, warm_up=True))
     (where,) = caught.value.__notes__
     assert re.match(r"rank 0, evaluation \(epoch 1, batch 0\), validation rows \d", where)
+
+
+class Sparing(mixed.Mixed):
+    """Makes a layer that it never uses."""
+
+    def build(self) -> torch.nn.Module:
+        model = super().build()
+        model.spare = torch.nn.Linear(2, 2)
+        model.forward = torch.nn.Sequential(*list(model)[:-1]).forward
+        return model
+
+
+def test_a_parameter_without_a_gradient_would_end_a_run_on_two_workers_and_on_one_it_would_not(new_run: NewRun) -> None:
+    experiment = Experiment(Sparing, mixed.pipeline, mixed.VALUES)
+    with pytest.raises(RuntimeError, match="Expected to have finished reduction in the prior iteration"):
+        new_run(experiment).go(2)
+    (problem,) = find_problems(job_of(experiment, 2))
+    assert problem.found == "no gradient of the parameters ['spare.weight', 'spare.bias']"
+    assert find_problems(job_of(experiment, 1)) == []
+    assert new_run(experiment).go(1).first.status == "finished"
 
 
 class OnGpus(mixed.Mixed):
