@@ -36,9 +36,9 @@ def refused(home: Home, *arguments: str) -> list[dict[str, str]]:
 def failed(home: Home, *arguments: str) -> str:
     code, stdout, stderr = home.run(*arguments, "--json")
     assert code == 1, stderr
-    message: str = json.loads(stdout)["message"]
+    told = json.loads(stdout)
     assert "Traceback" not in stderr
-    return message
+    return "\n".join([told["message"], *told["notes"]])
 
 
 # ---------------------------------------------------------------- before the first step
@@ -95,7 +95,7 @@ def test_an_error_on_one_rank_is_told_with_its_line_rank_step_and_rows(tmp_path:
     assert rows, message
     assert len(rows[1].split(", ")) == 8
     log = home.folder().ray_log
-    assert f"What the run's processes printed: {log}" in message
+    assert f"what Ray and the workers printed: {log}" in message
     assert "\x1b[" not in log.read_text()
     shown = home.json("runs", "show", home.folder().run_id, "--json")
     assert (shown["status"], shown["attempts"]) == ("failed", 1), "it is not tried again"

@@ -171,6 +171,7 @@ def wrong_stores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Exce
 
     yield caught(lambda: registry.resolve("tiny@candidate"))
     with monkeypatch.context() as patched:
+        patched.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
         patched.setattr(registry, "mlflow_settings", unreachable)
         yield caught(registry.list_models)
     spec = JobSpec.model_validate({"name": "a", "task": "a:B", "pipeline": "a:b", "optimizer": {"kind": "SGD"}})

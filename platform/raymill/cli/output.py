@@ -44,16 +44,12 @@ def plain_console(*, stderr: bool = False) -> Console:
 
 @contextmanager
 def errors(as_json: bool) -> Iterator[None]:
-    """Turn errors into a message (or a JSON object) and an exit code.
-
-    An error of the job's own code is told from its own lines; any other that nobody foresaw keeps its whole traceback.
-    """
+    """Turn errors into a message (or a JSON object) and an exit code."""
     try:
         yield
     except RaymillError as error:
         problems = [problem.as_dict() for problem in error.problems] if isinstance(error, InputError) else []
-        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-        _fail(error, f"{type(error).__name__}: {error}{notes}", problems, as_json, error.exit_code)
+        _fail(error, problems, as_json, error.exit_code)
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:

@@ -17,7 +17,8 @@ from typing import Any
 
 from raymill.data.arrow import dtype_problems, schema_problems
 from raymill.errors import DataError, InputError, Problem
-from raymill.own_code.seams import FRAGMENTS, READ, Seam, problem
+from raymill.own_code import seams
+from raymill.own_code.seams import FRAGMENTS, READ, Seam
 from raymill.own_code.traces import culprit, own_frames
 from raymill.task import TRAIN, Fragment, Pipeline, Source
 
@@ -79,8 +80,8 @@ def take_manifest(pipeline: Pipeline, *, lenient: bool = False) -> Manifest:
     of_splits: list[tuple[str, Problem]] = []
     splits: dict[str, SplitManifest] = {}
     if TRAIN not in pipeline.sources:
-        found = f"splits {sorted(pipeline.sources)}"
-        problems.append(Problem("pipeline.sources", found, f"a split {TRAIN!r}", f"Add a source named {TRAIN!r}."))
+        there = f"splits {sorted(pipeline.sources)}"
+        problems.append(Problem("pipeline.sources", there, f"a split {TRAIN!r}", f"Add a source named {TRAIN!r}."))
     for name, source in pipeline.sources.items():
         try:
             splits[name] = SplitManifest(tuple(source.fragments()))
@@ -91,9 +92,9 @@ def take_manifest(pipeline: Pipeline, *, lenient: bool = False) -> Manifest:
         else:
             of_splits += [(name, problem) for problem in _first_rows_problems(name, source, splits[name], pipeline, lenient)]
     # One line of the job's own code may fail for several splits.
-    by_place = {problem.where: problem for problem in reversed([*problems, *_once_per_column(of_splits)])}
-    if by_place:
-        raise InputError(list(by_place.values())[::-1])
+    found = [*problems, *_once_per_column(of_splits)]
+    if once := {(one.where, one.expected, one.fix): one for one in reversed(found)}:
+        raise InputError(list(once.values())[::-1])
     return Manifest(splits)
 
 
@@ -117,7 +118,7 @@ def _own_problem(seam: Seam, error: Exception, at: str) -> Problem:
     """An error of the job's own code; any other is raised again."""
     if not own_frames(culprit(error)):
         raise error
-    found = problem(seam, error)
+    found = seams.problem(seam, error)
     return replace(found, found=f"{found.found} ({at})")
 
 
