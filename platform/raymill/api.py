@@ -44,8 +44,12 @@ def load(job: str | Path, **overrides: Any) -> Job:
     Raises:
         InputError: there is no such job, or too little of it is right to go on with.
     """
-    given = [f"{name.replace('__', '.')}={json.dumps(value)}" for name, value in overrides.items()]
+    given = _overrides(overrides)
     return Job(str(job), tuple(given), job_files.examine_job(str(job), given).spec)
+
+
+def _overrides(given: Mapping[str, Any]) -> list[str]:
+    return [f"{name.replace('__', '.')}={json.dumps(value)}" for name, value in given.items()]
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,18 @@ class Job:
     overrides: tuple[str, ...]
     spec: JobSpec
 
-    def check(self) -> dict[str, int]:
+    def check(self, *, run: bool = False) -> dict[str, int]:
         """Check the job and its data against this machine, or the cluster that RAY_ADDRESS names; returns the rows of each split.
+
+        Args:
+            run: also try the job's own code on a few rows, in this process.
 
         Raises:
             InputError: with everything that is wrong.
         """
         prepared = self._prepare()
+        if run:
+            runner.try_code(prepared)
         return {split: part.num_rows for split, part in prepared.manifest.splits.items()}
 
     def plan(self) -> Plan:
@@ -79,19 +88,27 @@ class Job:
         """
         return self._prepare().plan
 
-    def train(self, *, in_process: bool = False, quiet: bool = False) -> Run:
+    def train(self, *, in_process: bool = False, quiet: bool = False, preflight: bool = True) -> Run:
         """Train to the end; shows progress unless `quiet`.
 
         Args:
             in_process: in this process, with one worker, without Ray. Otherwise on the cluster that RAY_ADDRESS names, or on an
                 embedded Ray with the job's number of workers.
+            preflight: try the job's own code on a few rows, before or while the run starts.
 
         Raises:
             InputError: with everything that is wrong.
             Interrupted: stopped on request, to be resumed.
             RunError: the run could not go on.
         """
-        summary = train_job(self.name, self.overrides, in_process=in_process, console=_console(quiet), started_s=time.time())
+        summary = train_job(
+            self.name,
+            self.overrides,
+            in_process=in_process,
+            preflight=preflight,
+            console=_console(quiet),
+            started_s=time.time(),
+        )
         return Run(summary["run_id"])
 
     def _prepare(self) -> Prepared:
@@ -100,14 +117,20 @@ class Job:
 
 
 def train_job(
-    job: str, overrides: Sequence[str], *, in_process: bool, console: Console | None, started_s: float
+    job: str,
+    overrides: Sequence[str],
+    *,
+    in_process: bool,
+    preflight: bool,
+    console: Console | None,
+    started_s: float,
 ) -> dict[str, Any]:
     """Train a job to the end.
 
     Args:
         job: see `load`.
         overrides: "field.path=value" each.
-        in_process: see `Job.train`.
+        in_process, preflight: see `Job.train`.
         console: where progress is shown; None: nowhere.
         started_s: when the command was given, Unix seconds.
 
@@ -123,7 +146,7 @@ def train_job(
         overrides = [*overrides, *ONE_WORKER]
     prepared = prepare(job_files.examine_job(job, overrides), executor.find_facts())
     with ExitStack() as stack:
-        return runner.train(prepared, executor, _watch(stack, console, in_process), started_s)
+        return runner.train(prepared, executor, _watch(stack, console, in_process), started_s, preflight=preflight)
 
 
 def _refuse_workers(asked: str | None) -> None:
@@ -156,6 +179,8 @@ def resume(
     in_process: bool = False,
     accept_code_changes: bool = False,
     quiet: bool = False,
+    preflight: bool = True,
+    **overrides: Any,
 ) -> Run:
     """Go on with an interrupted or failed run from its last checkpoint; errors as those of `Job.train`.
 
@@ -163,12 +188,16 @@ def resume(
         workers: another number of workers; None: the same.
         in_process: in this process, whatever it was begun on.
         accept_code_changes: go on though the job's own code is another one now; the weights will be others too.
+        preflight: see `Job.train`.
+        overrides: as in `load`, of the fields that may change when a run goes on; see `raymill.config.resumed`.
     """
     resume_run(
         run_id,
         workers,
+        _overrides(overrides),
         in_process=in_process,
         accept_code_changes=accept_code_changes,
+        preflight=preflight,
         console=_console(quiet),
         started_s=time.time(),
     )
@@ -178,9 +207,11 @@ def resume(
 def resume_run(
     run_id: str,
     workers: int | None,
+    overrides: Sequence[str],
     *,
     in_process: bool,
     accept_code_changes: bool,
+    preflight: bool,
     console: Console | None,
     started_s: float,
 ) -> dict[str, Any]:
@@ -190,7 +221,16 @@ def resume_run(
         _refuse_workers(f"scale.workers={workers}")
     with ExitStack() as stack:
         watch = _watch(stack, console, in_process)
-        return runner.resume(run_id, workers, executor, watch, started_s, accept_code_changes=accept_code_changes)
+        return runner.resume(
+            run_id,
+            workers,
+            overrides,
+            executor,
+            watch,
+            started_s,
+            accept_code_changes=accept_code_changes,
+            preflight=preflight,
+        )
 
 
 @dataclass(frozen=True)

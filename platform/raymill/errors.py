@@ -11,8 +11,8 @@
     |   `-- TrackingError        MLflow could not be reached or refused
     `-- Interrupted      (3)     stopped by the user or the machine; can be resumed
 
-All of them hold plain values only and pass them all to `Exception.__init__`, so they survive pickling between
-processes unchanged.
+All of them hold plain values only, which `values` names, so they survive pickling between processes unchanged, notes included;
+whatever somebody on the way adds to their `args`, as Ray Data does, is left behind.
 """
 
 from __future__ import annotations
@@ -52,6 +52,14 @@ class RaymillError(Exception):
 
     exit_code = 1
 
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """What another one of its kind is made of that is equal to it."""
+        return self.args
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.values, self.__dict__
+
 
 class InputError(RaymillError):
     """The user's job, data or command is wrong. Nothing was started.
@@ -65,6 +73,11 @@ class InputError(RaymillError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
         super().__init__(self.problems)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """Its problems."""
+        return (self.problems,)
 
     def __str__(self) -> str:
         count = len(self.problems)
@@ -82,6 +95,11 @@ class RunError(RaymillError):
     def __init__(self, message: str) -> None:
         self.message = message
         super().__init__(message)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """Its message."""
+        return (self.message,)
 
     def __str__(self) -> str:
         return self.message
@@ -102,7 +120,11 @@ class WorkerError(RunError):
         self.rank = rank
         self.traceback = traceback
         self.cause = cause
-        self.args = (message, rank, traceback, cause)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """Message, rank, traceback, cause."""
+        return (self.message, self.rank, self.traceback, self.cause)
 
 
 class DataError(RunError):
@@ -140,15 +162,21 @@ class Interrupted(RaymillError):
         self.step = step
         super().__init__(run_id, step)
 
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """Run and step."""
+        return (self.run_id, self.step)
+
     def __str__(self) -> str:
         return f"run {self.run_id} was interrupted; its state is saved at step {self.step}. Continue with --resume {self.run_id}"
 
 
 def as_record(error: RaymillError) -> dict[str, Any]:
-    """An error as JSON-ready values; `from_record` makes an equal one."""
+    """An error as JSON-ready values, with its notes; `from_record` makes an equal one."""
+    notes = list(getattr(error, "__notes__", ()))
     if isinstance(error, InputError):
-        return {"kind": "InputError", "problems": [problem.as_dict() for problem in error.problems]}
-    return {"kind": type(error).__name__, "args": list(error.args)}
+        return {"kind": "InputError", "problems": [problem.as_dict() for problem in error.problems], "notes": notes}
+    return {"kind": type(error).__name__, "args": list(error.values), "notes": notes}
 
 
 def from_record(record: Mapping[str, Any]) -> RaymillError:
@@ -157,10 +185,14 @@ def from_record(record: Mapping[str, Any]) -> RaymillError:
     Raises:
         KeyError: when the record is not one of an error of this file.
     """
+    made: RaymillError
     if record["kind"] == "InputError":
-        return InputError([Problem(**problem) for problem in record["problems"]])
-    kinds = (RunError, WorkerError, DataError, CheckpointError, NumberError, StallError, TrackingError, Interrupted)
-    made: RaymillError = {kind.__name__: kind for kind in kinds}[record["kind"]](*record["args"])
+        made = InputError([Problem(**problem) for problem in record["problems"]])
+    else:
+        kinds = (RunError, WorkerError, DataError, CheckpointError, NumberError, StallError, TrackingError, Interrupted)
+        made = {kind.__name__: kind for kind in kinds}[record["kind"]](*record["args"])
+    for note in record.get("notes", ()):
+        made.add_note(note)
     return made
 
 

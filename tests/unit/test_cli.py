@@ -428,7 +428,6 @@ def test_data_stats_measures_each_split(project: Project) -> None:
     [
         (("train",), "train"),
         (("train", "tiny", "--resume", "tiny-1"), "train"),
-        (("train", "--resume", "tiny-1", "--set", "loop.epochs=1"), "--set"),
         (("train", "--resume", "tiny-1"), "run"),
         (("train", "tiny", "--in-process", "--workers", "3"), "--in-process"),
         (("train", "--resume", "tiny-1", "--in-process", "--workers", "3"), "--in-process"),
@@ -466,15 +465,16 @@ def test_each_kind_of_error_has_its_exit_code(
     assert run("jobs").stdout == ""
 
 
-def test_an_error_of_the_jobs_own_code_is_shown_with_its_traceback(project: Project) -> None:
+def test_an_error_of_the_jobs_own_code_is_told_with_its_line(project: Project) -> None:
     code = project.root / "tiny/code.py"
     code.write_text(CODE.replace('splits = ("train", "validation")', "splits = 1 / 0"))
     result = run("check", "tiny", "--json")
-    assert result.exit_code == 1
-    found = json.loads(result.stdout)
-    assert (found["error"], found["message"], found["problems"]) == ("ZeroDivisionError", "division by zero", [])
-    assert 'code.py", line' in result.stderr
-    assert "in rows" in result.stderr
+    assert result.exit_code == 2
+    (problem,) = problems_of(result)
+    assert problem["where"] == "tiny/code.py:17 in rows: splits = 1 / 0"
+    assert problem["found"] == "ZeroDivisionError: division by zero"
+    assert problem["expected"].startswith("the pipeline's function to give a Pipeline")
+    assert "Traceback" not in result.stderr
 
 
 # ---------------------------------------------------------------- what it costs

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymill.errors import RunError
-from raymill.task import Total
+from raymill.errors import InputError
+from raymill.own_code import contracts
+from raymill.task import Batch, Task, Total
 from raymill.training.evaluation import Evaluation
 
 
@@ -78,8 +79,12 @@ def test_several_metrics_do_not_mix() -> None:
 
 @pytest.mark.parametrize("value", [torch.tensor(1.0), torch.ones(3), torch.ones(2, 1)])
 def test_a_value_that_is_not_one_number_per_row_is_refused(value: torch.Tensor) -> None:
-    with pytest.raises(RunError, match=r"'loss' with shape .* for 2 rows; expected \(2,\)"):
-        Evaluation().add({"loss": value}, 2)
+    class Measuring(Task):
+        def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+            return {"loss": value}
+
+    with pytest.raises(InputError, match=r"found 'loss': float32 \[.*\] for 2 rows; expected .* one value for each"):
+        contracts.evaluate(Measuring(), torch.nn.Identity(), {}, 2)
 
 
 def test_a_total_that_is_not_a_number_stays_visible() -> None:

@@ -32,7 +32,7 @@ from raymill.data.order import (
 from raymill.data.reader import Reader, read_locally
 from raymill.data.rows import ROW_ID
 from raymill.data.sources import ArraySource
-from raymill.errors import DataError
+from raymill.errors import DataError, InputError
 from raymill.task import TRAIN, VALIDATION, Fragment, Pipeline, Rows
 from raymill.training.steps import EpochEnd, EvalEnd, EvalStep, Step, TrainEnd, TrainStep, may_stop_after, remaining_steps
 
@@ -426,7 +426,7 @@ def test_a_transform_that_changes_the_number_of_rows_is_refused() -> None:
     pipeline = Pipeline(sources={TRAIN: Counted((5, 5))}, schema={}, transform=drop_one)
     order = JobOrder(SplitOrder(TRAIN, np.array([5, 5], np.int64), 1, 0, shuffle=True), None, 1, 5)
     reader = Reader("", order, {TRAIN: BatchSharding(10, 5, 1, 1)}, {TRAIN: Counted((5, 5)).fragments()}, pipeline)
-    with pytest.raises(DataError, match="made 9 rows of 10"):
+    with pytest.raises(InputError, match=r"drop_one.*: found 9 rows, made of 10"):
         reader.read(Item(TRAIN, 0, 0, 0))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def failing(executor: Executor, error: Exception) -> Executor:
     def execute(*arguments: Any) -> dict[str, Any]:
         raise error
 
-    return Executor(executor.name, executor.find_facts, execute, executor.only_one_worker, executor.has_ray_log)
+    return replace(executor, execute=execute)
 
 
 def notes_of(executor: Executor, error: Exception, folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -194,7 +195,7 @@ def notes_of(executor: Executor, error: Exception, folder: RunFolder, monkeypatc
     plan = type("Plan", (), {"as_record": lambda self: {}})()
     prepared: Any = type("Prepared", (), {"spec": None, "code": {}, "plan": plan})()
     with pytest.raises(type(error)) as caught:
-        runner._execute(folder, prepared, failing(executor, error), lambda folder: lambda event: None, 0.0)
+        runner._execute(folder, prepared, failing(executor, error), lambda folder: lambda event: None, 0.0, preflight=False)
     return list(getattr(caught.value, "__notes__", []))
 
 
@@ -229,6 +230,7 @@ def test_the_command_prints_the_notes_of_an_error_once(error: Exception, monkeyp
     monkeypatch.setattr(registry, "list_models", fail)
     result = CliRunner().invoke(app, ["models", "list", "--json"])
     assert result.exit_code == 1
-    assert result.stderr.endswith("Error: it broke\nNext:\n  look there\n")
+    assert f"{type(error).__name__}: it broke\n" in result.stderr
+    assert result.stderr.endswith("\nNext:\n  look there\n")
     assert result.stderr.count("look there") == 1
     assert '"notes": [\n  "Next:\\n  look there"\n ]' in result.stdout

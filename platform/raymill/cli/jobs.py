@@ -50,7 +50,13 @@ def init(
         emit({**made, "next": next_steps}, json_, show)
 
 
-def check(job: JobArgument, set_: SetOption = None, workers: WorkersOption = None, json_: JsonOption = False) -> None:
+def check(
+    job: JobArgument,
+    set_: SetOption = None,
+    workers: WorkersOption = None,
+    run: Annotated[bool, typer.Option("--run", help="also try the job's own code on a few rows, in this process")] = False,
+    json_: JsonOption = False,
+) -> None:
     """Validate a job and its data without starting anything."""
     with errors(json_):
         from raymill.config import load
@@ -59,6 +65,10 @@ def check(job: JobArgument, set_: SetOption = None, workers: WorkersOption = Non
 
         loaded = load.examine_job(job, overrides(set_, workers))
         prepared = prepare(loaded, executors.choose(this_process=False).find_facts())
+        if run:
+            from raymill.orchestration.run import try_code
+
+            try_code(prepared)
         rows = {split: part.num_rows for split, part in prepared.manifest.splits.items()}
         emit(
             {"job": prepared.spec.name, "valid": True, "rows": rows, "problems": []},
@@ -96,6 +106,7 @@ def train(
     accept_code_changes: Annotated[
         bool, typer.Option("--accept-code-changes", help="with --resume: go on though the job's own code changed")
     ] = False,
+    preflight: Annotated[bool, typer.Option(help="try the job's own code on a few rows first, or while the run starts")] = True,
     json_: JsonOption = False,
 ) -> None:
     """Run a job: train, track, register."""
@@ -105,25 +116,16 @@ def train(
         if (job is None) == (resume is None):
             fix = "Give a job file, or --resume RUN."
             raise InputError([Problem("train", "both or neither of JOB and --resume", "one of them", fix)])
-        if resume is not None and set_:
-            fix = "Resume it as it was, or start a new run."
-            raise InputError([Problem("--set", "--resume with changed values", "the values of the run", fix)])
         if resume is None and accept_code_changes:
             fix = "A new run takes the code as it is: leave the option out."
             raise InputError([Problem("--accept-code-changes", "no --resume", "a run to go on with", fix)])
         console = plain_console(stderr=True)
         started_s = psutil.Process().create_time()
+        how: Any = {"in_process": in_process, "preflight": preflight, "console": console, "started_s": started_s}
         if job is not None:
-            summary = api.train_job(job, overrides(set_, workers), in_process=in_process, console=console, started_s=started_s)
+            summary = api.train_job(job, overrides(set_, workers), **how)
         else:
-            summary = api.resume_run(
-                str(resume),
-                workers,
-                in_process=in_process,
-                accept_code_changes=accept_code_changes,
-                console=console,
-                started_s=started_s,
-            )
+            summary = api.resume_run(str(resume), workers, set_ or [], accept_code_changes=accept_code_changes, **how)
         emit(summary, json_, lambda console: _show_summary(console, summary))
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from raymill.errors import InputError, RaymillError
+from raymill.own_code.traces import culprit, own_frames, tell
 from raymill.redaction import for_people, print_redacted, redact
 
 JobArgument = Annotated[str, typer.Argument(help="a job file, its folder, or the name of a folder in jobs/")]
@@ -43,7 +44,7 @@ def plain_console(*, stderr: bool = False) -> Console:
 
 @contextmanager
 def errors(as_json: bool) -> Iterator[None]:
-    """Turn errors into a message (or a JSON object) and an exit code; an error of the job's own code keeps its traceback."""
+    """Turn errors into a message (or a JSON object) and an exit code."""
     try:
         yield
     except RaymillError as error:
@@ -56,13 +57,20 @@ def errors(as_json: bool) -> Iterator[None]:
 
 
 def _fail(error: Exception, problems: list[dict[str, str]], as_json: bool, exit_code: int) -> None:
-    """Say what failed, and its notes: a run's own say what to do next."""
+    """Say what failed, and its notes: a run's own say what to do next.
+
+    An error of the job's own code is told from its own lines; any other that nobody foresaw keeps its whole traceback.
+    """
     notes = getattr(error, "__notes__", [])
+    foreseen = isinstance(error, RaymillError)
+    own = not foreseen and bool(own_frames(culprit(error)))
+    told = tell(error) if own else "\n".join([f"{type(error).__name__}: {error}", *notes])
     if as_json:
-        found = {"error": type(error).__name__, "message": str(error), "problems": problems, "notes": notes}
+        message = told.removeprefix(f"{type(error).__name__}: ") if own else str(error)
+        found = {"error": type(error).__name__, "message": message, "problems": problems, "notes": notes}
         print(json.dumps(redact(found), indent=1))
-    if isinstance(error, RaymillError):
-        plain_console(stderr=True).print(for_people("\n".join([f"{type(error).__name__}: {error}", *notes])), soft_wrap=True)
+    if foreseen or own:
+        plain_console(stderr=True).print(for_people(told), soft_wrap=True)
     else:
         print_redacted(type(error), error, error.__traceback__)
     raise typer.Exit(exit_code) from error

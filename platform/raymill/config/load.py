@@ -28,6 +28,8 @@ from raymill.config.code_lookup import Packages, argument_names, check_names, fi
 from raymill.config.signature import UNKNOWN_ARGUMENT, shortened, without_quotes
 from raymill.config.spec import JobSpec
 from raymill.errors import InputError, Problem, did_you_mean, nearest
+from raymill.own_code.seams import IMPORT, PIPELINE, TASK, calling, problem
+from raymill.own_code.traces import definition
 from raymill.paths import find_project, no_project, project_root
 from raymill.redaction import find_secrets
 
@@ -166,11 +168,11 @@ def examine_job(job: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
             problems.append(Problem("", shortened(values), "a mapping of fields to values", fix))
         raise InputError(_placed(problems, path, document.lines, frozenset()))
 
-    overridden, override_problems = _override(values, overrides)
+    overridden, override_problems = apply_overrides(values, overrides)
     lines = {name: line for name, line in document.lines.items() if not _within(name, overridden)}
     problems = [problem for problem in problems if not _within(problem.where, overridden)]
     unreadable = {name for name in document.unreadable if not _within(name, overridden)}
-    spec, spec_problems = _validate(values)
+    spec, spec_problems = validated(values)
     secrets = _secret_problems(values)
     # What else is wrong with a secret is not said: it would be repeated.
     hidden = {problem.where for problem in secrets}
@@ -180,7 +182,7 @@ def examine_job(job: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
     placed = (*_placed(problems, path, lines, overridden), *override_problems)
     faults = frozenset(problem.where for problem in problems)
     if spec is None:
-        spec, _ = _validate(_without(values, {problem.where for problem in spec_problems}))
+        spec, _ = validated(_without(values, {problem.where for problem in spec_problems}))
     if spec is None or override_problems or "" in faults:
         raise InputError(placed)
     return LoadedJob(spec, path, lines, overridden, placed, faults)
@@ -194,7 +196,9 @@ def import_pipeline(spec: JobSpec) -> Pipeline:
     """
     from raymill.task import Pipeline
 
-    made = _import_code(spec.pipeline, "pipeline", "function")(**spec.data)
+    function = _import_code(spec.pipeline, "pipeline", "function")
+    with calling(PIPELINE, spec.data):
+        made = function(**spec.data)
     if not isinstance(made, Pipeline):
         fix = f"Let {spec.pipeline} return raymill.task.Pipeline(...)."
         raise InputError([Problem("pipeline", f"a function that returned {shortened(made)}", "a Pipeline", fix)])
@@ -213,10 +217,11 @@ def import_task(spec: JobSpec, schema: Schema) -> Task:
     missing = [name for name in ("build", "evaluate") if getattr(task_class, name, None) in (None, vars(Task)[name])]
     if missing:
         raise InputError(
-            [Problem("task", f"{spec.task} without {name}", f"a method {name}", f"Define {name}.") for name in missing]
+            [Problem(definition(task_class), f"a task without {name}", f"a method {name}", f"Define {name}.") for name in missing]
         )
     given = {"schema": schema} if "schema" in inspect.signature(task_class).parameters else {}
-    return cast("Task", task_class(**spec.model, **given))
+    with calling(TASK, spec.model):
+        return cast("Task", task_class(**spec.model, **given))
 
 
 def import_class(import_path: str, field: str, kind: Literal["optimizer", "schedule"]) -> Any:
@@ -245,9 +250,8 @@ def _import_code(import_path: str, field: str, kind: str) -> Any:
     make_importable(root, packages.names)
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
-        found = f"a module that cannot be imported: {error}"
-        raise InputError([Problem(field, found, "a module that imports", "Install or correct what it imports.")]) from error
+    except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
+        raise InputError([problem(IMPORT, error, import_path)]) from error
     checked, imported = packages.locate(name), getattr(module, "__file__", None)
     if imported is None or checked is None or not os.path.samefile(imported, checked):
         found = f"{name} already imported from {imported}"
@@ -279,7 +283,7 @@ def make_importable(root: Path, names: Collection[str]) -> None:
     sys.path[:] = [*(entry for entry in sys.path if entry != str(root)), str(root)]
 
 
-def _override(values: dict[str, Any], overrides: Sequence[str]) -> tuple[frozenset[str], list[Problem]]:
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> tuple[frozenset[str], list[Problem]]:
     """Set the overrides in `values`; return the field paths that were set, and problems with their final place."""
     done: set[str] = set()
     problems = []
@@ -339,7 +343,7 @@ def _secret_problems(values: dict[str, Any]) -> list[Problem]:
     return [Problem(where, "a literal secret", "no secrets in a job", fix) for where in find_secrets(values)]
 
 
-def _validate(values: dict[str, Any]) -> tuple[JobSpec | None, list[Problem]]:
+def validated(values: dict[str, Any]) -> tuple[JobSpec | None, list[Problem]]:
     """Types and ranges by the spec's models."""
     try:
         return JobSpec.model_validate(values), []

@@ -7,13 +7,16 @@ and rank 0 lists each bad row once (`record.bad_row_ledger`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from raymill.data.rows import finite, num_rows, take
 from raymill.errors import DataError
-from raymill.task import Fragment, Pipeline, Rows, Schema
+from raymill.own_code.seams import CHECK, READ, calling, wrong
+from raymill.own_code.traces import describe, noting
+from raymill.task import Check, Fragment, Pipeline, Rows, Schema
 
 
 @dataclass(frozen=True)
@@ -52,19 +55,23 @@ def read_good_rows(pipeline: Pipeline, split: str, fragment: Fragment, *, lenien
     Raises:
         DataError: a row is bad, or the fragment has other rows than the manifest says.
     """
+    where = f"{fragment.path} part {fragment.part}"
+    source = pipeline.sources[split]
     try:
-        rows = pipeline.sources[split].read(fragment)
+        with noting(lambda: f"in {where} (split {split!r})"), calling(READ):
+            rows = source.read(fragment)
     except DataError as error:
         if not lenient:
             raise
         return {}, dict.fromkeys(range(fragment.num_rows), str(error))
-    where = f"{fragment.path} part {fragment.part}"
+    if not isinstance(rows, Mapping):
+        raise wrong(READ, source.read, describe(rows), "Let read() return a dict of columns.")
     if num_rows(rows) != fragment.num_rows:
         raise DataError(
             f"{where}: {num_rows(rows)} rows were read, {fragment.num_rows} were there when "
             "the run started. Restore the file, or start a new run on the changed data."
         )
-    reasons = {int(index): reason for index, reason in pipeline.check(rows).items()} if pipeline.check else {}
+    reasons = _bad_rows(pipeline.check, rows, where) if pipeline.check else {}
     if not reasons:
         return rows, {}
     first = min(reasons)
@@ -78,6 +85,14 @@ def read_good_rows(pipeline: Pipeline, split: str, fragment: Fragment, *, lenien
     good = np.ones(fragment.num_rows, bool)
     good[list(reasons)] = False
     return take(rows, np.flatnonzero(good)), reasons
+
+
+def _bad_rows(check: Check, rows: Rows, where: str) -> dict[int, str]:
+    with noting(lambda: f"in {where}"), calling(CHECK, rows):
+        found = check(rows)
+    if not isinstance(found, Mapping):
+        raise wrong(CHECK, check, describe(found), "Return an empty dict where all rows are good.", rows)
+    return {int(index): reason for index, reason in found.items()}
 
 
 def check_values(rows: Rows, schema: Schema, *, must_be_finite: bool = False) -> dict[int, str]:

@@ -34,6 +34,8 @@ class Feed:
         self._last_windows: dict[tuple[str, int], int] = {}
         self.wait_s = 0.0
         """Seconds spent waiting for packets so far."""
+        self.handed_out: list[np.ndarray] = []
+        """The ids of the rows that were handed out since the list was emptied."""
 
     def take(self, split: str, epoch: int, count: int) -> Rows:
         """The good rows in the next `count` rows of a split in an epoch; without any, perhaps only the column ROW_ID.
@@ -54,7 +56,9 @@ class Feed:
             if num_rows(rows):
                 parts.append(rows)
             count -= len(present)
-        return join(parts) if parts else {ROW_ID: np.zeros(0, np.int64)}
+        taken: Rows = join(parts) if parts else {ROW_ID: np.zeros(0, np.int64)}
+        self.handed_out.append(np.asarray(taken[ROW_ID]))
+        return taken
 
     def _receive(self, split: str, epoch: int) -> None:
         """Take in a packet, for rows of this split and epoch."""

@@ -17,6 +17,9 @@ from typing import Any
 
 from raymill.data.arrow import dtype_problems, schema_problems
 from raymill.errors import DataError, InputError, Problem
+from raymill.own_code import seams
+from raymill.own_code.seams import FRAGMENTS, READ, Seam
+from raymill.own_code.traces import culprit, own_frames
 from raymill.task import TRAIN, Fragment, Pipeline, Source
 
 
@@ -77,17 +80,21 @@ def take_manifest(pipeline: Pipeline, *, lenient: bool = False) -> Manifest:
     of_splits: list[tuple[str, Problem]] = []
     splits: dict[str, SplitManifest] = {}
     if TRAIN not in pipeline.sources:
-        found = f"splits {sorted(pipeline.sources)}"
-        problems.append(Problem("pipeline.sources", found, f"a split {TRAIN!r}", f"Add a source named {TRAIN!r}."))
+        there = f"splits {sorted(pipeline.sources)}"
+        problems.append(Problem("pipeline.sources", there, f"a split {TRAIN!r}", f"Add a source named {TRAIN!r}."))
     for name, source in pipeline.sources.items():
         try:
             splits[name] = SplitManifest(tuple(source.fragments()))
         except InputError as error:
             of_splits += [(name, problem) for problem in error.problems]
+        except Exception as error:  # the source may be the job's own
+            problems.append(_own_problem(FRAGMENTS, error, f"split {name!r}"))
         else:
             of_splits += [(name, problem) for problem in _first_rows_problems(name, source, splits[name], pipeline, lenient)]
-    if problems := [*problems, *_once_per_column(of_splits)]:
-        raise InputError(problems)
+    # One line of the job's own code may fail for several splits.
+    found = [*problems, *_once_per_column(of_splits)]
+    if once := {(one.where, one.expected, one.fix): one for one in reversed(found)}:
+        raise InputError(list(once.values())[::-1])
     return Manifest(splits)
 
 
@@ -102,7 +109,17 @@ def _first_rows_problems(name: str, source: Source, split: SplitManifest, pipeli
             return schema_problems(source.read(fragment), pipeline.schema, where)
         except DataError as error:
             unreadable.append(Problem(where, str(error), "readable rows", "Correct or restore the data."))
+        except Exception as error:  # the source may be the job's own
+            return [_own_problem(READ, error, where)]
     return unreadable
+
+
+def _own_problem(seam: Seam, error: Exception, at: str) -> Problem:
+    """An error of the job's own code; any other is raised again."""
+    if not own_frames(culprit(error)):
+        raise error
+    found = seams.problem(seam, error)
+    return replace(found, found=f"{found.found} ({at})")
 
 
 def _once_per_column(found: list[tuple[str, Problem]]) -> list[Problem]:

@@ -22,8 +22,9 @@ import numpy as np
 from raymill.data.bad_rows import BadRow
 from raymill.data.order import Item, Stream
 from raymill.data.reader import Packet, Reader
-from raymill.data.rows import num_rows, pack, unpack
+from raymill.data.rows import num_rows, unpack
 from raymill.errors import DataError
+from raymill.own_code.traces import for_a_journey
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,8 +47,7 @@ def _read_block(block: pa.Table, reader: Reader, stream: Stream) -> Iterator[pa.
         _readers.clear()
         cached = _readers[reader.run] = reader
     for index in block["id"].to_pylist():
-        for packet in cached.read(stream[index]):
-            header, buffers = pack(packet.rows)
+        for packet, (header, buffers) in _packed(cached, stream[index]):
             item = packet.item
             yield pa.table(
                 {
@@ -63,6 +63,16 @@ def _read_block(block: pa.Table, reader: Reader, stream: Stream) -> Iterator[pa.
                     "buffers": pa.array([buffers], pa.list_(pa.large_binary())),
                 }
             )
+
+
+def _packed(reader: Reader, item: Item) -> list[tuple[Packet, tuple[str, list[bytes | memoryview]]]]:
+    try:
+        return [(packet, reader.pack(packet)) for packet in reader.read(item)]
+    except Exception as error:
+        told = for_a_journey(error, "reading the data")
+        if told is error:
+            raise
+        raise told from error
 
 
 def _window_numbers(count: int) -> Datasource:

@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from raymill import faults
+from raymill.data import seeds
 from raymill.data.bad_rows import BadRow, read_good_rows
 from raymill.data.order import BatchSharding, Item, JobOrder, Stream, key, window, window_rows
 from raymill.data.rows import ROW_ID, join, num_rows, pack, take, unpack
-from raymill.data.seeds import READ, TRANSFORM, imported_torch, seed_everything
-from raymill.errors import DataError
-from raymill.task import TRAIN, Fragment, Pipeline, Rows
+from raymill.data.seeds import imported_torch, seed_everything
+from raymill.own_code.seams import TRANSFORM, calling, wrong
+from raymill.own_code.traces import describe, noting, row_ids
+from raymill.task import TRAIN, Fragment, Pipeline, Rows, Transform
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Reader:
         """Read one window and cut it into a packet for each rank.
 
         Raises:
-            DataError: when a row is bad (unless lenient), or the transform changes the number of rows.
+            DataError: when a row is bad (unless lenient).
+            InputError: when the transform changes the number of rows.
         """
         faults.point("before_read")
         seeded_torch = imported_torch()
@@ -85,7 +88,7 @@ class Reader:
         rows: Rows = {}
         if parts:
             # The good rows lie end to end: a row moves up by the bad ones before it.
-            rows = self._transformed(take(join(parts), (np.cumsum(good) - 1)[offsets[kept]]), item)
+            rows = self._transformed(take(join(parts), (np.cumsum(good) - 1)[offsets[kept]]), item, ids[kept])
         faults.point("after_transform")
         rows[ROW_ID] = ids[kept]
         sequence = np.arange(opened.start, opened.stop, dtype=np.int64)
@@ -95,6 +98,19 @@ class Reader:
             Packet(item, rank, take(rows, np.flatnonzero(ranks[kept] == rank)), present[ranks == rank], () if rank else bad)
             for rank in range(cut.world_size)
         ]
+
+    def pack(self, packet: Packet) -> tuple[str, list[bytes | memoryview]]:
+        """A packet's rows as they travel.
+
+        Raises:
+            InputError: the transform made a column that cannot.
+        """
+        item = packet.item
+        with noting(lambda: f"split {item.split!r}, epoch {item.epoch}, window {item.window}"):
+            try:
+                return pack(packet.rows)
+            except TypeError as error:
+                raise wrong(TRANSFORM, self.pipeline.transform, str(error)) from error
 
     def _read_good_rows(
         self, item: Item, fragments: Sequence[int] | np.ndarray, count: int
@@ -111,7 +127,7 @@ class Reader:
         start = 0
         for number in fragments:
             fragment = self.fragments[item.split][int(number)]
-            seed_everything(self.order.train.seed, _draw_of(item), int(number), READ)
+            seed_everything(self.order.train.seed, _draw_of(item), int(number), seeds.READ)
             rows, reasons = read_good_rows(self.pipeline, item.split, fragment, lenient=self.lenient)
             if num_rows(rows):
                 parts.append(rows)
@@ -121,18 +137,31 @@ class Reader:
             start += fragment.num_rows
         return parts, good, found
 
-    def _transformed(self, rows: Rows, item: Item) -> Rows:
+    def _transformed(self, rows: Rows, item: Item, ids: np.ndarray) -> Rows:
         # The seed depends on the window alone, never on who reads it, so a resume draws the same numbers.
-        numbers = (self.order.train.seed, _draw_of(item), item.window, TRANSFORM)
+        numbers = (self.order.train.seed, _draw_of(item), item.window, seeds.TRANSFORM)
         seed_everything(*numbers)
-        count = num_rows(rows)
-        changed = self.pipeline.transform(rows, item.split, np.random.Generator(np.random.Philox(key=key(*numbers))))
-        if num_rows(changed) != count:
-            raise DataError(
-                f"the pipeline's transform made {num_rows(changed)} rows of {count} ({item.split}, window {item.window}). "
-                "A transform may change rows, not their number; make other rows in the Source."
-            )
-        return dict(changed)
+        generator = np.random.Generator(np.random.Philox(key=key(*numbers)))
+        with noting(lambda: f"split {item.split!r}, epoch {item.epoch}, window {item.window}, rows {row_ids(ids)}"):
+            return transformed(self.pipeline.transform, rows, item.split, generator)
+
+
+def transformed(transform: Transform, rows: Rows, split: str, generator: np.random.Generator) -> Rows:
+    """The rows as the pipeline's transform makes them.
+
+    Raises:
+        InputError: it made something else, or another number of them.
+    """
+    with calling(TRANSFORM, rows):
+        changed = transform(rows, split, generator)
+    if not isinstance(changed, Mapping):
+        raise wrong(TRANSFORM, transform, describe(changed), "Let the transform return the rows.", rows)
+    lengths = {len(column) for column in changed.values()}
+    if lengths != {num_rows(rows)}:
+        fix = "A transform may change rows, not their number; make other rows in the Source."
+        found = f"columns of {sorted(lengths)} rows" if len(lengths) > 1 else f"{num_rows(changed)} rows"
+        raise wrong(TRANSFORM, transform, f"{found}, made of {num_rows(rows)}", fix, rows)
+    return dict(changed)
 
 
 def _draw_of(item: Item) -> int:
@@ -149,4 +178,4 @@ def read_locally(reader: Reader, position: int, rank: int, *, evaluated: bool = 
     stream = Stream(reader.order, position, evaluated=evaluated)
     for index in range(len(stream)):
         packet = reader.read(stream[index])[rank]
-        yield replace(packet, rows=unpack(*pack(packet.rows)))
+        yield replace(packet, rows=unpack(*reader.pack(packet)))

@@ -7,6 +7,7 @@ changed for the caller: not its environment, not torch's threads or random state
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,8 @@ from raymill.orchestration.attempts import Show, committed_step, run_attempts, s
 from raymill.orchestration.prepare import Prepared
 from raymill.orchestration.summary import conclude
 from raymill.orchestration.tracker import tracking_summary
+from raymill.own_code.traces import tell
+from raymill.preflight.process import Look, here
 from raymill.record.events import DeliveryStarted, Event, RunStopped, StageReached, append_event
 from raymill.record.folder import RunFolder
 from raymill.record.processes import ProcessId
@@ -25,14 +28,22 @@ from raymill.record.store import LocalRunStore
 from raymill.training.assembly import Job, WorkerContext, assemble, attempt_started
 
 
-def execute(folder: RunFolder, prepared: Prepared, show: Show) -> dict[str, Any]:
+def preflight(folder: RunFolder, prepared: Prepared) -> AbstractContextManager[Look]:
+    """Try the job's own code in this process, which has to import torch anyway, before anything else."""
+    job = assemble(prepared.spec, prepared.plan, prepared.manifest, prepared.pipeline, world_size=1)
+    return nullcontext(here(job, prepared.where))
+
+
+def execute(folder: RunFolder, prepared: Prepared, show: Show, look: Look) -> dict[str, Any]:
     """Train to the end, then deliver to MLflow and register.
 
     Raises:
+        Refusal: the job's own code was found wrong by `look`.
         Interrupted: stopped on request, with its state saved.
         RaymillError: the run cannot go on.
         Exception: whatever the job's code raises.
     """
+    look(False)
     job = assemble(prepared.spec, prepared.plan, prepared.manifest, prepared.pipeline, world_size=1)
     try:
         with run_lock(folder.driver_lock), stop_on_signal(folder):
@@ -40,7 +51,7 @@ def execute(folder: RunFolder, prepared: Prepared, show: Show) -> dict[str, Any]
     except Interrupted:
         raise
     except Exception as error:
-        append_event(folder, RunStopped(reason="failed", message=f"{type(error).__name__}: {error}"))
+        append_event(folder, RunStopped(reason="failed", message=tell(error)))
         _deliver(folder, show)
         raise
     return read_record(folder.summary) | _deliver(folder, show)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from raymill.config import load, plan
+from raymill.config import load, plan, resumed
 from raymill.config.job_code import code_of
 from raymill.config.plan import ClusterFacts, Plan
 from raymill.config.spec import JobSpec
@@ -15,6 +16,7 @@ from raymill.data.manifest import Manifest
 from raymill.errors import InputError, Problem
 from raymill.files import read_record
 from raymill.orchestration.cluster_facts import unsafe_variables
+from raymill.own_code.seams import PIPELINE, problem
 from raymill.record import kept_code
 from raymill.record.catalog import find_run, show_run
 from raymill.record.folder import RunFolder
@@ -32,6 +34,7 @@ class Prepared:
         manifest: what the data hold now.
         plan: every derived number.
         code: the job's own code, as it is now; see `job_code`.
+        where: dotted field of the job -> where its user wrote it.
     """
 
     spec: JobSpec
@@ -39,6 +42,7 @@ class Prepared:
     manifest: Manifest
     plan: Plan
     code: Mapping[str, bytes]
+    where: Callable[[str], str] = str
 
 
 def prepare(job: load.LoadedJob, facts: ClusterFacts) -> Prepared:
@@ -55,7 +59,7 @@ def prepare(job: load.LoadedJob, facts: ClusterFacts) -> Prepared:
     pipeline = taken = None
     if job.is_sound("pipeline", "data"):
         try:
-            pipeline = load.import_pipeline(job.spec)
+            pipeline = _pipeline(job.spec)
             taken = manifest.take_manifest(pipeline, lenient=job.spec.bad_rows.lenient)
         except InputError as error:
             problems += error.problems
@@ -63,20 +67,28 @@ def prepare(job: load.LoadedJob, facts: ClusterFacts) -> Prepared:
         problems += plan.find_problems(job.spec, taken, facts, job.where)
     if problems or pipeline is None or taken is None:
         raise InputError(problems)
-    return Prepared(job.spec, pipeline, taken, plan.make_plan(job.spec, taken, facts, job.where), code_of(job.spec))
+    planned = plan.make_plan(job.spec, taken, facts, job.where)
+    return Prepared(job.spec, pipeline, taken, planned, code_of(job.spec), job.where)
 
 
 def prepare_resume(
-    run_id: str, num_workers: int | None, facts: ClusterFacts, *, accept_code_changes: bool = False
+    run_id: str,
+    num_workers: int | None,
+    facts: ClusterFacts,
+    overrides: Sequence[str] = (),
+    *,
+    accept_code_changes: bool = False,
 ) -> tuple[RunFolder, Prepared]:
     """Check whether a run can go on, with its data and its code as they were.
 
     Args:
         num_workers: another number of workers, or None for the same.
+        facts: what there is to run on.
+        overrides: "field.path=value" each, of fields that may change.
         accept_code_changes: go on with other code too, which ends with other weights.
 
     Raises:
-        InputError: when there is no such run, it is finished, its data changed, or its code did.
+        InputError: when there is no such run, it is finished, its data or its code changed, or a field may not change.
     """
     if problems := [*unsafe_variables(os.environ), *store_problems()]:
         raise InputError(problems)
@@ -84,25 +96,46 @@ def prepare_resume(
     if known["status"] in ("finished", "damaged"):
         found = "a run that is finished" if known["status"] == "finished" else known["message"]
         raise InputError([Problem(f"--resume {run_id}", found, "an interrupted or failed run", "Start a new run.")])
-    spec, recorded_manifest = _read_records(folder, num_workers)
+    recorded, recorded_manifest = _read_records(folder, num_workers)
+    spec = resumed.changed(recorded, overrides)
+    given = {text.partition("=")[0] for text in overrides}
+
+    def where(field: str) -> str:
+        return f"--set {field}" if field in given else f"run {run_id} {field}"
+
     code, recorded_code = code_of(spec), kept_code.read(folder.path)
     if recorded_code and not accept_code_changes and (other := kept_code.changes_since(folder.path, recorded_code, code)):
         raise InputError(kept_code.problems(run_id, other))
-    pipeline = load.import_pipeline(spec)
+    pipeline = _pipeline(spec)
     taken = manifest.take_manifest(pipeline, lenient=spec.bad_rows.lenient)
     if changed := manifest.differences(recorded_manifest, taken):
         raise InputError(changed)
-    planned = plan.make_plan(spec, taken, facts, lambda field: f"run {run_id} {field}")
-    return folder, Prepared(spec, pipeline, taken, planned, code)
+    planned = plan.make_plan(spec, taken, facts, where)
+    return folder, Prepared(spec, pipeline, taken, planned, code, where)
 
 
-def _read_records(folder: RunFolder, num_workers: int | None) -> tuple[JobSpec, Manifest]:
+def _pipeline(spec: JobSpec) -> Pipeline:
+    """The job's pipeline.
+
+    Raises:
+        InputError: it cannot be imported, or the function that makes it raises or returns something else.
+    """
+    try:
+        return load.import_pipeline(spec)
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError([problem(PIPELINE, error, spec.pipeline)]) from error
+
+
+def _read_records(folder: RunFolder, num_workers: int | None) -> tuple[dict[str, Any], Manifest]:
     """The job, with another number of workers where one is given, and the input of a run as they were written down."""
     try:
         recorded = read_record(folder.spec)
         if num_workers is not None:
             recorded["scale"] |= {"workers": num_workers, "min_workers": None, "max_workers": None}
-        return JobSpec.model_validate(recorded), manifest.from_record(read_record(folder.data_manifest))
+        JobSpec.model_validate(recorded)
+        return recorded, manifest.from_record(read_record(folder.data_manifest))
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = f"records that cannot be read: {type(error).__name__}: {error}"
         fix = "Restore the run's folder, or start a new run."

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from raymill.config import load
 from raymill.data import manifest
-from raymill.errors import Interrupted
-from raymill.files import make_private_folder, run_lock, write_record
+from raymill.errors import InputError, Interrupted
+from raymill.files import make_private_folder, replace_file, run_lock, write_record
 from raymill.orchestration.attempts import Show, committed_step
 from raymill.orchestration.executors import Executor
 from raymill.orchestration.prepare import Prepared, prepare_resume
+from raymill.preflight.process import Refusal, here, no_look
 from raymill.record import kept_code
 from raymill.record.environment import environment
 from raymill.record.folder import RunFolder, run_folder
+from raymill.training.assembly import assemble
 
 Watch = Callable[[RunFolder], Show]
 """Is given a run's folder before anything starts; what it returns is given every event as it happens."""
 
 
-def train(prepared: Prepared, executor: Executor, watch: Watch, started_s: float) -> dict[str, Any]:
+def train(prepared: Prepared, executor: Executor, watch: Watch, started_s: float, *, preflight: bool = True) -> dict[str, Any]:
     """Start a new run and train it to the end.
 
     Args:
@@ -30,11 +34,13 @@ def train(prepared: Prepared, executor: Executor, watch: Watch, started_s: float
         executor: who does it.
         watch: shows the run to people.
         started_s: when the command was given, Unix seconds.
+        preflight: try the job's own code on a few rows first, or while the run starts.
 
     Returns:
         The summary, which is also written to the run's folder.
 
     Raises:
+        InputError: the job's own code is wrong; there is no run.
         Interrupted: stopped on request, to be resumed.
         RunError: the run could not go on.
     """
@@ -43,29 +49,68 @@ def train(prepared: Prepared, executor: Executor, watch: Watch, started_s: float
     make_private_folder(folder.path)
     write_record(folder.data_manifest, manifest.as_record(prepared.manifest))
     write_record(folder.environment, environment())
-    return _execute(folder, prepared, executor, watch, started_s)
+    try:
+        return _execute(folder, prepared, executor, watch, started_s, preflight)
+    except Refusal as refusal:
+        # Ignored is what a process that is being ended writes there still.
+        shutil.rmtree(folder.path, ignore_errors=True)
+        raise InputError(refusal.problems) from refusal.__cause__
+
+
+def try_code(prepared: Prepared) -> None:
+    """Try the job's own code on a few rows, in this process. No run is made.
+
+    Raises:
+        InputError: with what is wrong.
+    """
+    workers = prepared.plan.num_workers
+    job = assemble(prepared.spec, prepared.plan, prepared.manifest, prepared.pipeline, workers)
+    try:
+        here(job, prepared.where)(False)
+    except Refusal as refusal:
+        raise InputError(refusal.problems) from refusal.__cause__
 
 
 def resume(
-    run_id: str, num_workers: int | None, executor: Executor, watch: Watch, started_s: float, *, accept_code_changes: bool = False
+    run_id: str,
+    num_workers: int | None,
+    overrides: Sequence[str],
+    executor: Executor,
+    watch: Watch,
+    started_s: float,
+    *,
+    accept_code_changes: bool = False,
+    preflight: bool = True,
 ) -> dict[str, Any]:
     """Go on with an interrupted or failed run from its last checkpoint; arguments and errors as those of `train`.
 
     Args:
         run_id: which run.
         num_workers: another number of workers, or None for the same.
+        overrides: "field.path=value" each, of fields that may change.
         accept_code_changes: go on though the job's own code is another one now.
 
     Raises:
-        InputError: when there is no such run, it is finished, its data changed, or its code did.
+        InputError: when there is no such run, it is finished, its data or its code changed, a field may not change, or the
+            job's own code is wrong; the run is as it was.
     """
     if executor.only_one_worker:
         num_workers = 1
-    folder, prepared = prepare_resume(run_id, num_workers, executor.find_facts(), accept_code_changes=accept_code_changes)
-    return _execute(folder, prepared, executor, watch, started_s)
+    folder, prepared = prepare_resume(
+        run_id, num_workers, executor.find_facts(), overrides, accept_code_changes=accept_code_changes
+    )
+    records = {path: path.read_text() for path in (folder.spec, folder.plan, folder.command) if path.exists()}
+    try:
+        return _execute(folder, prepared, executor, watch, started_s, preflight)
+    except Refusal as refusal:
+        for path, record in records.items():
+            replace_file(path, record)
+        raise InputError(refusal.problems) from refusal.__cause__
 
 
-def _execute(folder: RunFolder, prepared: Prepared, executor: Executor, watch: Watch, started_s: float) -> dict[str, Any]:
+def _execute(
+    folder: RunFolder, prepared: Prepared, executor: Executor, watch: Watch, started_s: float, preflight: bool
+) -> dict[str, Any]:
     with run_lock(folder.command_lock):
         # A driver may have outlived the command that started it.
         with run_lock(folder.driver_lock):
@@ -74,13 +119,14 @@ def _execute(folder: RunFolder, prepared: Prepared, executor: Executor, watch: W
             kept_code.keep(folder, prepared.code, committed_step(folder))
             write_record(folder.command, {"started_s": started_s, "executor": executor.name})
             folder.stop_request.unlink(missing_ok=True)
-        try:
-            summary = executor.execute(folder, prepared, watch(folder))
-        except Interrupted:
-            raise
-        except Exception as error:
-            error.add_note(_way_on(folder, executor))
-            raise
+        with executor.preflight(folder, prepared) if preflight else nullcontext(no_look) as look:
+            try:
+                summary = executor.execute(folder, prepared, watch(folder), look)
+            except (Interrupted, Refusal):
+                raise
+            except Exception as error:
+                error.add_note(_way_on(folder, executor))
+                raise
         write_record(folder.summary, summary)
     return summary
 

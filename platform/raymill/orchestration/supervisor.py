@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from typing import Any
 
 import psutil
@@ -25,6 +25,7 @@ from raymill.orchestration.on_ray.driver_process import DriverProcess, Outlook, 
 from raymill.orchestration.prepare import Prepared
 from raymill.orchestration.retry import Cause, budgets
 from raymill.orchestration.tracker import Tracker
+from raymill.preflight.process import Look, beside
 from raymill.record import stacks
 from raymill.record.events import (
     FirstStepDone,
@@ -43,20 +44,26 @@ SETTLED_S = 3.0
 """Seconds after an attempt's first step from which its speed says something."""
 
 
-def supervise(folder: RunFolder, prepared: Prepared, show: Show) -> dict[str, Any]:
+def preflight(folder: RunFolder, prepared: Prepared) -> AbstractContextManager[Look]:
+    """Try the job's own code in a process of its own while the driver and Ray start."""
+    return beside(folder, prepared.where)
+
+
+def supervise(folder: RunFolder, prepared: Prepared, show: Show, look: Look) -> dict[str, Any]:
     """Run attempts until the run is finished, interrupted, or cannot go on.
 
     Returns:
         The summary, with what tracking has to say.
 
     Raises:
+        Refusal: the job's own code was found wrong by `look`, and there was no step yet.
         Interrupted: stopped on request, with its state saved.
         RaymillError: the cause of the last attempt's end, once its budget is spent.
     """
     tracker = Tracker(folder)
     monitor = _EventMonitor(folder, prepared.spec.loop.stall_timeout_s, show, tracker)
     try:
-        with stop_on_signal(folder), closing(_Drivers(folder, prepared.spec, monitor)) as drivers:
+        with stop_on_signal(folder), closing(_Drivers(folder, prepared.spec, monitor, look)) as drivers:
             run_attempts(folder, prepared.spec, drivers.attempt, show)
     except Interrupted:
         tracker.finish(show)
@@ -71,8 +78,8 @@ def supervise(folder: RunFolder, prepared: Prepared, show: Show) -> dict[str, An
 class _Drivers:
     """The driver whose turn it is, and in a long run the one that stands by."""
 
-    def __init__(self, folder: RunFolder, spec: JobSpec, monitor: _EventMonitor) -> None:
-        self._folder, self._spec, self._monitor = folder, spec, monitor
+    def __init__(self, folder: RunFolder, spec: JobSpec, monitor: _EventMonitor, look: Look) -> None:
+        self._folder, self._spec, self._monitor, self._look = folder, spec, monitor, look
         self._standby: DriverProcess | None = None
         self._wants_standby = address() is None
 
@@ -92,6 +99,7 @@ class _Drivers:
             # A driver that has said why it failed need not be waited for: ending Ray takes it a while.
             while driver.exit_code is None and stalled is None and not self._folder.failure.exists():
                 self._monitor.poll()
+                self._look(self._monitor.trained)
                 stalled = self._monitor.find_stall()
                 self._look_after_standby(driver)
                 time.sleep(POLL_S)
@@ -152,6 +160,7 @@ class _EventMonitor:
     def __init__(self, folder: RunFolder, stall_timeout_s: float, show: Show, tracker: Tracker) -> None:
         self._folder, self._stall_timeout_s, self._show, self._tracker = folder, stall_timeout_s, show, tracker
         self._offset = folder.events.stat().st_size if folder.events.exists() else 0
+        self.trained = False
         self.begin()
 
     def begin(self) -> None:
@@ -172,6 +181,7 @@ class _EventMonitor:
             self._ended = isinstance(event, RunFinished | RunStopped)
             if isinstance(event, FirstStepDone):
                 self._first_step_s, self._first_step = time.monotonic(), event.step
+                self.trained = True
                 self._tracker.start()
             self._show(event)
 

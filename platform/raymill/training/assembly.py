@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from raymill.config import load
@@ -80,9 +80,10 @@ class Job:
     @cached_property
     def collate(self) -> Callable[[Rows], Batch]:
         """Rows -> batch."""
+        from raymill.own_code import contracts
         from raymill.training.batch import default_collate
 
-        return self.pipeline.collate or default_collate
+        return partial(contracts.collated, self.pipeline.collate or default_collate)
 
     def reader(self, name: str) -> Reader:
         """Reads the windows of the job's stream; `name` tells readers of different runs and attempts apart."""

@@ -27,6 +27,7 @@ from raymill.data.reader import Packet
 from raymill.data.rows import ROW_ID
 from raymill.data.seeds import COLLATE, HOOK, STEP, seed_everything
 from raymill.errors import CheckpointError, NumberError, RunError
+from raymill.own_code.traces import noting, row_ids
 from raymill.parallel.clock import Clock, RankTime, held_up_s, share
 from raymill.parallel.ddp import DistributedObjective
 from raymill.parallel.gradients import Microbatch, SavedBuffers, averaged_gradients, gradient_norm, ordered_gradients
@@ -149,19 +150,30 @@ class _Loop:
 
     def take(self, step: Step) -> None:
         """Do what a step says."""
+        self.feed.handed_out.clear()
         match step:
             case TrainStep():
-                self.train_step(step)
+                with noting(lambda: self.where(step)):
+                    self.train_step(step)
             case TrainEnd():
                 self.end_training(step)
             case EvalStep():
-                self.eval_step(step)
+                with noting(lambda: self.where(step)):
+                    self.eval_step(step)
             case EvalEnd():
                 self.end_evaluation(step)
             case EpochEnd():
                 self.end_epoch(step)
             case _:
                 assert_never(step)
+
+    def where(self, step: TrainStep | EvalStep) -> str:
+        """What this rank works on, for an error's note."""
+        what = f"step {self.job.order.step(step.position)}" if isinstance(step, TrainStep) else "evaluation"
+        split = TRAIN if isinstance(step, TrainStep) else VALIDATION
+        ids = [number for part in self.feed.handed_out for number in part.tolist()]
+        rows = f", {split} rows {row_ids(ids)}" if ids else ""
+        return f"rank {self.context.rank}, {what} (epoch {step.epoch}, batch {step.batch}){rows}"
 
     def close(self) -> None:
         """Release the thread that saves."""

@@ -111,7 +111,12 @@ def _group(spec: JobSpec, one: OptimizerSpec, own: dict[str, nn.Parameter], wher
     except (ValueError, TypeError) as error:
         fix = "Change its arguments, or give it other parameters."
         raise InputError([Problem(where, f"{one.kind} over {shown(own)}: {error}", "what the optimizer takes", fix)]) from error
-    return GroupOptimizer(one, list(own), list(own.values()), optimizer, make_schedule(spec, optimizer, steps))
+    try:
+        schedule = make_schedule(spec, optimizer, steps)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        found, expected = f"{type(error).__name__}: {error}", f"what torch can train this model with for {steps} steps"
+        raise InputError([Problem("schedule", found, expected, "Correct schedule in the job.")]) from error
+    return GroupOptimizer(one, list(own), list(own.values()), optimizer, schedule)
 
 
 def optimizer_specs(spec: JobSpec, objective: str, objectives: Sequence[str]) -> tuple[list[OptimizerSpec], str]:
@@ -153,6 +158,10 @@ def make_schedule(spec: JobSpec, optimizer: Optimizer, total_steps: int) -> lr_s
             milestones.append(start := start + part.warmup_steps)
         steps = part.steps or max(1, total_steps - start)
         parts.append(_schedule_part(part, optimizer, steps))
+        most = getattr(parts[-1], "total_steps", None)
+        if most is not None and most < steps:
+            fix = "Leave out total_steps, epochs and steps_per_epoch, which are derived; or set `steps` in a list of schedules."
+            raise InputError([Problem("schedule", f"{part.kind} for {most} steps", f"the {steps} steps that it lasts", fix)])
         milestones.append(start := start + steps)
     if len(parts) == 1:
         return parts[0]

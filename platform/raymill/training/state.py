@@ -12,6 +12,7 @@ from torch import nn
 from raymill.checkpoint.snapshot import Snapshot, Tensors, as_plain, from_plain
 from raymill.data.seeds import FIRST_WEIGHTS, seed_everything
 from raymill.errors import CheckpointError
+from raymill.own_code import contracts
 from raymill.parallel.ddp import DistributedObjective
 from raymill.training.assembly import Job, WorkerContext
 from raymill.training.average import WeightAverage
@@ -34,6 +35,7 @@ class TrainState:
         rows_used: the same, counted from what ranks really received, less what was skipped.
         rows_skipped: rows not trained on: bad ones, and those of batches that spoiled the numbers.
         best: the best value of the checkpoint metric so far.
+        best_by: that metric, and whether more or less of it is better.
         metrics: the last evaluation.
         average: of the weights, where the job asks for one.
         modes: each module of the model, and whether `build` left it in training mode.
@@ -47,6 +49,7 @@ class TrainState:
     rows_used: int = 0
     rows_skipped: int = 0
     best: float | None = None
+    best_by: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     average: WeightAverage | None = None
     modes: Sequence[tuple[nn.Module, bool]] = field(init=False)
@@ -65,8 +68,8 @@ def build_state(job: Job, context: WorkerContext) -> TrainState:
     """The state before the first step: the same weights on every rank, from the seed alone."""
     torch.set_num_threads(job.plan.threads)
     seed_everything(job.spec.loop.seed, FIRST_WEIGHTS)
-    model = job.task.build().to(context.device)
-    objectives = list(job.task.objectives())
+    model = contracts.build(job.task).to(context.device)
+    objectives = contracts.objectives(job.task, model)
     names = [objective.name for objective in objectives]
     loop = job.spec.loop
     distributed = [
@@ -76,7 +79,8 @@ def build_state(job: Job, context: WorkerContext) -> TrainState:
         one.warm_up()
     optimizers = {one.name: make_optimizers(job.spec, one, names, job.plan.total_steps) for one in distributed}
     average = WeightAverage(loop.average, model) if loop.average else None
-    return TrainState(model, distributed, optimizers, average=average)
+    best_by = f"{job.spec.checkpoint.mode} {job.spec.checkpoint.metric}"
+    return TrainState(model, distributed, optimizers, best_by=best_by, average=average)
 
 
 def final_weights(state: TrainState) -> Mapping[str, torch.Tensor]:
@@ -123,6 +127,7 @@ def capture(state: TrainState, step: int) -> Snapshot:
         "rows_used": state.rows_used,
         "rows_skipped": state.rows_skipped,
         "best": state.best,
+        "best_by": state.best_by,
         "metrics": dict(state.metrics),
         "num_averaged": state.average.num_averaged if state.average else 0,
         "optimizer_groups": as_plain(param_groups),
@@ -168,7 +173,9 @@ def restore(state: TrainState, snapshot: Snapshot) -> None:
             group.schedule.load_state_dict(from_plain(record["schedules"][place]))
     state.evaluated = record.get("evaluated", True)
     state.position, state.rows_used, state.rows_skipped = record["position"], record["rows_used"], record["rows_skipped"]
-    state.best, state.metrics = record["best"], dict(record["metrics"])
+    # Another metric may have been chosen for what is left; a record of an older raymill does not name its own.
+    same = record.get("best_by", state.best_by) == state.best_by
+    state.best, state.metrics = record["best"] if same else None, dict(record["metrics"])
 
 
 def _groups(state: TrainState) -> Iterator[tuple[str, str, GroupOptimizer]]:

@@ -14,6 +14,7 @@ from raymill.errors import RaymillError, WorkerError
 from raymill.orchestration import cluster_facts
 from raymill.orchestration.on_ray import session_folder
 from raymill.orchestration.retry import Cause
+from raymill.own_code.traces import tell
 
 LOST = ray_internals.lost_process_errors()
 
@@ -21,6 +22,9 @@ OF_A_COLLECTIVE = re.compile(
     r"gloo/transport/|\bNCCL (error|WARN|operation)|ncclRemoteError|ncclSystemError|ProcessGroup(Gloo|NCCL)|TCPStore"
 )
 """What torch's own messages name when a collective fails because another rank is gone."""
+
+ADVICE = re.compile(r"\nFailed to [^\n]* attempts \(total backoff [^\n]*\n(?:[^\n]*S3[^\n]*\n)?To change retry attempts[^\n]*")
+"""What Ray Data adds to the words of whatever is raised in its tasks."""
 
 
 def root_cause(error: Exception) -> RaymillError:
@@ -34,7 +38,7 @@ def root_cause(error: Exception) -> RaymillError:
                 return cause
     for rank in sorted(failures):
         for cause in _causes(failures[rank]):
-            if what := _ran_out_of(cause):
+            if what := ran_out_of(cause):
                 text = "".join(traceback.format_exception(failures[rank]))
                 words = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
                 return WorkerError(f"rank {rank} ran out of {what} It said: {words}", rank, text, Cause.MEMORY)
@@ -45,9 +49,10 @@ def root_cause(error: Exception) -> RaymillError:
         return WorkerError(f"{ranks} died, or lost a process that it needs", lost[0], text, Cause.LOST_PROCESS)
     for rank in sorted(failures, key=lambda rank: (_is_consequence(failures[rank]), rank)):
         text = "".join(traceback.format_exception(failures[rank]))
-        said = str(failures[rank]).strip().splitlines()[-1:] or [""]
         why = Cause.LOST_PROCESS if _is_consequence(failures[rank]) else Cause.CODE
-        return WorkerError(f"rank {rank} failed: {type(failures[rank]).__name__}: {said[0]}", rank, text, why)
+        # Not what Ray wraps it in, which speaks of Ray's own settings.
+        said = next((one for one in _causes(failures[rank]) if not isinstance(one, ray.exceptions.RayError)), failures[rank])
+        return WorkerError(f"rank {rank} failed: {ADVICE.sub('', tell(said))}", rank, text, why)
     return WorkerError(f"training failed: {error}", None, "".join(traceback.format_exception(error)), Cause.LOST_PROCESS)
 
 
@@ -59,7 +64,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen = inner if isinstance(inner, BaseException) else (seen.__cause__ or seen.__context__)
 
 
-def _ran_out_of(error: BaseException) -> str | None:
+def ran_out_of(error: BaseException) -> str | None:
     """What was refused to a rank or taken by it too much, and what to do; None: nothing. Torch has no name for it on CPUs."""
     if isinstance(error, (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError)):
         folder = os.environ[session_folder.VARIABLE] if cluster_facts.address() is None else "Ray on that machine"

@@ -28,6 +28,8 @@ from raymill.data.manifest import Manifest
 from raymill.data.reader import Packet
 from raymill.errors import RunError
 from raymill.orchestration.on_ray import turn
+from raymill.orchestration.on_ray.root_cause import ran_out_of
+from raymill.own_code.traces import for_a_journey
 from raymill.record.events import Event, FirstStepDone, StageReached
 from raymill.record.folder import RunFolder
 from raymill.record.processes import ProcessId
@@ -113,6 +115,11 @@ def work(config: dict[str, WorkerConfig]) -> Outcome:
         # Packets are on their way while torch is still being imported.
         packets = ray_stream.prefetched(ray_stream.receive(start.iterators[rank], rank), depth=2)
         return _train(worker, job, store, rank, world_size, start, packets, listener)
+    except Exception as error:
+        told = error if ran_out_of(error) else for_a_journey(error, f"rank {rank}", rank)
+        if told is error:
+            raise
+        raise told from error
     finally:
         store.close()
 

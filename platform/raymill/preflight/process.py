@@ -1,0 +1,122 @@
+"""The trial of a run's code in a process of its own, which is gone again before the run's first step.
+
+    python -m raymill.preflight.process RUN_FOLDER
+
+It takes turns behind whatever else starts, and tells what it found as one JSON list on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from raymill.config import load
+from raymill.config.plan import Plan
+from raymill.config.spec import JobSpec
+from raymill.data import manifest
+from raymill.errors import Problem
+from raymill.files import private, read_record
+from raymill.paths import project_root
+from raymill.record.folder import RunFolder
+from raymill.training.assembly import Job, assemble
+
+NICENESS = 5
+"""The run that starts beside it goes first."""
+
+END_TIMEOUT_S = 5.0
+
+Look = Callable[[bool], None]
+"""Raises `Refusal` where the job's own code was found wrong. Is told whether there was a step, after which it ends."""
+
+
+class Refusal(Exception):
+    """The job's own code is wrong, and no step was taken: nothing is to be kept of the run.
+
+    Args:
+        problems: all that was found.
+    """
+
+    def __init__(self, problems: tuple[Problem, ...]) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+
+def no_look(trained: bool) -> None:
+    """A look that finds nothing."""
+
+
+def here(job: Job, where: Callable[[str], str]) -> Look:
+    """Try a job's code in this process, whenever the look is called."""
+
+    def look(trained: bool) -> None:
+        from raymill.preflight.trial import find_problems
+
+        if not trained and (found := find_problems(job)):
+            raise Refusal(placed(found, where))
+
+    return look
+
+
+@contextmanager
+def beside(folder: RunFolder, where: Callable[[str], str]) -> Iterator[Look]:
+    """Try the code of a run, whose folder holds its records, in a process that ends with the context at the latest."""
+    with tempfile.TemporaryFile() as told, open(folder.ray_log, "ab", opener=private) as log:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "raymill.preflight.process", str(folder.path)],
+            cwd=project_root(),
+            # A fault that a test provokes is for the run.
+            env={name: value for name, value in os.environ.items() if name != "RAYMILL_FAULT"},
+            stdin=subprocess.DEVNULL,
+            stdout=told,
+            stderr=log,
+        )
+
+        def look(trained: bool) -> None:
+            if trained:
+                process.kill()
+            elif process.poll() == 0:
+                told.seek(0)
+                if found := [Problem(**values) for values in json.loads(told.read())]:
+                    raise Refusal(placed(found, where))
+
+        try:
+            yield look
+        finally:
+            process.kill()
+            process.wait(END_TIMEOUT_S)
+
+
+def placed(problems: Sequence[Problem], where: Callable[[str], str]) -> tuple[Problem, ...]:
+    """The problems; those at a field of the job, where its user wrote it."""
+    sections = {info.alias or name for name, info in JobSpec.model_fields.items()}
+    return tuple(replace(one, where=where(one.where)) if one.where.partition(".")[0] in sections else one for one in problems)
+
+
+def main(arguments: list[str]) -> int:
+    """Tell what is wrong with the code of a run; returns 0."""
+    told = os.fdopen(os.dup(1), "w")
+    # What the job's code prints, from C too, is not what was found.
+    os.dup2(2, 1)
+    os.nice(NICENESS)
+    from raymill import startup_gc  # noqa: F401  # it changes how the whole process collects garbage
+    from raymill.preflight.trial import find_problems
+
+    folder = RunFolder(Path(arguments[0]))
+    spec = JobSpec.model_validate(read_record(folder.spec))
+    planned = Plan.from_record(read_record(folder.plan))
+    taken = manifest.from_record(read_record(folder.data_manifest))
+    job = assemble(spec, planned, taken, load.import_pipeline(spec), planned.num_workers)
+    json.dump([problem.as_dict() for problem in find_problems(job)], told)
+    told.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

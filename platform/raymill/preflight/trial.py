@@ -1,0 +1,366 @@
+"""A few rows through all of a job's own code, as a run would take them: read, check, transform, travel, collate, loss, backward,
+optimizer and schedule, evaluate, and what a registered model takes.
+
+A job is refused only for what would end its run too. So a batch of a few rows stands for the job's own, much larger one, and
+where the few fail, it is tried with as many rows as the job's batches really have.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from raymill.data.bad_rows import read_good_rows
+from raymill.data.order import BatchSharding, Item, key, num_batches, shard_bounds
+from raymill.data.reader import Packet, transformed
+from raymill.data.rows import ROW_ID, join, num_rows, take, unpack
+from raymill.data.seeds import EVALUATION, FIRST_WEIGHTS, STEP, TRANSFORM, seed_everything, unchanged_caller
+from raymill.errors import DataError, InputError, Problem, did_you_mean
+from raymill.own_code import contracts, seams
+from raymill.own_code.seams import Seam, problem
+from raymill.own_code.traces import definition, headline, row_ids
+from raymill.parallel.ddp import DistributedObjective
+from raymill.parallel.gradients import gradient_norm
+from raymill.parallel.precision import autocast
+from raymill.task import TRAIN, VALIDATION, Batch, Now, Rows, Task, Total
+from raymill.training.assembly import Job
+from raymill.training.batch import to_device
+from raymill.training.optimizers import make_optimizers
+
+MOST_ROWS = 64
+"""Rows of a split that are looked at, spread over its first fragment."""
+
+FEW_ROWS = 8
+"""Rows of a batch that stands for a larger one."""
+
+MOST_FRAGMENTS = 8
+"""Fragments that are read for the first few rows of a split, where they are small."""
+
+OF_A_DEVICE = re.compile(r"cuda|nvidia|on the same device|torch\.device|\bHIP\b", re.IGNORECASE)
+"""What torch says where a GPU is missing, or a tensor is on another device than the model."""
+
+CPU = torch.device("cpu")
+
+T = TypeVar("T")
+
+
+def find_problems(job: Job) -> list[Problem]:
+    """Try the job's own code on a few of its rows, on the CPU. Nothing of this process is changed.
+
+    Returns:
+        what would end a run: at a line of the code, or at a field of the job by its name. Each part of the code is tried that
+        does not need one that failed.
+    """
+    trial = _Trial(job)
+    # What the code prints is not the result of the command.
+    with unchanged_caller(), redirect_stdout(sys.stderr):
+        os.environ["PYTHONBREAKPOINT"] = "0"
+        torch.set_num_threads(job.plan.threads)
+        trial.run()
+    # What fails at one line is one mistake, whichever parts of the code came by.
+    unique = {one.line: one.problem for one in reversed(trial.found)}.values()
+    return list({one.where: one for one in unique}.values())[::-1]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A problem, and the line that raised it, in the job's own code or a library's."""
+
+    problem: Problem
+    line: str
+
+
+def _line(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__} {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+class _Trial:
+    """What was found so far."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.found: list[_Found] = []
+
+    def run(self) -> None:
+        """Try all parts, in the order of a run."""
+        rows = {split: self.rows_of(split) for split in self.job.fragments if split in (TRAIN, VALIDATION)}
+        task = self.tried(seams.TASK, self.job.make_task)
+        if task is None:
+            return
+        seed_everything(self.job.spec.loop.seed, FIRST_WEIGHTS)
+        model = self.tried(seams.BUILD, lambda: contracts.build(task), task.build)
+        if model is None:
+            return
+        if train := rows.get(TRAIN):
+            self.train(task, model, train)
+        model.eval()
+        if validation := rows.get(VALIDATION):
+            self.evaluate(task, model, validation)
+        if self.job.spec.register_ is not None and (example := rows.get(VALIDATION) or rows.get(TRAIN)):
+            self.answer(task, model, example)
+
+    # ------------------------------------------------------------ one call
+
+    def tried(self, seam: Seam, call: Callable[[], T], function: Any = None, given: Any = None, at: str = "") -> T | None:
+        """What a call gives; None, and a problem more, where it fails.
+
+        Args:
+            function: whose definition is shown where the error came through no line of the job's own.
+            given: what the code is given, for the message.
+            at: what was worked on.
+        """
+        line = ""
+        try:
+            return call()
+        except InputError as error:
+            found = list(error.problems)
+        except DataError as error:
+            # With its reason and what to do; `raymill data check` finds all of them.
+            found = [Problem(at or seam.call, str(error), seam.expected, seam.fix)]
+        except (Exception, SystemExit) as error:
+            if self._is_of_another_device(error):
+                return None
+            found, line = [problem(seam, error, function, given)], _line(error)
+        self.note([replace(one, found=f"{one.found} ({at})") if at else one for one in found], line)
+        return None
+
+    def note(self, problems: Sequence[Problem], line: str = "") -> None:
+        """Take note of problems; `line` is where their error was raised, in whatever file."""
+        self.found += [_Found(one, line or one.where) for one in problems]
+
+    def _is_of_another_device(self, error: BaseException) -> bool:
+        """Whether an error says that this is the CPU, of a job that trains on GPUs."""
+        return bool(self.job.spec.scale.gpus_per_worker) and OF_A_DEVICE.search(str(error)) is not None
+
+    def field(self, name: str, call: Callable[[], T]) -> T | None:
+        """What torch makes of a field of the job; None, and a problem more, where it fails."""
+        try:
+            return call()
+        except InputError as error:
+            self.note(error.problems)
+        except Exception as error:
+            expected = f"what torch can train this model with for {self.job.plan.total_steps} steps"
+            self.note([Problem(name, headline(error), expected, f"Correct {name} in the job.")])
+        return None
+
+    # ------------------------------------------------------------ rows
+
+    def rows_of(self, split: str) -> Rows | None:
+        """A few rows of a split as a worker gets them."""
+        read = self.read(split)
+        if read is None:
+            return None
+        rows, ids = read
+        before = len(self.found)
+        changed = self.transformed(split, rows, ids)
+        if changed is None and (changed := self._window(split)) is not None:
+            # They were too few for this transform, which takes those of a window.
+            del self.found[before:]
+        if changed is None:
+            return None
+        changed.setdefault(ROW_ID, ids)
+        # As they travel from the process that reads: packed, and read-only.
+        packet = Packet(Item(split, 0, 0, 0), 0, changed, np.ones(num_rows(changed), bool))
+        pack = self.job.reader("preflight").pack
+        return self.tried(seams.TRANSFORM, lambda: unpack(*pack(packet)), at=f"split {split!r}")
+
+    def read(self, split: str) -> tuple[Rows, np.ndarray] | None:
+        """A few rows spread over the first fragment, or over some small ones, and their ids; None: there is none."""
+        parts: list[Rows] = []
+        ids: list[np.ndarray] = []
+        start = 0
+        for fragment in self.job.fragments[split][:MOST_FRAGMENTS]:
+            read_fragment = partial(read_good_rows, self.job.pipeline, split, fragment, lenient=self.job.spec.bad_rows.lenient)
+            read = self.tried(seams.READ, read_fragment, at=f"split {split!r}, {fragment.path} part {fragment.part}")
+            if read is None:
+                return None
+            rows, bad = read
+            chosen = self._spread(rows)
+            good = np.setdiff1d(np.arange(fragment.num_rows), list(bad))
+            if len(chosen):
+                parts.append(take(rows, chosen))
+                ids.append(start + good[chosen])
+            start += fragment.num_rows
+            if sum(map(num_rows, parts)) >= FEW_ROWS:
+                break
+        return (join(parts), np.concatenate(ids)) if parts else None
+
+    def _spread(self, rows: Rows) -> np.ndarray:
+        """The places of about MOST_ROWS rows, those with the extreme labels first."""
+        count = num_rows(rows)
+        labels = [np.asarray(rows[name]) for name, field in self.job.pipeline.schema.items() if field.classes and name in rows]
+        extremes = [int(at) for label in labels if label.ndim == 1 and count for at in (label.argmax(), label.argmin())]
+        spread = np.linspace(0, count - 1, min(count, MOST_ROWS)).astype(int).tolist() if count else []
+        return np.array(list(dict.fromkeys([*extremes, *spread])), np.int64)
+
+    def transformed(self, split: str, rows: Rows, ids: np.ndarray) -> Rows | None:
+        """The rows after the transform."""
+        seed = key(self.job.spec.loop.seed, 0, 0, TRANSFORM)
+        generator = np.random.Generator(np.random.Philox(key=seed))
+        transform = self.job.pipeline.transform
+        at = f"split {split!r}, rows {row_ids(ids)}"
+        return self.tried(seams.TRANSFORM, lambda: transformed(transform, rows, split, generator), transform, rows, at)
+
+    def _window(self, split: str) -> Rows | None:
+        """Rows of a whole window after the transform; None where that fails as well."""
+        try:
+            (first, *_) = self.job.reader("preflight").read(Item(split, 0, 0, 0))
+        except Exception:
+            return None
+        return take(first.rows, slice(0, MOST_ROWS))
+
+    # ------------------------------------------------------------ training
+
+    def train(self, task: Task, model: nn.Module, rows: Rows) -> None:
+        """One optimizer step of each objective, and what its optimizer and schedule need."""
+        spec = self.job.spec
+        objectives = self.tried(seams.OBJECTIVES, lambda: contracts.objectives(task, model), task.objectives)
+        if objectives is None:
+            return
+        names = [one.name for one in objectives]
+        for index, objective in enumerate(objectives):
+            make = partial(DistributedObjective, model, objective, spec.loop.precision, CPU, strict=spec.loop.strict)
+            distributed = self.tried(seams.OBJECTIVES, make, task.objectives)
+            if distributed is not None:
+                self.minimise(distributed, index, names, rows)
+
+    def minimise(self, distributed: DistributedObjective, index: int, names: Sequence[str], rows: Rows) -> None:
+        """One optimizer step of an objective."""
+        spec, total_steps = self.job.spec, self.job.plan.total_steps
+        groups = self.field("optimizer", lambda: make_optimizers(spec, distributed, names, total_steps))
+        with distributed.only_own():
+            trained = self.for_each_size(TRAIN, rows, lambda batch, count: self._backward(distributed, index, batch))
+        if not trained:
+            return
+        for group in groups or ():
+            self.field("optimizer", partial(group.step, max(1, group.spec.from_step)))
+            self.field("schedule", group.advance)
+
+    def for_each_size(self, split: str, rows: Rows, use: Callable[[Batch, int], Any]) -> bool:
+        """Use a batch of each size that the job's batches have, with few rows for many; returns whether all went well.
+
+        Where the few rows fail, the true number is tried: code may well lean on the size of a batch.
+        """
+        sizes = batch_sizes(self.job.shardings[split])
+        before = len(self.found)
+        for few in dict.fromkeys(min(size, FEW_ROWS) for size in sizes):
+            if not self._use(rows, few, use):
+                found = self.found[before:]
+                del self.found[before:]
+                true = [size for size in sizes if min(size, FEW_ROWS) == few]
+                if not all(size != few and self._use(rows, size, use) for size in true):
+                    self.found[before:] = self.found[before:] or found
+                    return False
+        return True
+
+    def _use(self, rows: Rows, count: int, use: Callable[[Batch, int], Any]) -> bool:
+        before = len(self.found)
+        chosen = take(rows, np.resize(np.arange(num_rows(rows)), count))
+        collate = self.job.pipeline.collate
+        at = f"rows {row_ids(chosen[ROW_ID])}"
+        batch = self.tried(seams.COLLATE, lambda: to_device(self.job.collate(chosen), CPU), collate, chosen, at)
+        if batch is not None:
+            use(batch, count)
+        return len(self.found) == before
+
+    def _backward(self, distributed: DistributedObjective, index: int, batch: Batch) -> None:
+        spec, objective, model = self.job.spec, distributed.objective, distributed.model
+        now = Now(1, 0, self.job.order.steps_per_epoch, self.job.plan.total_steps, self.job.plan.global_batch_rows)
+        checked = contracts.checked_loss(objective.loss)
+        for parameter in distributed.parameters:
+            parameter.grad = None
+
+        def compute() -> tuple[float, float]:
+            seed_everything(spec.loop.seed, STEP, 0, 0, index)
+            with autocast(spec.loop.precision, CPU):
+                loss = checked(model, batch, now).float()
+            torch.autograd.backward(loss)
+            return float(loss.detach()), float(gradient_norm(distributed.parameters))
+
+        computed = self.tried(seams.LOSS, compute, checked.own, batch)
+        if computed is None or spec.loop.on_nan != "stop" or not _all_finite(batch):
+            return
+        if not np.isfinite(computed).all():
+            found = "a loss of {}, with a gradient of norm {}, from rows whose numbers are all finite".format(*computed)
+            fix = "Look for a division by zero, or the logarithm or root of what may be zero or less."
+            self.note(seams.wrong(seams.LOSS, checked.own, found, fix, batch).problems)
+
+    # ------------------------------------------------------------ evaluation and registration
+
+    def evaluate(self, task: Task, model: nn.Module, rows: Rows) -> None:
+        """Measure batches of each size; what decides which checkpoint is best must be among what is measured."""
+        measured: dict[str, Any] = {}
+        precision = self.job.spec.loop.precision
+
+        def measure(batch: Batch, count: int) -> None:
+            def call() -> Mapping[str, torch.Tensor | Total]:
+                seed_everything(self.job.spec.loop.seed, EVALUATION, 0, 0)
+                with torch.no_grad(), autocast(precision, CPU):
+                    return contracts.evaluate(task, model, batch, count)
+
+            found = self.tried(seams.EVALUATE, call, task.evaluate, batch)
+            for name, value in (found or {}).items():
+                before = measured.setdefault(name, value)
+                if isinstance(value, Total) and isinstance(before, Total) and value.value.shape != before.value.shape:
+                    shapes = f"the Total {name!r} of shapes {[list(one.value.shape) for one in (before, value)]}"
+                    fix = "Let it have one shape, whatever rows a batch has."
+                    self.note(seams.wrong(seams.EVALUATE, task.evaluate, shapes, fix, batch).problems)
+
+        if self.for_each_size(VALIDATION, rows, measure):
+            self.note(self._metric_problems(task, measured))
+
+    def _metric_problems(self, task: Task, measured: Mapping[str, Any]) -> list[Problem]:
+        metric = self.job.spec.checkpoint.metric
+        means = [f"{VALIDATION}/{name}" for name, value in measured.items() if not isinstance(value, Total)]
+        if metric is None or metric in means:
+            return []
+        total = metric.removeprefix(f"{VALIDATION}/") in measured
+        found = f"{metric!r}, which is a Total" if total else repr(metric)
+        expected = f"one of {', '.join(means) or 'none'}, of which evaluate() gives a value per row ({definition(task.evaluate)})"
+        return [Problem("checkpoint.metric", found, expected, did_you_mean(metric, means))]
+
+    def answer(self, task: Task, model: nn.Module, rows: Rows) -> None:
+        """What a registered model takes, and whether it answers."""
+        chosen = take(rows, slice(0, FEW_ROWS))
+        batch = self.tried(seams.COLLATE, lambda: self.job.collate(chosen), self.job.pipeline.collate, chosen)
+        if batch is None:
+            return
+        inputs = self.tried(seams.INPUTS, lambda: contracts.inputs(task, batch), task.inputs, batch)
+        if inputs is None:
+            return
+
+        def ask() -> bool:
+            with torch.no_grad():
+                model(*inputs)
+            return True
+
+        self.tried(seams.FORWARD, ask, type(model), inputs)
+
+
+def batch_sizes(sharding: BatchSharding) -> Sequence[int]:
+    """Rows of the shards of a split's batches, each number once, most first: of the first batch and of the last."""
+    last = num_batches(sharding.num_rows, sharding.batch_rows) - 1
+    sizes: set[int] = set()
+    for batch in (0, last):
+        sizes |= {int(size) for size in np.diff(shard_bounds(sharding.batch_size(batch), sharding.num_shards)) if size}
+    return sorted(sizes, reverse=True)
+
+
+def _all_finite(batch: Any) -> bool:
+    if isinstance(batch, torch.Tensor):
+        return not batch.is_floating_point() or bool(torch.isfinite(batch).all())
+    if isinstance(batch, dict):
+        return all(map(_all_finite, batch.values()))
+    return not isinstance(batch, list | tuple) or all(map(_all_finite, batch))
