@@ -219,7 +219,7 @@ def _model_link(model: Mapping[str, Any]) -> str:
 
 def describe_experiment(job: str) -> str:
     """An experiment's description."""
-    return f"The runs of the job **{job}**. To make one: `raymill train {job}`"
+    return f"The runs of the job {job}. To make one: raymill train {job}"
 
 
 def describe_model(job: str) -> str:

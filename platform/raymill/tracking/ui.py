@@ -1,12 +1,11 @@
 """MLflow's page over the project's store: a server of this machine alone, there until Ctrl-C, gone after it.
 
 It is MLflow's own server with passwords. pyproject.toml names it among MLflow's apps, as `APP`, so that its page can be told that
-it is about the training of models: by itself MLflow 3 opens for chats with language models, whatever an experiment says of itself.
+it is about training models: by itself MLflow 3 opens for chats with language models, whatever an experiment says of itself.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import signal
@@ -34,12 +33,15 @@ if TYPE_CHECKING:
 USER = "raymill"
 APP = "raymill"
 
-FIRST_VISIT = {
-    "mlflow.workflowType_v1": "machine_learning",
-    # The assistant, which would take a quarter of the page, opens when it is asked to.
-    "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": True,
-}
-"""What MLflow's page keeps in the browser, where nobody has chosen yet."""
+FIRST_VISIT = """<script>
+if (new URL(document.baseURI).password) location.replace(location.href)
+const firstVisit = {"mlflow.workflowType_v1": "machine_learning", "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": true}
+for (const [key, value] of Object.entries(firstVisit))
+  if (localStorage.getItem(key) === null) localStorage.setItem(key, JSON.stringify(value))
+</script>"""
+"""Put at the top of MLflow's page. A browser refuses the requests of a page whose address holds a password, so once the browser
+knows it, it is taken out of the address. Then what the page keeps in the browser, where nobody has chosen yet: that it is about
+training, and that the assistant, which takes a quarter of it, opens when it is asked to."""
 
 MAX_LINKS = 5
 
@@ -154,16 +156,12 @@ def create_app() -> Any:
 
 
 def _on_first_visit(response: Response) -> Response:
-    """Put a script into the page that says what it is about, for a browser that does not know yet."""
+    """Tell the page what it is about."""
     from flask import request
 
     if request.path == "/" and response.status_code == 200 and response.mimetype == "text/html":
         response.direct_passthrough = False
-        script = (
-            f"<script>for (const [key, value] of Object.entries({json.dumps(FIRST_VISIT)}))"
-            " if (localStorage.getItem(key) === null) localStorage.setItem(key, JSON.stringify(value))</script>"
-        )
-        response.set_data(response.get_data(as_text=True).replace("<head>", f"<head>{script}", 1))
+        response.set_data(response.get_data(as_text=True).replace("<head>", f"<head>{FIRST_VISIT}", 1))
     return response
 
 
