@@ -170,7 +170,7 @@ def test_a_finished_runs_page_says_what_came_of_it_what_ran_and_where_its_model_
     facts(main, "Finished", "at step 20 of 20", "raymill evaluate blobs@candidate")
     main.get_by_text("Show more").click()
     facts(main, "rows trained on", "1,200 of 1,200", finished_run(home).run_id)
-    picture = main.get_by_role("img", name="pictures/curves.png")
+    picture = main.locator("img[src*='pictures/curves.png']")
     expect(picture).to_be_visible()
     expect(picture).not_to_have_js_property("naturalWidth", 0)
     about = {"Created by": getpass.getuser(), "Source": "raymill train smoke", "Status": "Finished"}

@@ -154,7 +154,7 @@ def describe_run(facts: RunFacts) -> str:
         parts.append(f"What Ray and the workers printed is in `{facts.folder}/ray.log`.")
     mlflow_run = facts.known["mlflow_run_id"]
     parts += [f"![{path}](get-artifact?path={quote(path)}&run_uuid={mlflow_run})" for path in facts.pictures]
-    parts.append(_table(("", ""), _what_ran(facts)))
+    parts.append(_list(_what_ran(facts)))
     return "\n\n".join(parts)
 
 
@@ -238,14 +238,10 @@ def describe_version(name: str, alias: str, run_id: str, step: int, metrics: Map
         metrics: name -> value, of these weights.
         num_rows: rows of a training epoch.
     """
-    shown = [(metric, f"{value:.6g}") for metric, value in list(metrics.items())[:MAX_METRICS]]
     origin = f"The best weights, step {step}, of run `{run_id}`, trained on {num_rows:,} rows an epoch."
-    load = [
-        f"raymill evaluate {name}@{alias}                 # exact metrics",
-        f'raymill.model("{name}@{alias}").predict({{...}})    # in Python',
-    ]
-    measured = [_table(("metric", "value"), shown)] if shown else []
-    return "\n\n".join([origin, *measured, _code_block(load)])
+    measured = _list((metric, f"**{value:.6g}**") for metric, value in list(metrics.items())[:MAX_METRICS])
+    load = [f"raymill evaluate {name}@{alias}", f'raymill.model("{name}@{alias}").predict(...)']
+    return "\n\n".join(filter(None, [origin, measured, _code_block(load)]))
 
 
 # ---------------------------------------------------------------- the plan
@@ -285,9 +281,9 @@ def _code_block(lines: Iterable[str]) -> str:
     return f"```\n{text}\n```"
 
 
-def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
-    lines = [head, ("---", "---"), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+def _list(rows: Iterable[tuple[str, str]]) -> str:
+    # MLflow draws the columns of a table without a space between them.
+    return "\n".join(f"- {name}: {value}" for name, value in rows)
 
 
 def _count(number: int, word: str) -> str:

@@ -120,7 +120,8 @@ def curves(series: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> Non
     shown = sorted(plots.items(), key=lambda plot: (not _is_evaluated(plot[1]), plot[0]))[:MAX_PLOTS]
     num_columns = min(2, len(shown))
     num_rows = math.ceil(len(shown) / num_columns)
-    figure = Figure(figsize=(5 * num_columns, 2.6 * num_rows), layout="constrained")
+    # So small that MLflow, which shows pictures as large as they are, has room for them in a run's description.
+    figure = Figure(figsize=(2.8 * num_columns, 1.9 * num_rows), layout="constrained")
     for number, (title, names) in enumerate(shown, start=1):
         axes = figure.add_subplot(num_rows, num_columns, number)
         for name in sorted(names)[:MAX_CURVES_PER_PLOT]:
@@ -131,12 +132,13 @@ def curves(series: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> Non
                 label=name[:MAX_TITLE_LETTERS].lstrip("_"),
                 linewidth=1,
                 marker="o" if len(values) < 30 else None,
-                markersize=3,
+                markersize=2,
             )
-        axes.set(xlabel="step")
-        axes.set_title(title[:MAX_TITLE_LETTERS], parse_math=False)
+        axes.set_title(title[:MAX_TITLE_LETTERS], parse_math=False, fontsize=8)
+        axes.set_xlabel("step", fontsize=7)
+        axes.tick_params(labelsize=6)
         axes.grid(alpha=0.3)
-        for label in axes.legend().get_texts():
+        for label in axes.legend(fontsize=6).get_texts():
             label.set_parse_math(False)
     figure.savefig(path, dpi=100)
 
