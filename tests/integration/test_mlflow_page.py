@@ -83,16 +83,21 @@ def address(home: Home) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = home.start("ui", "--port", str(port))
+    assert process.stderr is not None
+    reader = threading.Thread(target=process.stderr.read)
     try:
-        assert process.stderr is not None
         link = next(found[1] for line in process.stderr if (found := re.search(r"^ +smoke: (http://\S+)$", line.rstrip())))
         # What the server prints goes on; somebody must read it.
-        threading.Thread(target=process.stderr.read, daemon=True).start()
+        reader.start()
         wait_until(lambda: answers(port), process)
         yield link
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
+        reader.join()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            assert pipe is not None
+            pipe.close()
 
 
 def answers(port: int) -> bool:
@@ -207,7 +212,8 @@ def test_a_failed_and_a_running_runs_pages_say_why_and_what_to_type(page: Page, 
 def test_the_registered_model_says_what_it_is_and_leads_to_its_run(page: Page, home: Home) -> None:
     main = open_run(page, shown_names(home)["finished"])
     main.get_by_role("link", name="blobs").last.click()
-    facts(main, "Version 1", f"The best weights, step 20, of run {finished_run(home).run_id}", "@ candidate")
+    origin = re.compile(rf"The best weights, step \d+, of run {finished_run(home).run_id}")
+    facts(main, "Version 1", origin, "@ candidate")
     facts(main, "raymill evaluate blobs@candidate", shown_names(home)["finished"])
     main.get_by_role("link", name="blobs").first.click()
     facts(main, "What the job smoke trained", "Version 1")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from raymill.record.folder import RunFolder
 from raymill.task import TRAIN, VALIDATION, Pipeline, Task
 from raymill.tracking import description
 from raymill.tracking.description import RUN_ID_TAG
-from raymill.tracking.mlflow_client import MAX_DIGEST_LENGTH, connect, plain_key, store_failures
+from raymill.tracking.mlflow_client import connect, store_failures
 from raymill.training.batch import default_collate
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _make_version(
     try:
         with tempfile.TemporaryDirectory() as beside:
             files = _files_beside(folder, checkpoint, Path(beside))
-            tags[MODEL_TAG] = _log(model, inputs, logged, run.info.run_id, files)
+            tags[MODEL_TAG] = _log(model, inputs, logged, read_state(checkpoint, "step")["step"], files)
         difference = _difference(model, _load_back(logged, tags[MODEL_TAG]), inputs)
     except CheckpointError:
         raise
@@ -130,8 +130,6 @@ def _make_version(
             f"the model of run {folder.run_id} was not registered: exported, it computes something else: {difference}. "
             "Make forward() deterministic in eval mode and free of the batch size."
         )
-    step, data = read_state(checkpoint, "step")["step"], (spec.name, tags[DATA_TAG][:MAX_DIGEST_LENGTH])
-    _link_metrics(client, run.info.run_id, logged.model_id, metrics, step, data)
     return mlflow.register_model(f"models:/{logged.model_id}", name, tags={**tags, **metric_tags(metrics)})
 
 
@@ -152,25 +150,6 @@ def _load_back(logged: LoggedModel, sha256: str) -> torch.nn.Module:
     with tempfile.TemporaryDirectory() as stored:
         model_folder = download_artifacts(f"models:/{logged.model_id}", dst_path=stored)
         return exported.load_exported(Path(model_folder) / exported.FILE, sha256)
-
-
-def _link_metrics(
-    client: MlflowClient, run_id: str, model_id: str, names: Iterable[str], step: int, data: tuple[str, str]
-) -> None:
-    """Give the logged model the run's metrics of the step that its weights are from.
-
-    They are points that the run has already, and a point is one by its metric, step, time and value: none is doubled.
-
-    Args:
-        names: of the metrics.
-        data: name and digest of the data set, as the run names it among its inputs.
-    """
-    from mlflow.entities import Metric
-
-    points = [point for name in names for point in client.get_metric_history(run_id, plain_key(name)) if point.step == step]
-    linked = [Metric(point.key, point.value, point.timestamp, step, model_id, *data, run_id) for point in points]
-    if linked:
-        client.log_batch(run_id, metrics=linked)
 
 
 def rebuild(spec: JobSpec, checkpoint: Path) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
@@ -235,7 +214,7 @@ class _PickleFree:
         self.sha256 = file_sha256(archive)
 
 
-def _log(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], logged: LoggedModel, run_id: str, files: list[str]) -> str:
+def _log(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], logged: LoggedModel, step: int, files: list[str]) -> str:
     """Export and upload; returns the archive's SHA-256."""
     import mlflow
     import torch
@@ -248,8 +227,10 @@ def _log(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], logged: Logge
         None,
         flavor,
         name=logged.name,
-        run_id=run_id,
+        run_id=logged.source_run_id,
         model_id=logged.model_id,
+        # MLflow gives the model the run's metrics of this step: points that the run has already, so none is doubled.
+        step=step,
         pytorch_model=model,
         input_example=arrays[0] if len(arrays) == 1 else arrays,
         signature=_signature(model, inputs),

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 
 MAX_KEY_LENGTH = 250
-MAX_DIGEST_LENGTH = 36
 
 SETTINGS = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 """Environment variables under which raymill uses MLflow."""

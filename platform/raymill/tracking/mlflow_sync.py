@@ -42,7 +42,6 @@ from raymill.redaction import redact, redact_text
 from raymill.tracking import description, plots
 from raymill.tracking.description import DESCRIPTION_TAG, RUN_ID_TAG, RunFacts
 from raymill.tracking.mlflow_client import (
-    MAX_DIGEST_LENGTH,
     connect,
     experiment_id,
     mlflow_settings,
@@ -73,6 +72,7 @@ METRICS_PER_CALL = 1000
 ENTRIES_PER_CALL = 100
 MAX_PARAM_LENGTH = 500
 MAX_TAG_LENGTH = 5000
+MAX_DIGEST_LENGTH = 36
 
 REFUSALS = {"INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED"}
 """Error codes of MLflow that trying again does not change."""
