@@ -94,7 +94,8 @@ def address(home: Home) -> Iterator[str]:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
-        reader.join()
+        if reader.ident is not None:
+            reader.join()
         for pipe in (process.stdin, process.stdout, process.stderr):
             assert pipe is not None
             pipe.close()
