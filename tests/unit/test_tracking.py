@@ -308,6 +308,14 @@ def test_a_model_that_was_refused_is_told_of_in_the_description() -> None:
     assert "**not registered**:\n\n```\nits forward() branches" in store.tags[DESCRIPTION_TAG]
 
 
+def test_a_record_that_is_not_as_expected_leaves_the_description_out_and_stops_nothing() -> None:
+    folder = new_run()
+    write_record(folder.summary, {"rows": "all"})
+    store = delivered(folder, RunFinished(best_checkpoint=None, metrics={}))
+    assert "FINISHED" in store.log
+    assert DESCRIPTION_TAG not in store.tags
+
+
 def test_a_description_that_somebody_has_edited_stays_theirs() -> None:
     folder, store = new_run(), WholeStore()
     for text, replaced in (("", True), ("My notes", False)):

@@ -295,8 +295,7 @@ class Delivery:
         with tempfile.TemporaryDirectory() as drawn:
             plots.draw(read_events(self.folder.events)[0], Path(drawn))
             names = sorted(path.name for path in Path(drawn).iterdir())
-            if names:
-                self.client.log_artifacts(self.done.mlflow_run_id, drawn, "pictures")
+            self.client.log_artifacts(self.done.mlflow_run_id, drawn, "pictures")
         return [f"pictures/{name}" for name in names]
 
     def _describe(self, pictures: Sequence[str] = (), refused: str | None = None) -> None:
@@ -313,7 +312,12 @@ class Delivery:
             not_registered=refused,
             pictures=[path for path in pictures if Path(path).name in SHOWN_PICTURES],
         )
-        self.client.set_tag(run_id, DESCRIPTION_TAG, description.signed(redact_text(description.describe_run(facts))))
+        try:
+            text = description.describe_run(facts)
+        except (KeyError, TypeError, ValueError) as error:  # a record that is not as expected; no description is worth a run
+            log.warning("the run's description was not written: %s: %s", type(error).__name__, error)
+            return
+        self.client.set_tag(run_id, DESCRIPTION_TAG, description.signed(redact_text(text)))
 
     def _set_status(self, status: str, ended_s: float | None) -> None:
         if ended_s is None:
