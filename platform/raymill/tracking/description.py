@@ -17,6 +17,8 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import quote
 
+from raymill.task import TRAIN
+
 RUN_ID_TAG = "raymill.run_id"
 DESCRIPTION_TAG = "mlflow.note.content"
 PARENT_TAG = "mlflow.parentRunId"
@@ -165,7 +167,8 @@ def _headline(facts: RunFacts) -> str:
     if known["status"] == "finished":
         best = summary.get("best_step")
         where = f", from the best checkpoint (step {best})" if best not in (None, known["step"]) else ""
-        result = _metrics_in_words(summary.get("metrics") or known["metrics"])
+        last = {name: value for name, value in known["metrics"].items() if not name.startswith(f"{TRAIN}/")}
+        result = _metrics_in_words(summary.get("metrics") or last)
         registered = f" Registered as {_model_link(facts.model)}." if facts.model else ""
         return f"**Finished** at {step}{': ' if result else ''}{result}{where}.{registered}"
     if known["status"] == "failed":
