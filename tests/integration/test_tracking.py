@@ -280,7 +280,7 @@ def test_an_experiment_is_one_of_training_also_when_it_was_there_before_and_a_ch
     folder: RunFolder,
 ) -> None:
     with store() as client:
-        made = client.create_experiment("job")
+        made = client.create_experiment("job", folder.path.with_name("elsewhere").as_uri())
     child = run_folder("run-2")
     child.path.mkdir()
     write_record(child.spec, SPEC)
