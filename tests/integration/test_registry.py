@@ -151,6 +151,11 @@ def mlflow_run(folder: RunFolder) -> Any:
         return connect().get_run(read_record(folder.delivery)["mlflow_run_id"])
 
 
+def logged_models(run: Any) -> list[Any]:
+    with mlflow_settings():
+        return list(connect().search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'"))
+
+
 def load_exported(made: ModelVersion) -> torch.nn.Module:
     """The exported graph, without pickle: known by its digest in the registry."""
     with mlflow_settings():
@@ -214,7 +219,43 @@ def test_a_registered_model_is_found_loads_without_pickle_and_computes_the_same_
     assert shown["aliases"] == ["candidate"]
     run = mlflow_run(folder)
     assert run.info.status == "RUNNING"
-    assert len(run.outputs.model_outputs) == 1
+    (logged,) = logged_models(run)
+    assert [output.model_id for output in run.outputs.model_outputs] == [logged.model_id]
+    assert (logged.name, logged.status, logged.source_run_id) == ("line", "READY", run.info.run_id)
+    with mlflow_settings():
+        model, version = connect().get_registered_model("line"), connect().get_model_version("line", "1")
+    assert model.description == "What the job **line** trained; a version for each run that finished."
+    assert "step 9, of run `run-1`" in version.description
+    assert version.source == f"models:/{logged.model_id}"
+    assert not [value for value in version.tags.values() if value.startswith(("{", "["))]
+
+
+def test_a_logged_model_has_the_runs_metrics_of_the_step_of_its_weights_and_none_is_doubled() -> None:
+    folder = finished_run("run-1")
+    run_id = mlflow_run(folder).info.run_id
+    with mlflow_settings():
+        for step, value in ((8, 0.5), (9, 0.25), (10, 0.375)):
+            connect().log_metric(run_id, "validation/loss", value, step=step)
+    register(folder)
+    (logged,) = logged_models(mlflow_run(folder))
+    assert [(metric.key, metric.step, metric.value) for metric in logged.metrics] == [("validation/loss", 9, 0.25)]
+    with mlflow_settings():
+        history = connect().get_metric_history(run_id, "validation/loss")
+    assert sorted((metric.step, metric.value) for metric in history) == [(8, 0.5), (9, 0.25), (10, 0.375)]
+
+
+def test_what_a_killed_registration_left_goes_and_metrics_of_an_earlier_raymill_are_read() -> None:
+    folder = finished_run("run-1")
+    run = mlflow_run(folder)
+    with mlflow_settings():
+        tags = {"raymill.run_id": "run-1"}
+        connect().create_logged_model(run.info.experiment_id, "left", source_run_id=run.info.run_id, tags=tags)
+    made = register(folder)
+    assert [logged.name for logged in logged_models(run)] == ["line"]
+    with mlflow_settings():
+        connect().delete_model_version_tag("line", "1", "raymill.metric.validation/loss")
+        connect().set_model_version_tag("line", "1", "raymill.metrics", '{"validation/loss": 0.25}')
+    assert registry.resolve("line/1").metrics == made.metrics == {"validation/loss": 0.25}
 
 
 def test_registering_the_same_weights_again_finds_the_version_and_the_alias_never_moves_back() -> None:
@@ -233,9 +274,11 @@ def test_a_model_of_several_inputs_is_registered_too() -> None:
 
 @pytest.mark.parametrize(("kind", "reason"), [("branching", "no export"), ("random", "computes something else")])
 def test_a_model_whose_export_fails_or_differs_is_refused_and_no_version_is_left(kind: str, reason: str) -> None:
+    folder = finished_run("run-1", kind=kind)
     with pytest.raises(RunError, match=reason):
-        register(finished_run("run-1", kind=kind))
+        register(folder)
     assert registry.list_models() == []
+    assert logged_models(mlflow_run(folder)) == []
 
 
 @pytest.mark.parametrize(("kind", "code"), [("good", 0), ("branching", 1)])

@@ -43,7 +43,7 @@ def folder() -> RunFolder:
     write_record(made.spec, SPEC)
     write_record(made.plan, {"num_workers": 2, "reasons": {"num_workers": "given"}})
     write_record(made.data_manifest, {"digest": "d" * 64})
-    write_record(made.environment, {"git_commit": "c" * 40, "versions": {"torch": "2.14.1"}})
+    write_record(made.environment, {"git_commit": "c" * 40, "versions": {"torch": "2.14.1"}, "user": "anna"})
     return made
 
 
@@ -119,7 +119,12 @@ def test_a_whole_run_arrives_once_in_order_with_all_that_belongs_to_it(folder: R
     assert run.data.tags["mlflow.source.git.commit"] == "c" * 40
     assert run.data.tags["raymill.checkpoint.best"] == "checkpoints/step-00000300.1"
     assert run.inputs.dataset_inputs[0].dataset.digest == "d" * 36
-    assert files == {"spec.json", "plan.json", "data_manifest.json", "environment.json", "pictures"}
+    assert files == {"spec.json", "plan.json", "plan.html", "data_manifest.json", "environment.json", "pictures"}
+    assert (run.data.tags["mlflow.user"], run.data.tags["mlflow.source.name"]) == ("anna", "raymill train job")
+    text = run.data.tags["mlflow.note.content"]
+    assert text.startswith("**Finished** at step 300 of 300: validation/accuracy **0.75**")
+    assert f"get-artifact?path=pictures/curves.png&run_uuid={run.info.run_id}" in text
+    assert not [value for value in run.data.tags.values() if value.startswith(("{", "["))]
     assert drawn == {"pictures/curves.png", "pictures/validation_confusion.png"}
     shown = show_run("run-1")
     assert (shown["status"], shown["mlflow_run_id"]) == ("finished", run.info.run_id)
@@ -240,6 +245,8 @@ def test_a_torn_line_and_repeated_steps_of_a_second_attempt_go_into_the_same_run
     run = the_run()
     assert run.info.status == "FAILED"
     assert {"raymill.attempt.1", "raymill.attempt.2"} <= run.data.tags.keys()
+    assert run.data.tags["mlflow.note.content"].startswith("**Failed** at step 60 of 300.")
+    assert "rank 1 died" in run.data.tags["mlflow.note.content"]
     assert [step for step, _ in rows("train/loss")] == list(range(1, 61))
 
 
@@ -267,6 +274,25 @@ def test_two_runs_that_start_at_once_without_a_store_both_work(folder: RunFolder
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert the_run("run-1").info.experiment_id == the_run("run-2").info.experiment_id
     assert len(rows("train/loss")) == 20
+
+
+def test_an_experiment_is_one_of_training_also_when_it_was_there_before_and_a_child_is_shown_beneath_its_parent(
+    folder: RunFolder,
+) -> None:
+    with store() as client:
+        made = client.create_experiment("job", folder.path.with_name("elsewhere").as_uri())
+    child = run_folder("run-2")
+    child.path.mkdir()
+    write_record(child.spec, SPEC)
+    write_record(child.environment, {"parent_run_id": "run-1"})
+    for each in (folder, child):
+        append_event(each, start())
+        append_event(each, RunStopped(reason="interrupted", message="asked to"))
+        deliver_all(each)
+    with store() as client:
+        assert client.get_experiment(made).tags["mlflow.experimentKind"] == "custom_model_development"
+    assert the_run("run-2").data.tags["mlflow.parentRunId"] == the_run("run-1").info.run_id
+    assert "mlflow.parentRunId" not in the_run("run-1").data.tags
 
 
 def test_the_store_and_its_files_are_in_the_state_folder(folder: RunFolder, state_folder: Path) -> None:

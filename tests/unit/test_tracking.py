@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from raymill.errors import RunError
 from raymill.files import read_record, write_record
 from raymill.record.events import (
     AttemptStarted,
@@ -28,6 +29,7 @@ from raymill.record.events import (
 )
 from raymill.record.folder import RunFolder, run_folder
 from raymill.tracking import mlflow_sync, plots
+from raymill.tracking.description import DESCRIPTION_TAG
 from raymill.tracking.mlflow_client import tracking_uri
 
 
@@ -138,6 +140,9 @@ class FlakyStore:
 
     def set_tag(self, run_id: str, key: str, value: str) -> None:
         self.tags[key] = value
+
+    def get_run(self, run_id: str) -> Any:
+        return SimpleNamespace(data=SimpleNamespace(tags=self.tags, params={}))
 
 
 def no_model(folder: RunFolder) -> dict[str, Any]:
@@ -259,8 +264,8 @@ def test_a_finished_run_is_finished_in_mlflow_before_its_model_is_registered() -
     ("end", "log"),
     [
         (RunFinished(best_checkpoint=None, metrics={}), ["spec.json", "FINISHED", "pictures"]),
-        (RunStopped(reason="failed", message="rank 1 died"), ["FAILED"]),
-        (RunStopped(reason="interrupted", message=""), ["KILLED"]),
+        (RunStopped(reason="failed", message="rank 1 died"), ["FAILED", "pictures"]),
+        (RunStopped(reason="interrupted", message=""), ["KILLED", "pictures"]),
     ],
 )
 def test_a_run_that_names_no_model_or_did_not_finish_registers_nothing(end: Event, log: list[str]) -> None:
@@ -275,6 +280,49 @@ def test_an_attempt_that_follows_a_stop_has_taken_its_end_back() -> None:
     for event in (step(1), RunStopped(reason="interrupted", message=""), start):
         append_event(folder, event)
     assert not opened(folder, FlakyStore(lambda call: "")).ends()
+
+
+def test_a_run_that_failed_says_why_and_how_to_go_on_without_secrets() -> None:
+    store = delivered(new_run(), RunStopped(reason="failed", message="no such table at https://me:hunter2@host/x"))
+    text = store.tags[DESCRIPTION_TAG]
+    assert text.startswith("**Failed** at step 1.")
+    assert "raymill train --resume run-1" in text
+    assert "https://me:***@host/x" in text
+    assert "hunter2" not in json.dumps(store.tags)
+
+
+def test_a_model_that_was_refused_is_told_of_in_the_description() -> None:
+    folder = new_run(register={"model": "digits", "alias": "candidate"})
+    store = WholeStore()
+
+    def refuse(folder: RunFolder) -> dict[str, Any]:
+        raise RunError("its forward() branches")
+
+    append_event(folder, step(1))
+    append_event(folder, RunFinished(best_checkpoint="checkpoints/step-1.1", metrics={}))
+    write_record(folder.delivery, {"mlflow_run_id": "m1", "status": "RUNNING"})
+    delivery = mlflow_sync.Delivery(folder, refuse, lambda: store)  # type: ignore[arg-type,return-value]
+    with pytest.raises(RunError, match="branches"):
+        delivery.deliver()
+    assert store.tags[DESCRIPTION_TAG].startswith("**Finished**")
+    assert "**not registered**:\n\n```\nits forward() branches" in store.tags[DESCRIPTION_TAG]
+
+
+def test_a_record_that_is_not_as_expected_leaves_the_description_out_and_stops_nothing() -> None:
+    folder = new_run()
+    write_record(folder.summary, {"rows": "all"})
+    store = delivered(folder, RunFinished(best_checkpoint=None, metrics={}))
+    assert "FINISHED" in store.log
+    assert DESCRIPTION_TAG not in store.tags
+
+
+def test_a_description_that_somebody_has_edited_stays_theirs() -> None:
+    folder, store = new_run(), WholeStore()
+    for text, replaced in (("", True), ("My notes", False)):
+        store.tags[DESCRIPTION_TAG] = text
+        append_event(folder, RunStopped(reason="interrupted", message=""))
+        opened(folder, store).deliver()
+        assert (store.tags[DESCRIPTION_TAG] != text) == replaced
 
 
 # ---------------------------------------------------------------- pictures

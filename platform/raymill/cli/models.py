@@ -73,7 +73,8 @@ def ui(port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 5000) -> N
     with errors(False):
         from raymill.tracking.ui import serve_ui
 
-        def show(page: str) -> None:
-            plain_console(stderr=True).print(f"MLflow: {page}  (Ctrl-C ends it)", soft_wrap=True)
+        def show(page: str, experiments: dict[str, str]) -> None:
+            lines = [f"MLflow: {page}  (Ctrl-C ends it)", *(f"  {job}: {address}" for job, address in experiments.items())]
+            plain_console(stderr=True).print("\n".join(lines), soft_wrap=True)
 
         serve_ui(port, show)

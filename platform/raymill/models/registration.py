@@ -6,9 +6,9 @@ model: weights, spec, plan and data manifest, with the checksums of all four. No
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,22 +23,28 @@ from raymill.data.rows import ROW_ID, join, num_rows, take
 from raymill.errors import CheckpointError, InputError, Problem, RunError
 from raymill.files import read_record, write_record
 from raymill.models import exported
-from raymill.models.registry import CODE_TAG, DATA_TAG, METRICS_TAG, MODEL_TAG, RUN_ID_TAG, WEIGHTS_TAG
+from raymill.models.registry import CODE_TAG, DATA_TAG, MODEL_TAG, WEIGHTS_TAG, metric_tags
 from raymill.record import kept_code
 from raymill.record.catalog import data_digest
 from raymill.record.events import RunFinished, read_events
 from raymill.record.folder import RunFolder
 from raymill.task import TRAIN, VALIDATION, Pipeline, Task
+from raymill.tracking import description
+from raymill.tracking.description import RUN_ID_TAG
 from raymill.tracking.mlflow_client import connect, store_failures
 from raymill.training.batch import default_collate
 
 if TYPE_CHECKING:
     import torch
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion
     from mlflow.models import ModelSignature
 
 MAX_EXAMPLE_ROWS = 8
+
+VERSIONS_TAG = "mlflow.modelVersions"
+"""What MLflow gives a logged model once it is registered."""
 
 
 def register(folder: RunFolder) -> dict[str, Any]:
@@ -72,20 +78,33 @@ def register(folder: RunFolder) -> dict[str, Any]:
         RUN_ID_TAG: folder.run_id,
         WEIGHTS_TAG: read_state(checkpoint, "weights_sha256")["weights_sha256"],
         DATA_TAG: data_digest(folder),
-        METRICS_TAG: json.dumps(end.metrics),
     }
     client = connect()
     same = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in (RUN_ID_TAG, WEIGHTS_TAG))
     found = client.search_model_versions(f"name = '{name}' and {same}")
-    made = found[0] if found else _make_version(client, name, folder, spec, checkpoint, tags)
-    current = client.get_registered_model(name).aliases.get(alias)
+    made = found[0] if found else _make_version(client, name, folder, spec, checkpoint, end.metrics, tags)
+    # Each of these has the same effect when it is done again, after a kill between two of them.
+    if not made.description:
+        step, rows = read_state(checkpoint, "step")["step"], read_record(folder.plan)["train_rows"]
+        text = description.describe_version(name, alias, folder.run_id, step, end.metrics, rows)
+        client.update_model_version(name, made.version, text)
+    registered = client.get_registered_model(name)
+    if not registered.description:
+        client.update_registered_model(name, description.describe_model(spec.name))
+    current = registered.aliases.get(alias)
     if current is None or int(current) < int(made.version):
         client.set_registered_model_alias(name, alias, made.version)
     return {"name": name, "version": int(made.version), "alias": alias}
 
 
 def _make_version(
-    client: MlflowClient, name: str, folder: RunFolder, spec: JobSpec, checkpoint: Path, tags: dict[str, str]
+    client: MlflowClient,
+    name: str,
+    folder: RunFolder,
+    spec: JobSpec,
+    checkpoint: Path,
+    metrics: Mapping[str, float],
+    tags: dict[str, str],
 ) -> MlflowVersion:
     import mlflow
 
@@ -94,20 +113,18 @@ def _make_version(
         tags[CODE_TAG] = code.digest
     model, inputs = rebuild(spec, checkpoint)
     run = client.get_run(read_record(folder.delivery)["mlflow_run_id"])
-    logged = client.create_logged_model(run.info.experiment_id, "model", source_run_id=run.info.run_id, tags=tags)
+    logged = _new_logged_model(client, name, run, tags)
     try:
         with tempfile.TemporaryDirectory() as beside:
             files = _files_beside(folder, checkpoint, Path(beside))
-            tags[MODEL_TAG] = _log(model, inputs, logged.model_id, run.info.run_id, files)
-        with tempfile.TemporaryDirectory() as stored:
-            model_folder = mlflow.artifacts.download_artifacts(f"models:/{logged.model_id}", dst_path=stored)
-            loaded = exported.load_exported(Path(model_folder) / exported.FILE, tags[MODEL_TAG])
-            difference = _difference(model, loaded, inputs)
+            tags[MODEL_TAG] = _log(model, inputs, logged, read_state(checkpoint, "step")["step"], files)
+        difference = _difference(model, _load_back(logged, tags[MODEL_TAG]), inputs)
     except CheckpointError:
         raise
     except store_failures():
         raise
     except Exception as error:  # torch.export runs the user's code and may raise anything
+        client.delete_logged_model(logged.model_id)
         raise RunError(
             f"the model of run {folder.run_id} was not registered: no export: {type(error).__name__}: {error}. "
             "forward() must take tensors and must not branch on their values."
@@ -118,7 +135,26 @@ def _make_version(
             f"the model of run {folder.run_id} was not registered: exported, it computes something else: {difference}. "
             "Make forward() deterministic in eval mode and free of the batch size."
         )
-    return mlflow.register_model(f"models:/{logged.model_id}", name, tags=tags)
+    return mlflow.register_model(f"models:/{logged.model_id}", name, tags={**tags, **metric_tags(metrics)})
+
+
+def _new_logged_model(client: MlflowClient, name: str, run: Run, tags: Mapping[str, str]) -> LoggedModel:
+    """The model beneath the run, still without files. What an earlier try left there without a version goes."""
+    experiment, run_id = run.info.experiment_id, run.info.run_id
+    for left in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
+        if RUN_ID_TAG in left.tags and VERSIONS_TAG not in left.tags:
+            client.delete_logged_model(left.model_id)
+    name = name.replace(".", "_")  # MLflow allows none in the name of a logged model
+    return client.create_logged_model(experiment, name, run_id, dict(tags), run.data.params)
+
+
+def _load_back(logged: LoggedModel, sha256: str) -> torch.nn.Module:
+    """The exported model as the store has it."""
+    from mlflow.artifacts import download_artifacts
+
+    with tempfile.TemporaryDirectory() as stored:
+        model_folder = download_artifacts(f"models:/{logged.model_id}", dst_path=stored)
+        return exported.load_exported(Path(model_folder) / exported.FILE, sha256)
 
 
 def rebuild(spec: JobSpec, checkpoint: Path) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
@@ -184,7 +220,7 @@ class _PickleFree:
         self.sha256 = file_sha256(archive)
 
 
-def _log(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], model_id: str, run_id: str, files: list[str]) -> str:
+def _log(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], logged: LoggedModel, step: int, files: list[str]) -> str:
     """Export and upload; returns the archive's SHA-256."""
     import mlflow
     import torch
@@ -196,9 +232,11 @@ def _log(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], model_id: str
     Model.log(
         None,
         flavor,
-        name="model",
-        run_id=run_id,
-        model_id=model_id,
+        name=logged.name,
+        run_id=logged.source_run_id,
+        model_id=logged.model_id,
+        # MLflow gives the model the run's metrics of this step: points that the run has already, so none is doubled.
+        step=step,
         pytorch_model=model,
         input_example=arrays[0] if len(arrays) == 1 else arrays,
         signature=_signature(model, inputs),

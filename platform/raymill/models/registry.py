@@ -13,15 +13,22 @@ from raymill.checkpoint.directory import WEIGHTS
 from raymill.errors import InputError, Problem, TrackingError, did_you_mean
 from raymill.record.folder import is_run_id
 from raymill.redaction import redact_text
-from raymill.tracking.mlflow_client import connect, mlflow_settings, nothing_is_stored, store_failures
+from raymill.tracking.description import RUN_ID_TAG
+from raymill.tracking.mlflow_client import connect, mlflow_settings, nothing_is_stored, plain_key, store_failures
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 
-RUN_ID_TAG, WEIGHTS_TAG, MODEL_TAG, DATA_TAG, METRICS_TAG, CODE_TAG = (
-    f"raymill.{name}" for name in ("run_id", "weights_sha256", "model_sha256", "data_digest", "metrics", "code_digest")
+WEIGHTS_TAG, MODEL_TAG, DATA_TAG, CODE_TAG = (
+    f"raymill.{name}" for name in ("weights_sha256", "model_sha256", "data_digest", "code_digest")
 )
+
+METRIC_TAG = "raymill.metric."
+"""Followed by a metric's name: its value."""
+
+METRICS_TAG = "raymill.metrics"
+"""All metrics as JSON, in versions that raymill 0.2 made."""
 
 VERSION_FILES = (WEIGHTS, "spec.json", "plan.json", "data_manifest.json")
 """What a version holds beside the exported graph, all of it named in its `checksums.json`."""
@@ -51,6 +58,17 @@ class ModelVersion:
     def uri(self) -> str:
         """What MLflow's own functions take."""
         return f"models:/{self.name}/{self.version}"
+
+
+def metric_tags(metrics: Mapping[str, float]) -> dict[str, str]:
+    """The tags that hold a version's metrics; `read_metrics` makes the same numbers of them."""
+    return {plain_key(f"{METRIC_TAG}{name}"): repr(float(value)) for name, value in metrics.items()}
+
+
+def read_metrics(tags: Mapping[str, str]) -> dict[str, float]:
+    """The metrics of a version, by name."""
+    found = {key.removeprefix(METRIC_TAG): float(value) for key, value in tags.items() if key.startswith(METRIC_TAG)}
+    return found or json.loads(tags.get(METRICS_TAG, "{}"))
 
 
 def list_models() -> list[dict[str, Any]]:
@@ -122,7 +140,7 @@ def resolve(reference: str) -> ModelVersion:
         if found:
             made = found[0]
             pointing = sorted(key for key, to in aliases[made.name].items() if str(to) == str(made.version))
-            metrics = json.loads(made.tags.get(METRICS_TAG, "{}"))
+            metrics = read_metrics(made.tags)
             shown = alias or next(iter(pointing), None)
             return ModelVersion(
                 made.name, int(made.version), shown, made.tags.get(RUN_ID_TAG, ""), metrics, made.tags.get(WEIGHTS_TAG, "")

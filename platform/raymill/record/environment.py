@@ -1,7 +1,8 @@
-"""What a run ran with: versions, the machine, the commit. Imports none of the libraries; holds no environment variables."""
+"""What a run ran with: versions, machine, user, commit. Imports none of the libraries; holds no environment variables."""
 
 from __future__ import annotations
 
+import getpass
 import os
 import platform
 import subprocess
@@ -10,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from raymill.paths import project_root
-from raymill.redaction import redact_arguments
+from raymill.redaction import redact_arguments, redact_text
 
 # ---------------------------------------------------------------- what it ran with
 
@@ -22,7 +23,10 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "num_cpus": os.cpu_count(),
         "versions": versions(),
+        "user": _user(),
         "git_commit": _git("rev-parse", "HEAD"),
+        "git_branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
+        "git_remote": None if (remote := _git("remote", "get-url", "origin")) is None else redact_text(remote),
         "git_dirty": None if (changes := _git("status", "--porcelain")) is None else bool(changes),
         "command": redact_arguments(sys.argv),
     }
@@ -37,6 +41,13 @@ def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
+        return None
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's process may have a number that no name belongs to
         return None
 
 

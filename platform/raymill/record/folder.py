@@ -63,6 +63,11 @@ class RunFolder:
         return self.path / "delivery.json"
 
     @property
+    def mlflow_run(self) -> Path:
+        """Where the run is in MLflow, as JSON: the store, and the experiment's name and id."""
+        return self.path / "mlflow_run.json"
+
+    @property
     def summary(self) -> Path:
         """The result of the run, as JSON."""
         return self.path / "summary.json"

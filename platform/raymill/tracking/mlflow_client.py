@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import escape
@@ -16,10 +17,13 @@ from typing import TYPE_CHECKING
 from raymill.errors import InputError, Problem
 from raymill.files import make_private_folder, waiting_lock
 from raymill.paths import home
+from raymill.tracking.description import DESCRIPTION_TAG, TRAINING_KIND, describe_experiment
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+
+MAX_KEY_LENGTH = 250
 
 SETTINGS = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 """Environment variables under which raymill uses MLflow."""
@@ -125,6 +129,11 @@ def connect() -> MlflowClient:
     return client
 
 
+def plain_key(key: str) -> str:
+    """The name of a metric, parameter or tag in the characters that MLflow accepts, and no more of them."""
+    return re.sub(r"[^\w .:/-]", "_", key)[:MAX_KEY_LENGTH]
+
+
 def store_failures() -> tuple[type[Exception], ...]:
     """What an unreachable, slow or locked store raises."""
     from mlflow.exceptions import MlflowException
@@ -158,15 +167,19 @@ def _make_store(path: Path) -> None:
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
-    """The experiment of this name, made where it is not there yet."""
+    """The experiment of this name, made where it is not there yet; its page opens for the training of models."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is not None:
+        for key, value in TRAINING_KIND.items():
+            if key not in found.tags:  # one that was made by an earlier raymill or by hand
+                client.set_experiment_tag(found.experiment_id, key, value)
         return str(found.experiment_id)
     served = tracking_uri().startswith(("http:", "https:"))
+    tags = {**TRAINING_KIND, DESCRIPTION_TAG: describe_experiment(name)}
     try:
-        return client.create_experiment(name, None if served else (home() / "artifacts" / name).as_uri())
+        return client.create_experiment(name, None if served else (home() / "artifacts" / name).as_uri(), tags)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from raymill import faults
 from raymill.errors import RaymillError
 from raymill.files import read_record, waiting_lock, write_record
-from raymill.record.catalog import data_digest
+from raymill.record.catalog import data_digest, show_run
 from raymill.record.events import (
     AttemptStarted,
     CheckpointSaved,
@@ -40,8 +39,16 @@ from raymill.record.events import (
 from raymill.record.folder import RunFolder
 from raymill.record.processes import ProcessId
 from raymill.redaction import redact, redact_text
-from raymill.tracking import plots
-from raymill.tracking.mlflow_client import connect, experiment_id, mlflow_settings, store_failures
+from raymill.tracking import description, plots
+from raymill.tracking.description import DESCRIPTION_TAG, RUN_ID_TAG, RunFacts
+from raymill.tracking.mlflow_client import (
+    connect,
+    experiment_id,
+    mlflow_settings,
+    plain_key,
+    store_failures,
+    tracking_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,16 +61,18 @@ Register = Callable[[RunFolder], dict[str, Any]]
 
 BORDERS = (AttemptStarted, RunStopped, RunFinished)
 
-RUN_ID_TAG = "raymill.run_id"
+SHOWN_PICTURES = ("curves.png",)
+"""The pictures that the run's description shows; the others are among its artifacts."""
+
 POLL_S = 0.5
 SAMPLE_S = 10.0
 MAX_PAUSE_S = 30.0
 EVENTS_PER_TURN = 500
 METRICS_PER_CALL = 1000
 ENTRIES_PER_CALL = 100
-MAX_KEY_LENGTH = 250
 MAX_PARAM_LENGTH = 500
 MAX_TAG_LENGTH = 5000
+MAX_DIGEST_LENGTH = 36
 
 REFUSALS = {"INVALID_PARAMETER_VALUE", "PERMISSION_DENIED", "UNAUTHENTICATED"}
 """Error codes of MLflow that trying again does not change."""
@@ -159,6 +168,7 @@ class Delivery:
         """Mark a run as interrupted whose driver died without a word."""
         if self.done.status == "RUNNING":
             self._set_status("KILLED", time.time())
+            self._describe(self._log_pictures())
 
     def ends(self) -> bool:
         """Whether the end of the run is among the events that are still to deliver."""
@@ -167,33 +177,42 @@ class Delivery:
         return bool(ends) and ends[-1]
 
     def _open(self, event: Event) -> None:
-        spec = read_record(self.folder.spec)
-        experiment = experiment_id(self.client, spec["name"])
+        job, machine = read_record(self.folder.spec)["name"], _record(self.folder.environment)
+        experiment = experiment_id(self.client, job)
+        run_id, parent = self.folder.run_id, machine.get("parent_run_id")
         # A process killed right after creating the run left no other trace of it than its tag.
-        runs: Sequence[Run] = self.client.search_runs(
-            [experiment], f"tags.`{RUN_ID_TAG}` = '{self.folder.run_id}'", max_results=1
-        )
-        if not runs:
-            tags, started_ms = {RUN_ID_TAG: self.folder.run_id}, int(event.time_s * 1000)
-            runs = [self.client.create_run(experiment, started_ms, tags, run_name=self.folder.run_id)]
+        made = self._find(experiment, run_id)
+        if made is None:
+            beneath = self._find(experiment, parent) if parent else None
+            tags = redact(description.opening_tags(run_id, job, machine, beneath))
+            name = description.run_name(run_id, job)
+            made = self.client.create_run(experiment, int(event.time_s * 1000), tags, run_name=name).info.run_id
         faults.point("mlflow_run_made")
-        self.done.mlflow_run_id, self.done.started_s = runs[0].info.run_id, event.time_s
+        self.done.mlflow_run_id, self.done.started_s = made, event.time_s
+        place = {"store": redact_text(tracking_uri()), "experiment_id": experiment, "experiment": job}
+        write_record(self.folder.mlflow_run, place)
         self._save()
+
+    def _find(self, experiment: str, run_id: str) -> str | None:
+        """The MLflow run of a raymill run, where it is there."""
+        runs: Sequence[Run] = self.client.search_runs([experiment], f"tags.`{RUN_ID_TAG}` = '{run_id}'", max_results=1)
+        return runs[0].info.run_id if runs else None
 
     def _handle(self, event: Event) -> None:
         tags: dict[str, str] = {}
         match event:
             case AttemptStarted():
-                self._describe()
-                tags[f"raymill.attempt.{event.attempt}"] = _compact(event)
+                self._log_inputs()
+                tags[f"raymill.attempt.{event.attempt}"] = description.attempt_fact(event.num_workers, event.step, event.time_s)
                 self._set_status("RUNNING", None)
+                self._describe()
             case CheckpointSaved():
                 tags["raymill.checkpoint.last"] = event.path
                 if event.best:
                     tags["raymill.checkpoint.best"] = event.path
             case RunStopped():
-                tags["raymill.stop"] = _compact(event)
                 self._set_status("KILLED" if event.reason == "interrupted" else "FAILED", event.time_s)
+                self._describe(self._log_pictures())
             case RunFinished():
                 self._finish(event)
         for key, value in redact(tags).items():
@@ -221,29 +240,26 @@ class Delivery:
             faults.point("after_mlflow_call")
             self.done.steps |= {point.key: point.step for point in call}
 
-    def _describe(self) -> None:
-        """Parameters, tags, data set and files that are known when a run starts."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+    def _log_inputs(self) -> None:
+        """Parameters, data set and files that are known when a run starts."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
         run_id, documents = self.done.mlflow_run_id, self._log_documents()
-        spec, plan, machine = read_record(self.folder.spec), documents.get("plan", {}), documents.get("environment", {})
+        spec, plan = read_record(self.folder.spec), documents.get("plan", {})
         numbers = {key: value for key, value in plan.items() if key != "reasons"}
-        params = {key[:MAX_KEY_LENGTH]: value for key, value in _flat({**documents["spec"], "plan": numbers})}
+        self.client.log_text(run_id, description.plan_page(spec["name"], plan), "plan.html")
+        params = {plain_key(key): value for key, value in _flat({**documents["spec"], "plan": numbers})}
         there = self.client.get_run(run_id).data.params
         new = [Param(key, value[:MAX_PARAM_LENGTH]) for key, value in params.items() if key not in there]
-        tags = {f"raymill.{key}": value for key, value in _flat(machine)}
-        if machine.get("git_commit"):
-            tags["mlflow.source.git.commit"] = machine["git_commit"]
         if self.folder.data_manifest.exists():
             digest = data_digest(self.folder)
-            tags["raymill.data_digest"] = digest
+            self.client.set_tag(run_id, "raymill.data_digest", digest)
             source = json.dumps({"pipeline": spec["pipeline"]})
-            data = Dataset(name=spec["name"], digest=digest[:36], source_type="raymill", source=source)
+            data = Dataset(name=spec["name"], digest=digest[:MAX_DIGEST_LENGTH], source_type="raymill", source=source)
             purpose = InputTag("mlflow.data.context", "training")
             self.client.log_inputs(run_id, [DatasetInput(data, [purpose])])
         for first in range(0, len(new), ENTRIES_PER_CALL):
             self.client.log_batch(run_id, params=new[first : first + ENTRIES_PER_CALL])
-        self.client.log_batch(run_id, tags=[RunTag(key, value[:MAX_TAG_LENGTH]) for key, value in tags.items()])
 
     def _log_documents(self) -> dict[str, Any]:
         """Log the run's JSON files that are there, without secrets. Returns name -> what was logged."""
@@ -263,17 +279,45 @@ class Delivery:
             self.client.log_artifact(self.done.mlflow_run_id, str(self.folder.quarantine))
         # Before registering: a model that cannot be registered does not make its run unfinished.
         self._set_status("FINISHED", event.time_s)
+        refused = None
         try:
             if read_record(self.folder.spec).get("register"):
                 write_record(self.folder.model_version, self._register(self.folder))
+        except RaymillError as error:
+            refused = str(error)
+            raise
         finally:
             # Last, since no picture is worth a model; and also where the model could not be registered.
-            self._log_pictures()
+            self._describe(self._log_pictures(), refused)
 
-    def _log_pictures(self) -> None:
+    def _log_pictures(self) -> list[str]:
+        """Draw what there is to draw; returns the paths of the pictures among the run's artifacts."""
         with tempfile.TemporaryDirectory() as drawn:
             plots.draw(read_events(self.folder.events)[0], Path(drawn))
+            names = sorted(path.name for path in Path(drawn).iterdir())
             self.client.log_artifacts(self.done.mlflow_run_id, drawn, "pictures")
+        return [f"pictures/{name}" for name in names]
+
+    def _describe(self, pictures: Sequence[str] = (), refused: str | None = None) -> None:
+        """Write the run's description as the run is now, unless somebody has edited it."""
+        folder, run_id = self.folder, self.done.mlflow_run_id
+        if not description.is_ours(self.client.get_run(run_id).data.tags.get(DESCRIPTION_TAG)):
+            return
+        facts = RunFacts(
+            known={**show_run(folder.run_id), "mlflow_run_id": run_id},
+            folder=str(folder.path),
+            machine=_record(folder.environment),
+            summary=_record(folder.summary),
+            model=_record(folder.model_version),
+            not_registered=refused,
+            pictures=[path for path in pictures if Path(path).name in SHOWN_PICTURES],
+        )
+        try:
+            text = description.describe_run(facts)
+        except (KeyError, TypeError, ValueError) as error:  # a record that is not as expected; no description is worth a run
+            log.warning("the run's description was not written: %s: %s", type(error).__name__, error)
+            return
+        self.client.set_tag(run_id, DESCRIPTION_TAG, description.signed(redact_text(text)))
 
     def _set_status(self, status: str, ended_s: float | None) -> None:
         if ended_s is None:
@@ -400,17 +444,13 @@ def sample_machine(folder: RunFolder, started_s: float) -> list[Point]:
 
 
 def _points(metrics: Mapping[str, float], step: int, time_s: float) -> list[Point]:
-    return [Point(_plain(key)[:MAX_KEY_LENGTH], float(value), step, time_s) for key, value in metrics.items()]
+    return [Point(plain_key(key), float(value), step, time_s) for key, value in metrics.items()]
 
 
 def _speeds(event: StepDone) -> dict[str, float]:
-    speeds = {"train/rows_per_s": event.rows_per_s, "train/data_wait_share": event.data_wait_share}
+    # Beside the machine's load, on the page's own tab for it, so that the losses stand next to each other.
+    speeds = {"system/rows_per_s": event.rows_per_s, "system/data_wait_share": event.data_wait_share}
     return {key: value for key, value in speeds.items() if value is not None}
-
-
-def _plain(key: str) -> str:
-    """The key in the characters that MLflow accepts."""
-    return re.sub(r"[^\w .:/-]", "_", key)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -419,11 +459,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield _plain(f"{prefix}{key}"), value if isinstance(value, str) else json.dumps(value)
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
-def _compact(event: Event) -> str:
-    return json.dumps(event.model_dump(mode="json", exclude={"kind", "pid", "process_started_s"}))
+def _record(path: Path) -> dict[str, Any]:
+    return read_record(path) if path.exists() else {}
 
 
 def _load(path: Path) -> Delivered:

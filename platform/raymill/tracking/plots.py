@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raymill.record.events import EvaluationDone, Event, StepDone
+from raymill.task import VALIDATION
 
 log = logging.getLogger("raymill.tracking")
 
@@ -103,7 +104,7 @@ def confusion_matrix(matrix: Sequence[Sequence[float]], path: Path, title: str) 
 def curves(series: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
     """Draw metrics over steps; those that differ only in their split (train/loss, validation/loss) share one plot.
 
-    Of more than `MAX_PLOTS` plots, the first by name are drawn.
+    What was evaluated comes first. Of more than `MAX_PLOTS` plots, the first are drawn.
 
     Args:
         series: metric name -> (step, value) in the order of steps.
@@ -116,10 +117,13 @@ def curves(series: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> Non
         plots.setdefault(name.partition("/")[2] or name, []).append(name)
     if len(plots) > MAX_PLOTS:
         log.warning("%d metrics were not drawn: there are more than %d", len(plots) - MAX_PLOTS, MAX_PLOTS)
-    shown = sorted(plots.items())[:MAX_PLOTS]
-    figure = Figure(figsize=(7, 2.6 * max(1, len(shown))), layout="constrained")
+    shown = sorted(plots.items(), key=lambda plot: (not _is_evaluated(plot[1]), plot[0]))[:MAX_PLOTS]
+    num_columns = min(2, len(shown))
+    num_rows = math.ceil(len(shown) / num_columns)
+    # So small that MLflow, which shows pictures as large as they are, has room for them in a run's description.
+    figure = Figure(figsize=(2.8 * num_columns, 1.9 * num_rows), layout="constrained")
     for number, (title, names) in enumerate(shown, start=1):
-        axes = figure.add_subplot(len(shown), 1, number)
+        axes = figure.add_subplot(num_rows, num_columns, number)
         for name in sorted(names)[:MAX_CURVES_PER_PLOT]:
             steps, values = [step for step, _ in series[name]], [value for _, value in series[name]]
             axes.plot(
@@ -128,11 +132,16 @@ def curves(series: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> Non
                 label=name[:MAX_TITLE_LETTERS].lstrip("_"),
                 linewidth=1,
                 marker="o" if len(values) < 30 else None,
-                markersize=3,
+                markersize=2,
             )
-        axes.set(xlabel="step")
-        axes.set_title(title[:MAX_TITLE_LETTERS], parse_math=False)
+        axes.set_title(title[:MAX_TITLE_LETTERS], parse_math=False, fontsize=8)
+        axes.set_xlabel("step", fontsize=7)
+        axes.tick_params(labelsize=6)
         axes.grid(alpha=0.3)
-        for label in axes.legend().get_texts():
+        for label in axes.legend(fontsize=6).get_texts():
             label.set_parse_math(False)
     figure.savefig(path, dpi=100)
+
+
+def _is_evaluated(names: Iterable[str]) -> bool:
+    return any(name.startswith(f"{VALIDATION}/") for name in names)

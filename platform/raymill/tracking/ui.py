@@ -1,4 +1,8 @@
-"""MLflow's page over the project's store: a server of this machine alone, there until Ctrl-C, gone after it."""
+"""MLflow's page over the project's store: a server of this machine alone, there until Ctrl-C, gone after it.
+
+It is MLflow's own server with passwords. pyproject.toml names it among MLflow's apps, as `APP`, so that its page can be told that
+it is about training models: by itself MLflow 3 opens for chats with language models, whatever an experiment says of itself.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,34 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from raymill.errors import InputError, Problem, TrackingError
+from raymill.files import read_record
 from raymill.paths import home
+from raymill.record.folder import RunFolder, runs_folder
+from raymill.redaction import redact_text
 from raymill.tracking.mlflow_client import SETTINGS, connect, mlflow_settings, tracking_uri
 
+if TYPE_CHECKING:
+    from flask import Response
+
 USER = "raymill"
+APP = "raymill"
+
+FIRST_VISIT = """<script>
+if (new URL(document.baseURI).password) location.replace(location.href)
+const firstVisit = {"mlflow.workflowType_v1": "machine_learning", "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": true}
+for (const [key, value] of Object.entries(firstVisit))
+  if (localStorage.getItem(key) === null) localStorage.setItem(key, JSON.stringify(value))
+</script>"""
+"""Put at the top of MLflow's page. A browser refuses the requests of a page whose address holds a password, so once the browser
+knows it, it is taken out of the address. Then what the page keeps in the browser, where nobody has chosen yet: that it is about
+training, and that the assistant, which takes a quarter of it, opens when it is asked to."""
+
+MAX_LINKS = 5
 
 AUTH_CONFIG = """\
 [mlflow]
@@ -31,13 +55,13 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 """
 
 
-def serve_ui(port: int, show: Callable[[str], None]) -> None:
+def serve_ui(port: int, show: Callable[[str, dict[str, str]], None]) -> None:
     """Run MLflow's server over the project's store, for this machine alone, until Ctrl-C (SIGINT), SIGTERM or SIGHUP.
 
     Other users of this machine can reach its loopback address too, so the page asks for a password, made for this one time.
 
     Args:
-        show: is given the page's address, with the user and the password in it.
+        show: is given the page's address, with the user and the password in it, and those of the latest jobs' experiments.
 
     Raises:
         InputError: when the port is taken, or the store is a server that has a page of its own.
@@ -63,7 +87,8 @@ def serve_ui(port: int, show: Callable[[str], None]) -> None:
     with tempfile.TemporaryDirectory(prefix="raymill-ui-") as private:
         password = secrets.token_urlsafe(16)
         variables = _environment(Path(private), password)
-        show(f"http://{USER}:{password}@127.0.0.1:{port}")
+        address = f"http://{USER}:{password}@127.0.0.1:{port}"
+        show(address, {job: f"{address}/#/experiments/{number}" for job, number in _experiments(uri).items()})
         # The server looks for code in its current folder: that is the private one.
         server = psutil.Popen(_command(uri, port), env=variables, cwd=private, stdin=subprocess.DEVNULL)
         try:
@@ -73,6 +98,16 @@ def serve_ui(port: int, show: Callable[[str], None]) -> None:
         finally:
             _end(server)
     raise TrackingError(f"the MLflow server ended with exit code {code}; its last lines say why")
+
+
+def _experiments(uri: str) -> dict[str, str]:
+    """Job -> id of its experiment in this store, for the jobs that ran last, the latest first."""
+    records = [path for path in (RunFolder(run).mlflow_run for run in runs_folder().glob("*/")) if path.is_file()]
+    found: dict[str, str] = {}
+    for record in map(read_record, sorted(records, key=lambda path: path.stat().st_mtime, reverse=True)):
+        if record["store"] == redact_text(uri) and len(found) < MAX_LINKS:
+            found.setdefault(record["experiment"], record["experiment_id"])
+    return found
 
 
 def _environment(private: Path, password: str) -> dict[str, str]:
@@ -103,9 +138,34 @@ def _command(uri: str, port: int) -> list[str]:
         # What a page elsewhere sends here, by a name that resolves to this machine, is refused.
         "--allowed-hosts": f"127.0.0.1:{port},localhost:{port}",
         "--cors-allowed-origins": f"http://127.0.0.1:{port},http://localhost:{port}",
-        "--app-name": "basic-auth",
+        "--app-name": APP,
     }
     return [sys.executable, "-P", "-m", "mlflow", "server", *(word for option in options.items() for word in option)]
+
+
+# ---------------------------------------------------------------- within the server
+
+
+def create_app() -> Any:
+    """MLflow's server with passwords, whose page opens for the training of models. MLflow calls this."""
+    from mlflow.server import app
+    from mlflow.server.auth import create_app as create_app_with_passwords
+
+    app.after_request(_on_first_visit)
+    return create_app_with_passwords()
+
+
+def _on_first_visit(response: Response) -> Response:
+    """Tell the page what it is about."""
+    from flask import request
+
+    if request.path == "/" and response.status_code == 200 and response.mimetype == "text/html":
+        response.direct_passthrough = False
+        response.set_data(response.get_data(as_text=True).replace("<head>", f"<head>{FIRST_VISIT}", 1))
+    return response
+
+
+# ---------------------------------------------------------------- its end
 
 
 def _end(server: psutil.Popen) -> None:
