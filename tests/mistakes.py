@@ -138,12 +138,6 @@ def _loss(name: str, line: str, found: str, fix: str = "Correct the loss", shown
 
 DEF_LOSS, DEF_BUILD, DEF_EVALUATE = "def loss(self, model, batch):", "def build(self):", "def evaluate(self, model, batch):"
 DEF_CHANGE, DEF_INPUTS = "def change(rows, split, generator):", "def inputs(self, batch):"
-SPARE = """\
-        model = nn.Sequential(nn.Linear(2, 3))
-        model.spare = nn.Linear(2, 2)
-        model.forward = model[0].forward
-        return model
-"""
 BATCH_NORM = "return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))"
 
 MISTAKES = [
@@ -309,18 +303,6 @@ MISTAKES = [
         [("    def loss(", "    def objectives(self):\n        return []\n\n    def loss(")],
         "def objectives(self):",
         r"list \[0\]",
-    ),
-    Mistake(
-        "a parameter without a gradient",
-        [
-            (
-                BUILD,
-                SPARE,
-            )
-        ],
-        DEF_LOSS,
-        r"no gradient of the parameters \['spare.weight', 'spare.bias'\]",
-        "requires_grad_",
     ),
     _loss("a column that is not there", 'return functional.cross_entropy(scores, batch["weight"])', "KeyError: 'weight'"),
     _loss(

@@ -94,7 +94,7 @@ def run_sleepy_rank(rank: int, world_size: int, port: int, experiment: Experimen
     sleepy.log = sleepy.Log()
     read_locally = reader.read_locally
     if prefetch:
-        reader.read_locally = lambda *given: timed(prefetched(read_locally(*given), depth=prefetch))
+        reader.read_locally = lambda *given, **named: timed(prefetched(read_locally(*given, **named), depth=prefetch))
     try:
         outcome = run_rank(rank, world_size, port, experiment, start)
     finally:

@@ -78,24 +78,27 @@ def make_optimizers(
     Raises:
         InputError: with every pattern that names no parameter, and parameters that no pattern names.
     """
-    specs, where = optimizer_specs(spec, distributed.name, objectives)
+    specs = optimizer_specs(spec, distributed.name, objectives)
+    where = "optimizer" if not isinstance(spec.optimizer, dict) else f"optimizer.{distributed.name}"
+    # One that stands alone has no number.
+    places = [f"{where}.{number}" for number in range(len(specs))] if len(specs) > 1 else [where]
     made = []
     left = dict(zip(distributed.names, distributed.parameters, strict=True))
     problems = []
-    for number, one in enumerate(specs):
+    for place, one in zip(places, specs, strict=True):
         own = [name for name in left if one.parameters is None or any(fnmatchcase(name, p) for p in one.parameters)]
         if not own:
             found = "no parameters left" if one.parameters is None else f"patterns {one.parameters}, which no parameter left fits"
             fix = "Correct the patterns: the first that fits a name takes it, and * stands for any letters."
-            problems.append(Problem(f"{where}.{number}.parameters", found, f"patterns for some of {shown(left)}", fix))
+            problems.append(Problem(f"{place}.parameters", found, f"patterns for some of {shown(left)}", fix))
             continue
-        made.append((one, {name: left.pop(name) for name in own}))
+        made.append((place, one, {name: left.pop(name) for name in own}))
     if left:
         fix = "Leave out `parameters` in the last, which then takes all that are left; or freeze them in build()."
         problems.append(Problem(where, f"optimizers for none of {shown(left)}", "one for each parameter", fix))
     if problems:
         raise InputError(problems)
-    return [_group(spec, one, own, f"{where}.{number}", steps) for number, (one, own) in enumerate(made)]
+    return [_group(spec, one, own, place, steps) for place, one, own in made]
 
 
 def shown(names: Sequence[str] | dict[str, nn.Parameter], most: int = 8) -> str:
@@ -109,8 +112,10 @@ def _group(spec: JobSpec, one: OptimizerSpec, own: dict[str, nn.Parameter], wher
     try:
         optimizer = made_class(list(own.values()), **one.arguments)
     except (ValueError, TypeError) as error:
-        fix = "Change its arguments, or give it other parameters."
-        raise InputError([Problem(where, f"{one.kind} over {shown(own)}: {error}", "what the optimizer takes", fix)]) from error
+        fix = f"Correct {where}: its arguments, or which parameters it has."
+        raise InputError(
+            [Problem(where, f"{type(error).__name__}: {error} ({one.kind} over {shown(own)})", "what the optimizer takes", fix)]
+        ) from error
     try:
         schedule = make_schedule(spec, optimizer, steps)
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
@@ -119,15 +124,15 @@ def _group(spec: JobSpec, one: OptimizerSpec, own: dict[str, nn.Parameter], wher
     return GroupOptimizer(one, list(own), list(own.values()), optimizer, schedule)
 
 
-def optimizer_specs(spec: JobSpec, objective: str, objectives: Sequence[str]) -> tuple[list[OptimizerSpec], str]:
-    """The optimizers of an objective, and the field that holds them.
+def optimizer_specs(spec: JobSpec, objective: str, objectives: Sequence[str]) -> list[OptimizerSpec]:
+    """The optimizers of an objective.
 
     Raises:
         InputError: when the job names optimizers that are not the task's objectives.
     """
     given = spec.optimizer
     if not isinstance(given, dict):
-        return (given if isinstance(given, list) else [given]), "optimizer"
+        return given if isinstance(given, list) else [given]
     if set(given) != set(objectives):
         raise InputError(
             [
@@ -140,7 +145,7 @@ def optimizer_specs(spec: JobSpec, objective: str, objectives: Sequence[str]) ->
             ]
         )
     own = given[objective]
-    return (own if isinstance(own, list) else [own]), f"optimizer.{objective}"
+    return own if isinstance(own, list) else [own]
 
 
 def make_schedule(spec: JobSpec, optimizer: Optimizer, total_steps: int) -> lr_scheduler.LRScheduler | None:
