@@ -15,19 +15,25 @@ from integration.commands import Home
 from raymill.checkpoint.directory import WEIGHTS, verify
 from raymill.config.plan import Plan
 from raymill.config.spec import JobSpec
-from raymill.files import FORMAT_VERSION, read_record
+from raymill.files import FORMAT_VERSION, READABLE_VERSIONS, read_record
 from raymill.models.registry import VERSION_FILES
 
 pytestmark = pytest.mark.integration
 
-FORMAT_1 = Path(__file__).parents[1] / "data" / "format-1"
-FINISHED = FORMAT_1 / "runs" / "smoke-finished"
+DATA = Path(__file__).parents[1] / "data"
+FORMATS = [f"format-{version}" for version in READABLE_VERSIONS]
+
+
+@pytest.fixture(params=FORMATS)
+def then(request: pytest.FixtureRequest) -> Path:
+    """What a version of then wrote."""
+    return DATA / str(request.param)
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Home:
+def home(tmp_path: Path, then: Path) -> Home:
     """A home whose runs were made earlier."""
-    shutil.copytree(FORMAT_1 / "runs", tmp_path / "home" / "runs")
+    shutil.copytree(then / "runs", tmp_path / "home" / "runs")
     return Home(tmp_path / "home")
 
 
@@ -36,28 +42,29 @@ def order(folder: Path) -> dict[int, list[int]]:
     return {line["position"]: line["rows"] for line in map(json.loads, (folder / "order-0.jsonl").read_text().splitlines())}
 
 
-def test_a_run_that_was_killed_then_goes_on_now(home: Home) -> None:
-    run = home.path / "runs" / "smoke-killed"
-    summary = home.json("train", "--json", "--resume", run.name, "--in-process")
+def test_a_run_that_was_killed_then_goes_on_now(home: Home, then: Path) -> None:
+    run, finished = home.path / "runs" / "smoke-killed", then / "runs" / "smoke-finished"
+    # The code of the job may have changed since.
+    summary = home.json("train", "--json", "--resume", run.name, "--in-process", "--accept-code-changes")
     assert (summary["status"], summary["attempts"], summary["steps"]) == ("finished", 2, 20)
     assert summary["rows"] == {"used": 1200, "skipped": 0, "remaining": 0, "total": 1200}
-    assert order(run) == order(FINISHED)
+    assert order(run) == order(finished)
 
-    (last,), (expected,) = run.glob("checkpoints/step-00000020.*"), FINISHED.glob("checkpoints/step-00000020.*")
+    (last,), (expected,) = run.glob("checkpoints/step-00000020.*"), finished.glob("checkpoints/step-00000020.*")
     # The machine that made them may have computed with other kernels than this one; on that machine they were equal bit for bit.
     torch.testing.assert_close(load_file(last / WEIGHTS), load_file(expected / WEIGHTS))
 
 
-def test_runs_of_then_are_listed_shown_and_evaluated(home: Home) -> None:
+def test_runs_of_then_are_listed_shown_and_evaluated(home: Home, then: Path) -> None:
     listed = {run["run_id"]: run["status"] for run in home.json("runs", "list", "--json")["runs"]}
     assert listed == {"smoke-finished": "finished", "smoke-killed": "interrupted"}
     assert home.json("runs", "show", "smoke-finished", "--json")["step"] == 20
     measured = home.json("evaluate", "smoke-finished", "--json")["metrics"]
-    assert measured == pytest.approx(read_record(FINISHED / "summary.json")["metrics"])
+    assert measured == pytest.approx(read_record(then / "runs" / "smoke-finished" / "summary.json")["metrics"])
 
 
-def test_the_files_of_a_version_of_then_are_read() -> None:
-    files = FORMAT_1 / "model_version"
+def test_the_files_of_a_version_of_then_are_read(then: Path) -> None:
+    files = then / "model_version"
     verify(files, VERSION_FILES)
     spec = JobSpec.model_validate(read_record(files / "spec.json"))
     assert (spec.name, spec.register_ and spec.register_.model) == ("smoke", "blobs")

@@ -1,0 +1,1 @@
+"""The job that proves an installation in a few seconds."""

@@ -1,0 +1,1 @@
+"""One folder per job: values in job.yaml, model code beside it."""
