@@ -293,7 +293,9 @@ def test_a_failed_run_goes_on_once_the_code_is_put_right(tmp_path: Path) -> None
     assert home.run("train", "line", "--in-process")[0] == 1
     task = home.project / "jobs/line/task.py"
     task.write_text(task.read_text().replace(wrong_later, "pass"))
-    resumed = train(home, "--json", "--resume", home.folder().run_id, "--in-process")
+    code, _, refusal = home.run("train", "--resume", home.folder().run_id, "--in-process")
+    assert (code, "jobs/line/task.py" in refusal, "--accept-code-changes" in refusal) == (2, True, True), refusal
+    resumed = train(home, "--json", "--resume", home.folder().run_id, "--in-process", "--accept-code-changes")
     whole = train(line_project(tmp_path / "other"), "--json", "line", "--in-process")
     assert [start.resumed for start in resumed.starts] == [False, True]
     assert resumed.summary["weights_sha256"] == whole.summary["weights_sha256"]

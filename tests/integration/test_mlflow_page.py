@@ -8,8 +8,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +17,6 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from integration.commands import Home, wait_until
 from raymill.files import read_record
-from raymill.record.events import AttemptStarted, EvaluationDone, EventWriter, RunStopped, StepDone
 from raymill.record.folder import RunFolder
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -33,48 +30,45 @@ pytestmark = [
 # A page that is there is there at once; a machine that is busy may take its time.
 expect.set_options(timeout=100_000)
 
-FAILED, RUNNING = "smoke-20261125-101112-abcdef", "smoke-20261125-131415-fedcba"
-CAUSE = "rank 0 failed: KeyError: 'weight', in jobs/smoke/task.py, line 31"
+CAUSE = "RuntimeError: made to fail at fault point before_forward"
+JOB = ("train", "smoke", "--json", "--set", "loop.epochs=2")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
-    """A project with three runs of a job: one finished and registered, one failed, one that goes on."""
+    """A project with three runs of a job: one finished and registered, one that its code ended, one that goes on."""
     home = Home(tmp_path_factory.mktemp("home"))
-    home.json("train", "smoke", "--json", "--in-process", "--set", "register={model: blobs}")
-    finished = home.folder()
-    failed, running = (another_run(home, finished, name) for name in (FAILED, RUNNING))
-    with EventWriter(failed.events) as events:
-        events.write(RunStopped(reason="failed", message=CAUSE))
-    assert deliver(home, failed).wait(timeout=240) == 0, failed.tracking_log.read_text()
-    tracker = deliver(home, running)
+    home.json(*JOB, "--in-process", "--set", "register={model: blobs}")
+    failure = {"RAYMILL_FAULT": "before_forward:raise:step=12", "RAYMILL_FAULT_FOLDER": str(home.scratch)}
+    code, _, stderr = home.run(*JOB, "--in-process", "--no-preflight", variables=failure)
+    assert code == 1, stderr
+    # It stands still in a step until it is ended.
+    pause = {"RAYMILL_FAULT": "step_done:delay:rank=0:step=12:seconds=900", "RAYMILL_FAULT_FOLDER": str(home.scratch / "pause")}
+    (home.scratch / "pause").mkdir()
+    running = home.start(*JOB, "--no-preflight", "--set", "loop.stall_timeout_s=900", variables=pause)
     try:
-        wait_until(lambda: running.delivery.exists() and read_record(running.delivery)["offset"] > 0, tracker)
+        wait_until(lambda: is_delivered(home), running)
         yield home
     finally:
-        tracker.kill()
-        tracker.wait()
+        stop_request = run_with(home, "running").stop_request
+        running.send_signal(signal.SIGINT)
+        wait_until(stop_request.exists, running)
+        # The second ends it at once.
+        running.send_signal(signal.SIGINT)
+        running.communicate(timeout=120)
 
 
-def another_run(home: Home, of: RunFolder, run_id: str) -> RunFolder:
-    """A run of the same job that has made ten steps, driven by this process."""
-    folder = RunFolder(home.path / "runs" / run_id)
-    folder.path.mkdir()
-    for record in (of.spec, of.plan, of.data_manifest, of.environment):
-        shutil.copy(record, folder.path)
-    with EventWriter(folder.events) as events:
-        start = AttemptStarted(attempt=1, num_workers=2, step=0, num_total_steps=20, resumed=False, pid=os.getpid())
-        events.write(start)
-        for step in range(1, 11):
-            events.write(StepDone(step=step, epoch=0, rows=60 * step, metrics={"train/loss": 1 / step}))
-        events.write(EvaluationDone(step=10, epoch=0, rows=120, metrics={"validation/loss": 0.25}))
-    return folder
+def run_with(home: Home, status: str) -> RunFolder:
+    """The run that has this status."""
+    runs = home.json("runs", "list", "--json")["runs"]
+    return next(RunFolder(home.path / "runs" / run["run_id"]) for run in runs if run["status"] == status)
 
 
-def deliver(home: Home, folder: RunFolder) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "raymill.orchestration.tracker", str(folder.path)]
-    with folder.tracking_log.open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, text=True, env=home.environment)
+def is_delivered(home: Home) -> bool:
+    """Whether MLflow has the evaluation after the first epoch of the run that goes on, the only one on Ray."""
+    runs = [RunFolder(log.parent) for log in home.path.glob("runs/*/ray.log")]
+    delivered = [run.events.read_bytes()[: read_record(run.delivery)["offset"]] for run in runs if run.delivery.exists()]
+    return any(b'"evaluation"' in events for events in delivered)
 
 
 @pytest.fixture(scope="module")
@@ -132,16 +126,13 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
 
 def shown_names(home: Home) -> dict[str, str]:
     """Status -> what the run with that status is called."""
-    (day, time, mark) = re.fullmatch(r"smoke-\d{4}(\d{4})-(\d{4})\d\d-(\w{3})\w{3}", finished_run(home).run_id).groups()  # type: ignore[union-attr]
-    return {
-        "finished": f"{day[:2]}-{day[2:]} {time[:2]}:{time[2:]} {mark} smoke",
-        "failed": "11-25 10:11 abc smoke",
-        "running": "11-25 13:14 fed smoke",
-    }
-
-
-def finished_run(home: Home) -> RunFolder:
-    return next(RunFolder(run) for run in home.path.glob("runs/*/") if run.name not in (FAILED, RUNNING))
+    names = {}
+    for status in ("finished", "failed", "running"):
+        found = re.fullmatch(r"smoke-\d{4}(\d\d)(\d\d)-(\d\d)(\d\d)\d\d-(\w{3})\w{3}", run_with(home, status).run_id)
+        assert found
+        month, day, hour, minute, mark = found.groups()
+        names[status] = f"{month}-{day} {hour}:{minute} {mark} smoke"
+    return names
 
 
 def open_run(page: Page, name: str) -> Locator:
@@ -175,7 +166,7 @@ def test_a_finished_runs_page_says_what_came_of_it_what_ran_and_where_its_model_
     expect(page.get_by_text("Evaluation runs")).to_have_count(0)
     facts(main, "Finished", "at step 20 of 20", "raymill evaluate blobs@candidate")
     main.get_by_text("Show more").click()
-    facts(main, "rows trained on", "1,200 of 1,200", finished_run(home).run_id)
+    facts(main, "rows trained on", "1,200 of 1,200", run_with(home, "finished").run_id)
     picture = main.locator("img[src*='pictures/curves.png']")
     expect(picture).to_be_visible()
     expect(picture).not_to_have_js_property("naturalWidth", 0)
@@ -202,18 +193,18 @@ def test_a_finished_runs_curves_pictures_and_plan_are_there(page: Page, home: Ho
 
 def test_a_failed_and_a_running_runs_pages_say_why_and_what_to_type(page: Page, address: str, home: Home) -> None:
     main = open_run(page, shown_names(home)["failed"])
-    facts(main, "Failed", "at step 10 of 20", f"raymill train --resume {FAILED}")
+    facts(main, "Failed", re.compile(r"at step 1\d of 20"), f"raymill train --resume {run_with(home, 'failed').run_id}")
     main.get_by_text("Show more").click()
-    facts(main, CAUSE, "ray.log")
+    facts(main, CAUSE)
     page.goto(address)
     main = open_run(page, shown_names(home)["running"])
-    facts(main, "Running", "attempt 1, 20 steps", f"raymill runs show {RUNNING}")
+    facts(main, "Running", "attempt 1, 20 steps", f"raymill runs show {run_with(home, 'running').run_id}")
 
 
 def test_the_registered_model_says_what_it_is_and_leads_to_its_run(page: Page, home: Home) -> None:
     main = open_run(page, shown_names(home)["finished"])
     main.get_by_role("link", name="blobs").last.click()
-    origin = re.compile(rf"The best weights, step \d+, of run {finished_run(home).run_id}")
+    origin = re.compile(rf"The best weights, step \d+, of run {run_with(home, 'finished').run_id}")
     facts(main, "Version 1", origin, "@ candidate")
     facts(main, "raymill evaluate blobs@candidate", shown_names(home)["finished"])
     main.get_by_role("link", name="blobs").first.click()
