@@ -64,11 +64,10 @@ def test_a_wrong_job_is_refused_while_its_run_starts_and_leaves_no_run(how: tupl
 
 LATE_LOSS = Mistake(
     "a loss that raises at step 5 on rank 1",
-    # Two calls more than steps: those that warm DDP up.
     [
         (
             LOSS,
-            '        if CALLS["loss"] == 7 and torch.distributed.get_rank() == 1:\n            raise LookupError("no luck")\n'
+            '        if CALLS["loss"] == 5 and torch.distributed.get_rank() == 1:\n            raise LookupError("no luck")\n'
             + LOSS,
         )
     ],
