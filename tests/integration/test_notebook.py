@@ -31,7 +31,7 @@ def test_training_in_a_notebook_shows_a_panel_and_gives_a_table() -> None:
     assert " / 30" in steps[0]
     lines = "".join(output.get("text", "") for output in trained) + "".join(panels)
     assert "first step done" in lines
-    history = [line.split() for line in panels[-1].splitlines()]
+    history = [line.split() for line in steps[0].splitlines()]
     assert ["epoch", "step", "validation/accuracy", "validation/loss"] in history
     assert [line[:2] for line in history if line[:1] in (["0"], ["1"], ["2"])] == [["0", "10"], ["1", "20"], ["2", "30"]]
     assert told[0]["text"].startswith("finished 30 ['epoch', 'time_s', 'train/gradient_norm'")
