@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from raymill import errors
 from raymill.errors import RunError
-from raymill.files import run_lock
+from raymill.files import read_record, run_lock
+from raymill.orchestration.on_ray import driver
 from raymill.orchestration.on_ray.driver_process import MEMORY_FACTOR, PAYS_S, Outlook, decide_standby
+from raymill.orchestration.on_ray.session_folder import VARIABLE
 from raymill.orchestration.on_ray.turn import STAND_BY, TURN, Turn, has_come, wait_at_gate
 from raymill.record.folder import RunFolder
 
@@ -111,6 +114,18 @@ def test_a_turn_is_refused_while_another_process_drives_the_run(folder: RunFolde
         assert not turn.has_come
         assert isinstance(turn.refused, RunError)
         assert f"process {os.getpid()}" in str(turn.refused)
+
+
+def test_a_driver_says_so_when_another_process_drives_the_run(
+    folder: RunFolder, session: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(session))
+    monkeypatch.setattr(driver, "_stop_on_sigterm", lambda folder, turn: None)
+    with run_lock(folder.driver_lock):
+        assert driver.main([str(folder.path)]) == driver.FAILED
+    said = errors.from_record(read_record(folder.failure))
+    assert isinstance(said, RunError)
+    assert f"is being trained by process {os.getpid()}" in str(said)
 
 
 # ---------------------------------------------------------------- whether one stands by

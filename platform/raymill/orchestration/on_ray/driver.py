@@ -34,22 +34,23 @@ FINISHED, FAILED, INTERRUPTED = 0, 1, 3
 def main(arguments: list[str]) -> int:
     """Drive one attempt; returns 0 finished, 3 interrupted, 1 anything else, with the reason in `failure.json`."""
     folder = RunFolder(Path(arguments[0]))
-    with Turn(folder, Path(os.environ[VARIABLE]), arguments) as turn:
-        _stop_on_sigterm(folder, turn)
-        try:
+    turn = Turn(folder, Path(os.environ[VARIABLE]), arguments)
+    _stop_on_sigterm(folder, turn)
+    try:
+        with turn:
             return _drive(folder, turn)
-        except RaymillError as error:
-            _tell(folder, turn, error)
-            return FAILED
-        except Exception as error:
-            # A fault of our own: its traceback goes to the log, its text to the user.
-            _tell(folder, turn, RunError(f"{type(error).__name__}: {error}"))
-            raise
+    except RaymillError as error:
+        _tell(folder, turn, error)
+        return FAILED
+    except Exception as error:
+        # A fault of our own: its traceback goes to the log, its text to the user.
+        _tell(folder, turn, RunError(f"{type(error).__name__}: {error}"))
+        raise
 
 
 def _tell(folder: RunFolder, turn: Turn, error: RaymillError) -> None:
-    """Write down why the attempt failed, if it was this driver's turn; the supervisor does not wait for more."""
-    if turn.has_come and not folder.failure.exists():
+    """Write down why the attempt failed, if it was to be this driver's turn; the supervisor does not wait for more."""
+    if turn.is_given and not folder.failure.exists():
         write_record(folder.failure, redact(errors.as_record(error)))
 
 

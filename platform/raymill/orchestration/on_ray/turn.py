@@ -38,7 +38,10 @@ class Turn:
         self._folder, self._session = folder, session
         self._pipe = int(arguments[arguments.index(STAND_BY) + 1]) if STAND_BY in arguments else None
         self._lock = ExitStack()
+        self.is_given = False
+        """Whether the supervisor has said that it is this driver's turn."""
         self.has_come = False
+        """Whether the driver holds the run."""
         self.refused: RunError | None = None
         """Why the turn could not be taken: another process drives the run."""
 
@@ -66,6 +69,7 @@ class Turn:
                 self.refused = error
 
     def _take(self) -> None:
+        self.is_given = True
         self._lock.enter_context(run_lock(self._folder.driver_lock))
         self.has_come = True
         faults.point("driver_start")
