@@ -21,12 +21,13 @@ from raymill.data.feed import Feed
 from raymill.data.manifest import take_manifest
 from raymill.data.order import Item
 from raymill.errors import CheckpointError, InputError
+from raymill.evaluation.sums import Evaluation
 from raymill.files import FORMAT_VERSION, write_record
 from raymill.models.evaluate import evaluate
 from raymill.record.folder import RunFolder, run_folder
 from raymill.record.store import LocalRunStore
 from raymill.training.assembly import WorkerContext, assemble
-from raymill.training.evaluation import Evaluation, evaluate_batch
+from raymill.training.evaluation_pass import evaluate_batch
 
 CODE = """
 from functools import partial

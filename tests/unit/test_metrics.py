@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymill.errors import InputError
+from raymill.evaluation.sums import Evaluation
 from raymill.own_code import contracts
 from raymill.task import Batch, Task, Total
-from raymill.training.evaluation import Evaluation
 
 
 def flat(evaluation: Evaluation) -> torch.Tensor:

@@ -13,9 +13,9 @@ from probes import mixed
 from raymill.checkpoint import directory
 from raymill.checkpoint.snapshot import content, load, weights_sha256
 from raymill.config.spec import JobSpec
+from raymill.optim.optimizers import make_optimizers
 from raymill.parallel.ddp import DistributedObjective
 from raymill.task import Objective
-from raymill.training.optimizers import make_optimizers
 from raymill.training.state import TrainState, capture, restore
 from worker_harness import Crash, Experiment, TrainingRun
 

@@ -17,13 +17,14 @@ from raymill.data.manifest import take_manifest
 from raymill.data.order import Item, num_batches
 from raymill.data.seeds import unchanged_caller
 from raymill.errors import InputError, Problem
+from raymill.evaluation.sums import Evaluation
 from raymill.models.trained import Trained, find_model
 from raymill.parallel.process_group import all_gather
 from raymill.record.folder import RunFolder
 from raymill.record.store import LocalRunStore
 from raymill.task import TRAIN, VALIDATION
 from raymill.training.assembly import WorkerContext, assemble
-from raymill.training.evaluation import Evaluation, evaluate_batch
+from raymill.training.evaluation_pass import evaluate_batch
 
 
 def evaluate(reference: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from raymill.data.reader import Packet, transformed
 from raymill.data.rows import ROW_ID, join, num_rows, take, unpack
 from raymill.data.seeds import EVALUATION, FIRST_WEIGHTS, STEP, TRANSFORM, seed_everything, unchanged_caller
 from raymill.errors import DataError, InputError, Problem, did_you_mean
+from raymill.optim.optimizers import make_optimizers
 from raymill.own_code import contracts, seams
 from raymill.own_code.seams import Seam, problem
 from raymill.own_code.traces import definition, headline, row_ids
@@ -36,7 +37,6 @@ from raymill.parallel.precision import autocast
 from raymill.task import TRAIN, VALIDATION, Batch, Now, Rows, Task, Total
 from raymill.training.assembly import Job
 from raymill.training.batch import to_device
-from raymill.training.optimizers import make_optimizers
 
 MOST_ROWS = 64
 """Rows of a split that are looked at, spread over its first fragment."""

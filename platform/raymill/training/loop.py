@@ -7,68 +7,41 @@ reporter as events. With one rank the same code runs without a process group.
 
 from __future__ import annotations
 
-import json
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
-from typing import Literal, assert_never
-
-import numpy as np
-import torch
+from dataclasses import asdict
+from typing import assert_never
 
 from raymill import faults
 from raymill.checkpoint.commit import better
 from raymill.checkpoint.snapshot import weights_sha256
 from raymill.data.bad_rows import BadRow
 from raymill.data.feed import Feed
-from raymill.data.order import num_batches
 from raymill.data.reader import Packet
-from raymill.data.rows import ROW_ID
-from raymill.data.seeds import COLLATE, HOOK, STEP, seed_everything
 from raymill.errors import CheckpointError, NumberError, RunError
 from raymill.own_code.traces import noting, row_ids
-from raymill.parallel.clock import Clock, RankTime, held_up_s, share
-from raymill.parallel.ddp import DistributedObjective
-from raymill.parallel.gradients import Microbatch, SavedBuffers, averaged_gradients, gradient_norm, ordered_gradients
-from raymill.parallel.process_group import all_gather, all_gather_integers, all_gather_lines, broadcast_buffers
+from raymill.parallel.clock import Clock, held_up_s, share
+from raymill.parallel.process_group import broadcast_buffers
 from raymill.record.events import (
-    EvaluationDone,
-    EvaluationGoesOn,
     FirstStepDone,
     StageReached,
     StepDone,
-    StepRefused,
     StragglerFound,
     TaskChanged,
 )
 from raymill.record.store import Report, ResumePoint
-from raymill.task import TRAIN, VALIDATION, Now, Task
+from raymill.task import TRAIN, VALIDATION
 from raymill.training.assembly import Job, WorkerContext
-from raymill.training.batch import to_device
-from raymill.training.evaluation import Evaluation, evaluate_batch
+from raymill.training.evaluation_pass import EvaluationPass
 from raymill.training.outcome import Outcome
 from raymill.training.pending_step import PendingStep
 from raymill.training.state import TrainState, broken_weights, build_state, capture, final_weights, restore
 from raymill.training.steps import EpochEnd, EvalEnd, EvalStep, Step, TrainEnd, TrainStep, may_stop_after, remaining_steps
 from raymill.training.stragglers import StragglerDetector
 from raymill.training.task_attributes import AttributeWatch
+from raymill.training.train_step import StepTaker, call_hook, moment
 
 MAX_SHOWN_ROWS = 5
 """Of a batch, in a message."""
-
-
-@dataclass
-class StepMetrics:
-    """What one rank measures of a step.
-
-    Attributes:
-        losses: metric -> this rank's part of a sum over ranks.
-        known: metric -> value that all ranks know.
-    """
-
-    losses: dict[str, float]
-    known: dict[str, float]
 
 
 def train(
@@ -128,7 +101,8 @@ class _Loop:
         self.feed = Feed(packets, _bad_row_listener(job, context, report))
         self.report, self.should_stop = report, should_stop
         self.clock = Clock()
-        self.evaluation = Evaluation()
+        self.step_taker = StepTaker(job, context, state, point, self.feed, self.clock, report)
+        self.evaluation = EvaluationPass(job, context, state, self.feed, self.clock, report)
         self.checkpoint_writer = context.store.checkpoint_writer(point.attempt, job.spec.checkpoint.keep, report)
         self.last_saved = (state.position, state.evaluated)
         self.attribute_watch = AttributeWatch(job.task)
@@ -159,9 +133,11 @@ class _Loop:
                 self.end_training(step)
             case EvalStep():
                 with noting(lambda: self.where(step)):
-                    self.eval_step(step)
+                    self.evaluation.measure(step)
             case EvalEnd():
-                self.end_evaluation(step)
+                done = self.evaluation.finish(step)
+                self.finish_pending_step()
+                self.report(done)
             case EpochEnd():
                 self.end_epoch(step)
             case _:
@@ -182,39 +158,18 @@ class _Loop:
     # ------------------------------------------------------------ a training step
 
     def train_step(self, step: TrainStep) -> None:
-        """Train on one global batch, or pass over it if it is one that spoiled the numbers before."""
+        """Take a step, and send what this rank has to say of it; save where a save is due."""
         number = self.job.order.step(step.position)
         faults.here(step=number)
-        ids: list[np.ndarray] = []
-        microbatches = self.take_microbatches(step, ids)
-        own = self.clock.apart(self.feed.wait_s)
-        batch_rows = self.job.shardings[TRAIN].batch_size(step.batch)
-        rows = self.count_good_rows(microbatches, batch_rows)
-        skipped = step.position in self.point.skipped_positions or not rows
-        metrics = StepMetrics({}, {})
-        now = self.now(step)
-        for index, objective in enumerate(self.state.objectives):
-            if not skipped and objective.objective.is_due(number):
-                skipped = not self.minimise(index, objective, microbatches, rows, step, ids, metrics)
-            for group in self.state.optimizers[objective.name]:
-                group.advance()
-        if not skipped:
-            self.call_hook("after_step", now)
-            if self.state.average:
-                self.state.average.add(number)
-        self.clock.gather(self.feed.wait_s)
-        self.state.position = step.position
-        self.state.rows_skipped += batch_rows - (0 if skipped else rows)
+        taken = self.step_taker.take(step)
         self.finish_pending_step()
-        used = 0 if skipped else sum(microbatch.count for microbatch in microbatches)
         wants_stop = self.context.rank == 0 and self.should_stop()
-        own = replace(own, forward_s=sum(objective.clock.take() for objective in self.state.objectives))
-        event = StepDone(step=number, epoch=step.epoch, rows=step.position, metrics=metrics.known)
+        event = StepDone(step=number, epoch=step.epoch, rows=step.position, metrics=taken.metrics)
         training_s = None
         if self.clock.started:
             event = event.model_copy(update={"rows_per_s": self.clock.rows_per_s(step.position)})
             training_s = self.clock.training_s()
-        self.pending = PendingStep(event, metrics.losses, used, own, training_s=training_s, wants_stop=wants_stop)
+        self.pending = PendingStep(event, taken.losses, taken.rows, taken.time, training_s=training_s, wants_stop=wants_stop)
         if not self.clock.started:
             self.finish_first_step()
         if changed := self.attribute_watch.changed():
@@ -222,102 +177,6 @@ class _Loop:
         faults.point("step_done")
         if number % self.job.plan.checkpoint_every_steps == 0 and may_stop_after(step, self.job.order):
             self.save()
-
-    def take_microbatches(self, step: TrainStep, ids: list[np.ndarray]) -> list[Microbatch]:
-        """The next training rows of this rank by shard, on its device; their row ids are added to `ids`."""
-        found = []
-        for shard, count in self.job.shardings[TRAIN].shards(step.batch, self.context.rank):
-            rows = self.feed.take(TRAIN, step.epoch, count)
-            ids.append(np.asarray(rows[ROW_ID]))
-            if self.job.spec.loop.record_order and count:
-                record = {"attempt": self.point.attempt, "position": step.position, "rows": ids[-1].tolist()}
-                self.context.store.record_order(record)
-            if len(ids[-1]):
-                seed_everything(self.job.spec.loop.seed, COLLATE, step.position, shard)
-                found.append(Microbatch(shard, len(ids[-1]), to_device(self.job.collate(rows), self.context.device)))
-        return found
-
-    def count_good_rows(self, microbatches: list[Microbatch], batch_rows: int) -> int:
-        """The rows of a global batch on all ranks: all of them, unless bad ones may be left out."""
-        if not self.job.spec.bad_rows.lenient:
-            return batch_rows
-        own = sum(microbatch.count for microbatch in microbatches)
-        return sum(int(count) for count in all_gather(torch.tensor(own)))
-
-    def minimise(
-        self,
-        index: int,
-        objective: DistributedObjective,
-        microbatches: list[Microbatch],
-        rows: int,
-        step: TrainStep,
-        ids: list[np.ndarray],
-        metrics: StepMetrics,
-    ) -> bool:
-        """One optimizer step of one objective; adds to the metrics. Returns False for a step that was refused."""
-        name, spec = objective.name, self.job.spec
-        groups, number = self.state.optimizers[name], self.job.order.step(step.position)
-        for group in groups:
-            group.optimizer.zero_grad(set_to_none=True)
-        self.state.restore_modes()
-        saved = SavedBuffers.of(self.state.model) if spec.loop.on_nan == "skip" else None
-        compute_gradients = ordered_gradients if spec.loop.strict else averaged_gradients
-        with objective.in_step(self.now(step)):
-            loss_sum = compute_gradients(
-                objective,
-                microbatches,
-                rows,
-                lambda shard: seed_everything(spec.loop.seed, STEP, step.position, shard, index),
-            )
-        faults.point("after_backward")
-        for group in groups:
-            group.hold_back(number)
-        norm = gradient_norm(objective.parameters)
-        # The one time in a step that the device is waited for.
-        norm_value, loss_sum_value = torch.stack([norm.double(), loss_sum]).tolist()
-        if not math.isfinite(norm_value):
-            self.refuse(step, name, norm_value, ids)
-            if saved is not None:
-                saved.restore()
-            return False
-        rates = {f"learning_rate{f'_{place}' if place > 1 else ''}": group.learning_rate for place, group in enumerate(groups, 1)}
-        for group in groups:
-            group.step(number)
-        faults.point("after_optimizer")
-        metrics.losses[f"train/{_label(name, 'loss')}"] = loss_sum_value / rows
-        metrics.known[f"train/{_label(name, 'gradient_norm')}"] = norm_value
-        metrics.known |= {f"train/{_label(name, quantity)}": rate for quantity, rate in rates.items()}
-        return True
-
-    def now(self, step: TrainStep | TrainEnd) -> Now:
-        """The moment of a step, as the job's own code is told of it."""
-        order = self.job.order
-        number = order.step(step.position)
-        return Now(number, step.epoch, order.steps_per_epoch, self.job.plan.total_steps, step.position)
-
-    def call_hook(self, name: Literal["after_step", "after_epoch"], now: Now) -> None:
-        """Let the task change the model, if it wants to. Each rank has its own running statistics until then."""
-        if getattr(type(self.job.task), name) is not getattr(Task, name):
-            broadcast_buffers(self.state.model)
-            seed_everything(self.job.spec.loop.seed, HOOK, now.position, name == "after_epoch")
-            with torch.no_grad():
-                getattr(self.job.task, name)(self.state.model, now)
-
-    def refuse(self, step: TrainStep, name: str, norm: float, ids: list[np.ndarray]) -> None:
-        """Do not take a step whose gradient is not a number; the weights are as before. All ranks see the same norm.
-
-        Raises:
-            NumberError: unless the policy is to skip the batch.
-        """
-        number, policy = self.job.order.step(step.position), self.job.spec.loop.on_nan
-        row_ids = all_gather_integers(np.concatenate(ids) if ids else np.zeros(0, np.int64))
-        self.report(StepRefused(step=number, epoch=step.epoch, position=step.position, rows=row_ids, policy=policy))
-        if policy != "skip":
-            raise NumberError(
-                f"step {number} (epoch {step.epoch}, batch {step.batch}): the gradient of objective {name!r} has norm {norm}. "
-                f"Its step was not taken. Rows of the batch: {_few(row_ids)}. Lower optimizer.lr, set optimizer.max_grad_norm, "
-                "look for NaN in the rows with `raymill data check`, or set loop.on_nan to skip or rollback."
-            )
 
     def finish_first_step(self) -> None:
         """Say that the first step is done, and then start the clock for speeds: who hears of it may take some time."""
@@ -347,55 +206,10 @@ class _Loop:
     def end_training(self, step: TrainEnd) -> None:
         """Close the epoch's pass; save before the evaluation, which may take longer than what was trained since the last save."""
         self.feed.finish(TRAIN, step.epoch, self.job.plan.train_windows)
-        self.call_hook("after_epoch", self.now(step))
+        call_hook(self.job, self.state, "after_epoch", moment(self.job, step))
         if self.job.order.validation is not None:
             self.state.evaluated = False
             self.save()
-
-    def eval_step(self, step: EvalStep) -> None:
-        """Measure this rank's part of one batch, and give a sign of life."""
-        start_s = time.perf_counter()
-        if step.batch == 0:
-            # Each rank has its own running statistics since the last forward pass; the model is rank 0's.
-            broadcast_buffers(self.state.model)
-            if self.state.average:
-                self.state.average.exchange()
-            self.clock.gather(self.feed.wait_s)
-        faults.point("evaluation_batch")
-        evaluate_batch(self.job, self.context, self.state.model, self.feed, step.epoch, step.batch, self.evaluation)
-        sharding = self.job.shardings[VALIDATION]
-        count = num_batches(sharding.num_rows, sharding.batch_rows)
-        self.report(EvaluationGoesOn(epoch=step.epoch, batch=step.batch, num_batches=count))
-        self.clock.evaluation_s += time.perf_counter() - start_s
-
-    def end_evaluation(self, step: EvalEnd) -> None:
-        """Add up all ranks and report."""
-        start_s = time.perf_counter()
-        self.feed.finish(VALIDATION, step.epoch, self.job.plan.validation_windows)
-        if self.state.average:
-            self.state.average.exchange()
-        own = self.clock.apart(self.feed.wait_s)
-        ranks = all_gather(torch.tensor(astuple(own), dtype=torch.float64))
-        self.clock.evaluation_held_up_s += held_up_s([RankTime(*rank.tolist()) for rank in ranks])
-        if self.job.spec.bad_rows.lenient:
-            # A rank may have had bad rows only.
-            measured = map(json.loads, all_gather_lines(json.dumps(self.evaluation.quantities())))
-            self.evaluation.expect(next(filter(None, measured), {"means": [], "totals": {}}))
-        values, totals, rows = self.evaluation.reduce(all_gather)
-        self.evaluation = Evaluation()
-        self.state.metrics = {f"{VALIDATION}/{name}": value for name, value in values.items()}
-        self.finish_pending_step()
-        self.report(
-            EvaluationDone(
-                step=self.job.order.step(step.position),
-                epoch=step.epoch,
-                rows=rows,
-                metrics=self.state.metrics,
-                totals={f"{VALIDATION}/{name}": total for name, total in totals.items()},
-            )
-        )
-        self.clock.evaluation_s += time.perf_counter() - start_s
-        self.clock.gather(self.feed.wait_s)
 
     def end_epoch(self, step: EpochEnd) -> None:
         """Save behind the evaluation, with what it found."""
@@ -468,15 +282,3 @@ def _bad_row_listener(job: Job, context: WorkerContext, report: Report) -> Calla
     if context.rank > 0 or not spec.lenient:
         return lambda rows: None
     return context.store.bad_row_ledger(spec.policy, job.plan.bad_rows_budget, report)
-
-
-def _few(row_ids: Sequence[int]) -> str:
-    """The first of these ids, and how many there are; all of them stand in the run's events."""
-    if len(row_ids) <= MAX_SHOWN_ROWS:
-        return str(list(row_ids))
-    return f"{len(row_ids)}, the first of them {list(row_ids[:MAX_SHOWN_ROWS])}; the run's events have them all"
-
-
-def _label(objective: str, quantity: str) -> str:
-    """Metric names: plain for the objective called "loss", "name_quantity" for others."""
-    return quantity if objective == "loss" else f"{objective}_{quantity}"

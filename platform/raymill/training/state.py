@@ -12,11 +12,11 @@ from torch import nn
 from raymill.checkpoint.snapshot import Snapshot, Tensors, as_plain, from_plain
 from raymill.data.seeds import FIRST_WEIGHTS, seed_everything
 from raymill.errors import CheckpointError
+from raymill.optim.average import WeightAverage
+from raymill.optim.optimizers import GroupOptimizer, make_optimizers
 from raymill.own_code import contracts
 from raymill.parallel.ddp import DistributedObjective
 from raymill.training.assembly import Job, WorkerContext
-from raymill.training.average import WeightAverage
-from raymill.training.optimizers import GroupOptimizer, make_optimizers
 
 TRAINED = "@trained"
 """Beside an average, the weights that are trained, among the tensors of a checkpoint's optimizers."""

@@ -11,35 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
-from raymill.data.feed import Feed
-from raymill.data.rows import num_rows
-from raymill.data.seeds import EVALUATION, EVALUATION_COLLATE, seed_everything
-from raymill.own_code import contracts
-from raymill.parallel.precision import autocast
-from raymill.task import VALIDATION, Total
-from raymill.training.assembly import Job, WorkerContext
-from raymill.training.batch import to_device
-
-
-def evaluate_batch(
-    job: Job, context: WorkerContext, model: nn.Module, feed: Feed, epoch: int, number: int, evaluation: Evaluation
-) -> None:
-    """Add a rank's part of validation batch `number` to an evaluation.
-
-    What comes out depends on the weights and the data alone, so that `raymill evaluate` finds the run's own numbers.
-    """
-    model.eval()
-    with torch.no_grad(), autocast(job.spec.loop.precision, context.device):
-        for shard, count in job.shardings[VALIDATION].shards(number, context.rank):
-            rows = feed.take(VALIDATION, epoch, count)
-            if present := num_rows(rows):
-                seed_everything(job.spec.loop.seed, EVALUATION_COLLATE, number, shard)
-                batch = to_device(job.collate(rows), context.device)
-                seed_everything(job.spec.loop.seed, EVALUATION, number, shard)
-                evaluation.add(contracts.evaluate(job.task, model, batch, present), present)
-
+from raymill.task import Total
 
 Gather = Callable[[torch.Tensor], list[torch.Tensor]]
 """A tensor -> the tensors of all ranks, in the order of the ranks."""
