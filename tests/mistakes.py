@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional
 
 from raymill.data.sources import ArraySource
-from raymill.task import Field, Objective, Pipeline, Task, Total
+from raymill.task import Field, Kept, Objective, Picture, Pipeline, Task, Total
 
 SCHEMA = {"x": Field("float32", (2,)), "label": Field("int64", classes=3)}
 CALLS = {"loss": 0}
@@ -85,6 +85,8 @@ MEASURED = (
     '        return {"accuracy": (scores.argmax(dim=1) == batch["label"]).float(), "rows": Total(torch.tensor(len(scores)))}\n'
 )
 CHANGE = "    return rows\n\n\ndef collate"
+INPUTS = "    def inputs(self, batch):\n"
+CONCLUDE = "    def conclude(self, kept, totals):\n"
 COLLATE = '    return {"x": torch.tensor(rows["x"]), "label": torch.tensor(rows["label"])}\n'
 
 
@@ -399,7 +401,66 @@ MISTAKES = [
         job=[("validation/accuracy", "train/loss")],
         field="checkpoint.metric",
         found="'train/loss'",
+        fix="Write validation/",
+    ),
+    Mistake(
+        "a split that is not there",
+        job=[("register:", "evaluate: [{split: validation, every_epochs: 1}, {split: tset}]\nregister:")],
+        field="evaluate.1.split",
+        found="'tset'",
+        fix="Known: train, validation|train",
+    ),
+    Mistake(
+        "early stopping by what is measured at the end",
+        job=[
+            ("epochs: 2,", "epochs: 2, early_stopping: {metric: validation/accuracy, mode: max},"),
+            ("register:", "evaluate: [{split: validation}]\nregister:"),
+        ],
+        field="loop.early_stopping.metric",
+        found="at the end of the training only",
+        fix="every_epochs or every_steps",
+    ),
+    Mistake(
+        "early stopping by a metric that is not measured",
+        job=[("epochs: 2,", "epochs: 2, early_stopping: {metric: validation/acuracy, mode: max},")],
+        field="loop.early_stopping.metric",
+        found="'validation/acuracy'",
         fix="validation/accuracy",
+    ),
+    Mistake(
+        "epochs and steps",
+        job=[("epochs: 2,", "epochs: 2, steps: 7,")],
+        field="loop",
+        found="give epochs or steps|epochs",
+        fix="",
+    ),
+    Mistake(
+        "too few values that are kept",
+        [('"rows": Total(torch.tensor(len(scores)))}', '"rows": Kept(scores[:1])}')],
+        DEF_EVALUATE,
+        "Kept of 1 values for [58] rows",
+        "one value for each row",
+    ),
+    Mistake(
+        "a conclusion from what is not kept",
+        [(INPUTS, CONCLUDE + '        return {"score": kept["scores"].sum()}\n\n' + INPUTS)],
+        'return {"score": kept["scores"].sum()}',
+        "KeyError: 'scores'",
+        "Correct conclude",
+    ),
+    Mistake(
+        "a conclusion that is no number",
+        [(INPUTS, CONCLUDE + '        return {"table": totals["rows"].repeat(3)}\n\n' + INPUTS)],
+        "def conclude(self, kept, totals):",
+        r"'table': float64 \[3\]",
+        "Correct conclude",
+    ),
+    Mistake(
+        "a picture of no shape",
+        [(INPUTS, '    def pictures(self, model, now):\n        return {"noise": Picture(torch.zeros(4))}\n\n' + INPUTS)],
+        "def pictures(self, model, now):",
+        r"a picture of shape \(4,\)",
+        "Correct pictures",
     ),
     Mistake(
         "no inputs for a model that is registered",

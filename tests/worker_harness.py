@@ -17,6 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from raymill.checkpoint import directory
 from raymill.config.spec import JobSpec
 from raymill.task import Pipeline, Schema, Task
@@ -240,6 +242,14 @@ class TrainingRun:
             assert self.batches.setdefault(position, rows) == rows, "a step that was done again had other rows"
 
 
+def interrupted(run: TrainingRun, *world_sizes: int) -> Attempt:
+    """Stop after a step, crash some steps after the last save, and train to the end; at these numbers of workers."""
+    run.go(world_sizes[0], stop_after=1)
+    with pytest.raises(Crash):
+        run.go(world_sizes[1], crash_after=7)
+    return run.go(world_sizes[2])
+
+
 def run_rank(rank: int, world_size: int, port: int, experiment: Experiment, start: Start) -> tuple[Outcome, list[dict[str, Any]]]:
     """One rank of one attempt: what `orchestration.worker` does, without Ray."""
     import torch
@@ -261,7 +271,9 @@ def run_rank(rank: int, world_size: int, port: int, experiment: Experiment, star
     name = directory.find_latest(start.folder / "checkpoints", print)
     state = directory.read_state(start.folder / "checkpoints" / name) if name else {"position": 0, "evaluated": True}
     position = state["position"]
-    point = ResumePoint(start.attempt, name, position, start.skipped_positions, evaluated=state["evaluated"])
+    ended = state.get("ended") is not None
+    point = ResumePoint(start.attempt, name, position, start.skipped_positions, evaluated=state["evaluated"], ended=ended)
+    job = job.going_on(point)
     store = LocalRunStore(RunFolder(start.folder), rank)
     context = WorkerContext(rank=rank, world_size=world_size, device=torch.device("cpu"), store=store)
     events: list[dict[str, Any]] = []

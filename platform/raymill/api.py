@@ -20,7 +20,7 @@ from raymill.orchestration.attempts import Show
 from raymill.orchestration.prepare import Prepared, prepare
 from raymill.record import catalog
 from raymill.record.folder import RunFolder, run_folder
-from raymill.task import Rows
+from raymill.task import VALIDATION, Rows
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -330,11 +330,11 @@ class Model:
         """
         return self._predictor.predict(rows)
 
-    def evaluate(self) -> Mapping[str, Any]:
-        """Exact metrics on the job's validation rows; see `raymill.models.evaluate.evaluate`."""
+    def evaluate(self, split: str = VALIDATION) -> Mapping[str, Any]:
+        """Exact metrics on a split of the job's rows; see `raymill.models.evaluate.evaluate`."""
         from raymill.models.evaluate import evaluate
 
-        return evaluate(self.reference)
+        return evaluate(self.reference, split)
 
 
 # ---------------------------------------------------------------- showing

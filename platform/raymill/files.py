@@ -46,11 +46,11 @@ def private(path: str | Path, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def replace_file(path: Path, content: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Replace a small file so that a kill at any moment leaves the old or the new content."""
     staged = path.with_name(f"{STAGE}{path.name}.{os.getpid()}")
-    with open(staged, "w", opener=private) as file:
-        file.write(content)
+    with open(staged, "wb", opener=private) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(staged, path)

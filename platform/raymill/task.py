@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 TRAIN, VALIDATION = "train", "validation"
-"""The splits that mean something to the engine."""
+"""The splits that are used unless a job says otherwise."""
 
 # ---------------------------------------------------------------- rows
 
@@ -115,7 +115,7 @@ class Pipeline:
     """The data of a job.
 
     Attributes:
-        sources: a source per split; "train" must be there, "validation" is evaluated after each epoch.
+        sources: a source per split; "train" must be there, "validation" is evaluated after each epoch unless the job says more.
         schema: what the rows of every source must hold, before the transform.
         transform: runs in Ray Data, on whole windows.
         collate: rows -> batch, on the worker; None makes a tensor of each array column.
@@ -143,6 +143,29 @@ class Total:
     """
 
     value: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Something of each row that is needed once all are measured, such as predictions: see `Task.conclude`.
+
+    Attributes:
+        value: a tensor [num_rows, ...], or a list with a tensor, a `str` or `bytes` per row.
+    """
+
+    value: torch.Tensor | Sequence[torch.Tensor] | Sequence[str] | Sequence[bytes]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of an evaluation, kept with the run.
+
+    Attributes:
+        value: a figure of matplotlib; or an array [height, width] or [height, width, 3], or a tensor [3, height, width], of uint8
+            or of numbers from 0 to 1.
+    """
+
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -223,13 +246,32 @@ class Task(Protocol):
     def after_epoch(self, model: torch.nn.Module, now: Now) -> None:
         """As `after_step`, behind the last step of an epoch and before its evaluation."""
 
-    def evaluate(self, model: torch.nn.Module, batch: Batch) -> Mapping[str, torch.Tensor | Total]:
+    def evaluate(self, model: torch.nn.Module, batch: Batch) -> Mapping[str, torch.Tensor | Total | Kept]:
         """Measure one batch without gradients.
 
         Returns:
-            name -> a tensor [num_rows] with one value per row, which is averaged over all rows, or a Total.
+            name -> a tensor [num_rows] with one value per row, which is averaged over all rows; a Total; or something Kept.
         """
         ...
+
+    def conclude(self, kept: Mapping[str, Any], totals: Mapping[str, torch.Tensor]) -> Mapping[str, float | Picture]:
+        """What an evaluation comes to that is no mean over rows: once, on one rank, when all rows are measured.
+
+        Args:
+            kept: name -> what `evaluate` kept of all rows, in the order of the split: a tensor [num_rows, ...], or a list.
+            totals: name -> sum over all rows, on the CPU.
+
+        Returns:
+            name -> a number, which is a metric like any other, or a Picture.
+        """
+        return {}
+
+    def pictures(self, model: torch.nn.Module, now: Now) -> Mapping[str, Picture]:
+        """Pictures of the model behind an evaluation: samples of a generator, filters.
+
+        Called on one rank, without gradients, seeded alike each time, so that pictures of the same noise can be compared.
+        """
+        return {}
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         """The arguments of `model.forward` for this batch: what a registered model takes."""

@@ -61,7 +61,12 @@ def measure(folder: Path, share: float) -> dict[str, float]:
     counting = Counting(ParquetSource(str(folder), SCHEMA))
     fragments = counting.fragments()
     fragment_rows = np.array([fragment.num_rows for fragment in fragments], np.int64)
-    order = JobOrder(SplitOrder(TRAIN, fragment_rows, num_batches(NUM_ROWS, WINDOW_ROWS), 0, True), None, 1, BATCH_ROWS)
+    order = JobOrder(
+        SplitOrder(TRAIN, fragment_rows, num_batches(NUM_ROWS, WINDOW_ROWS), 0, True),
+        (),
+        num_batches(NUM_ROWS, BATCH_ROWS),
+        BATCH_ROWS,
+    )
     cut = BatchSharding(NUM_ROWS, BATCH_ROWS, WORLD_SIZE, WORLD_SIZE)
     reader = Reader("benchmark", order, {TRAIN: cut}, {TRAIN: fragments}, Pipeline(sources={TRAIN: counting}, schema=SCHEMA))
     position = int(share * order.steps_per_epoch) * BATCH_ROWS
@@ -90,7 +95,7 @@ def measure(folder: Path, share: float) -> dict[str, float]:
 
 def plan_huge() -> dict[str, float]:
     """Find the place of a resume among 10^9 rows in 10^6 fragments."""
-    order = JobOrder(SplitOrder(TRAIN, np.full(10**6, 1000, np.int64), 10**5, 0, True), None, 3, 1000)
+    order = JobOrder(SplitOrder(TRAIN, np.full(10**6, 1000, np.int64), 10**5, 0, True), (), 3 * 10**6, 1000)
     position = 2_345_678_000
     start_s = time.perf_counter()
     stream = Stream(order, position)

@@ -22,7 +22,7 @@ from raymill.data import ray_stream
 from raymill.data.bad_rows import BadRow, check_values, read_good_rows
 from raymill.data.feed import Feed
 from raymill.data.manifest import take_manifest
-from raymill.data.order import BatchSharding, JobOrder, SplitOrder, Stream
+from raymill.data.order import BatchSharding, JobOrder, SplitOrder, Stream, num_batches
 from raymill.data.quality import check_rows
 from raymill.data.reader import Packet, Reader, read_locally
 from raymill.data.rows import ROW_ID, num_rows
@@ -77,9 +77,8 @@ class Case:
 
     @property
     def order(self) -> JobOrder:
-        return JobOrder(
-            SplitOrder(TRAIN, np.array(self.sizes, np.int64), self.windows, 7, shuffle=True), None, 2, self.batch_rows
-        )
+        train = SplitOrder(TRAIN, np.array(self.sizes, np.int64), self.windows, 7, shuffle=True)
+        return JobOrder(train, (), 2 * num_batches(train.num_rows, self.batch_rows), self.batch_rows)
 
     @property
     def bad(self) -> set[int]:

@@ -21,7 +21,7 @@ from raymill.data.feed import Feed
 from raymill.data.manifest import take_manifest
 from raymill.data.order import Item
 from raymill.errors import CheckpointError, InputError
-from raymill.evaluation.sums import Evaluation
+from raymill.evaluation.sums import Evaluation, as_numbers
 from raymill.files import FORMAT_VERSION, write_record
 from raymill.models.evaluate import evaluate
 from raymill.record.folder import RunFolder, run_folder
@@ -128,7 +128,7 @@ class Run:
         commit(self.folder.checkpoints, 1, 10, taken, best=best)
         return model
 
-    def recorded(self, model: torch.nn.Module, epoch: int) -> tuple[dict[str, float], dict[str, Any], int]:
+    def recorded(self, model: torch.nn.Module, epoch: int) -> tuple[dict[str, float], dict[str, torch.Tensor], int]:
         """What the run's two workers find after an epoch."""
         reader = self.job.reader("run")
         evaluations = []
@@ -139,7 +139,7 @@ class Run:
             context = WorkerContext(rank=rank, world_size=2, device=torch.device("cpu"), store=store)
             evaluations.append(Evaluation())
             for number in range(5):
-                evaluate_batch(self.job, context, model, feed, epoch, number, evaluations[-1])
+                evaluate_batch(self.job, context, model, feed, "validation", epoch, number, evaluations[-1])
         return evaluations[0].reduce(lambda mine: [mine, flat(evaluations[1])])
 
 
@@ -160,7 +160,7 @@ def test_the_best_checkpoint_gives_the_numbers_that_the_workers_of_its_run_found
     assert found["metrics"]["validation/accuracy"] == values["accuracy"]
     # Ranks are added in another order than batches: the last digits of the float64 sums may differ.
     assert found["metrics"] == pytest.approx({f"validation/{name}": value for name, value in values.items()}, rel=1e-12)
-    assert found["totals"] == {f"validation/{name}": total for name, total in totals.items()}
+    assert found["totals"] == {f"validation/{name}": as_numbers(total) for name, total in totals.items()}
     assert evaluate("measured-1") == found
 
 
@@ -182,7 +182,7 @@ def test_without_a_best_checkpoint_the_newest_is_measured() -> None:
 def test_rows_are_measured_once_also_in_windows_of_another_size() -> None:
     run = Run()
     run.save(6, seed=1, best=True)
-    write_record(run.folder.plan, replace(run.plan, validation_windows=1).as_record())
+    write_record(run.folder.plan, replace(run.plan, window_rows=1000).as_record())
     assert evaluate("measured-1")["totals"]["validation/times_seen"] == [1] * 47
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from raymill.config.plan import ClusterFacts, Plan, batch_sharding, explain, job_order, make_plan
+from raymill.config.plan import ClusterFacts, Plan, batch_shardings, explain, job_order, make_plan
 from raymill.config.spec import JobSpec
 from raymill.data.manifest import Manifest, SplitManifest
-from raymill.data.order import num_batches
+from raymill.data.order import BatchSharding, num_batches
 from raymill.errors import InputError
 from raymill.task import TRAIN, VALIDATION, Fragment
 
@@ -43,6 +44,11 @@ def facts(num_cpus: float = 8, num_gpus: float = 0, memory_bytes: int = 8 * 2**3
 
 def plan_of(machine: ClusterFacts | None = None, rows: int = 1000, **sections: Any) -> Plan:
     return make_plan(job(**sections), manifest_of(train=rows, validation=200), machine or facts())
+
+
+def shardings(plan: Plan, ranks: int) -> Mapping[str, BatchSharding]:
+    manifest = manifest_of(train=plan.train_rows, validation=plan.validation_rows)
+    return batch_shardings(plan, job_order(job(), plan, manifest), ranks)
 
 
 def refusals(
@@ -186,9 +192,9 @@ def test_an_elastic_job_is_planned_for_its_most_workers_and_goes_on_with_its_few
 def test_a_strict_job_has_one_number_of_shards_whatever_its_workers_are() -> None:
     plans = [plan_of(loop={"strict": True}, scale={"workers": workers}) for workers in (1, 2, 5)]
     assert [plan.strict_shards for plan in plans] == [12] * 3
-    assert [batch_sharding(plan, TRAIN).num_shards for plan in plans] == [12] * 3
-    assert [batch_sharding(plan, TRAIN).world_size for plan in plans] == [1, 2, 5]
-    assert batch_sharding(plans[1], TRAIN, 4).world_size == 4
+    dealt = [shardings(plan, ranks)[TRAIN] for plan in plans for ranks in (1, 2, 5)]
+    assert [sharding.num_shards for sharding in dealt] == [12] * 9
+    assert [sharding.world_size for sharding in dealt] == [1, 2, 5] * 3
     assert plan_of(loop={"strict": True, "shards": 6}).strict_shards == 6
     assert plan_of().strict_shards == 0
 
@@ -196,7 +202,8 @@ def test_a_strict_job_has_one_number_of_shards_whatever_its_workers_are() -> Non
 def test_batches_are_dealt_out_to_as_many_ranks_as_are_asked_for() -> None:
     plan = plan_of(loop={"global_batch_rows": 64, "gradient_accumulation_steps": 2}, scale={"min_workers": 1, "max_workers": 4})
     for ranks in (1, 2, 4):
-        train, validation = batch_sharding(plan, TRAIN, ranks), batch_sharding(plan, VALIDATION, ranks)
+        dealt = shardings(plan, ranks)
+        train, validation = dealt[TRAIN], dealt[VALIDATION]
         assert (train.world_size, train.num_shards) == (ranks, 2 * ranks)
         # What an evaluation measures together stays the same, whoever measures it.
         assert (validation.world_size, validation.num_shards) == (ranks, 4)
@@ -226,23 +233,25 @@ def test_the_order_and_how_batches_are_dealt_out_are_those_of_the_plan(
     order = job_order(spec, plan, manifest)
     assert (order.train.num_rows, order.total_rows, order.steps_per_epoch) == (rows, 2 * rows, plan.steps_per_epoch)
     assert (order.train.seed, order.train.shuffle, order.train.num_windows) == (9, True, plan.train_windows)
-    assert order.validation is not None
-    assert (order.validation.shuffle, order.validation.num_windows) == (False, plan.validation_windows)
-    train = batch_sharding(plan, TRAIN)
+    (measured,) = order.evaluations
+    assert (measured.split.shuffle, measured.split.num_windows) == (False, plan.validation_windows)
+    assert (measured.num_rows, measured.every_steps) == (validation, plan.steps_per_epoch)
+    dealt = batch_shardings(plan, order, workers)
+    train = dealt[TRAIN]
     assert (train.num_rows, train.batch_rows, train.world_size) == (rows, plan.global_batch_rows, workers)
     for rank in range(workers):
         shards = train.shards(0, rank)
         assert len(shards) == gradient_accumulation_steps
         assume(rows >= plan.global_batch_rows)
         assert [count for _, count in shards] == [multiple] * gradient_accumulation_steps
-        assert sum(count for _, count in batch_sharding(plan, VALIDATION).shards(0, rank)) > 0
+        assert sum(count for _, count in dealt[VALIDATION].shards(0, rank)) > 0
 
 
 def test_without_a_validation_split_there_is_no_evaluation() -> None:
     spec, manifest = job(), manifest_of(train=100)
     plan = make_plan(spec, manifest, facts())
     assert (plan.validation_rows, plan.validation_windows) == (0, 0)
-    assert job_order(spec, plan, manifest).validation is None
+    assert job_order(spec, plan, manifest).evaluations == ()
 
 
 # ---------------------------------------------------------------- refusals

@@ -36,6 +36,7 @@ from raymill.record.events import (
     StepRefused,
     StragglerFound,
     TaskChanged,
+    TrainingEnded,
 )
 
 
@@ -95,7 +96,7 @@ LINES: list[tuple[Event, list[str]]] = [
     (FirstStepDone(step=1), ["first step done"]),
     (
         EvaluationDone(step=10, epoch=0, rows=50, metrics={"validation/loss": 0.123456, "validation/accuracy": 0.5}),
-        ["epoch 0: validation/loss 0.1235  validation/accuracy 0.5"],
+        ["epoch 0, step 10: validation/loss 0.1235  validation/accuracy 0.5"],
     ),
     (CheckpointSaved(step=10, path="checkpoints/step-00000010.1", best=True), []),
     (
@@ -127,6 +128,10 @@ LINES: list[tuple[Event, list[str]]] = [
         ],
     ),
     (EvaluationGoesOn(epoch=1, batch=3, num_batches=9), []),
+    (
+        TrainingEnded(step=7, reason="the loss stands still"),
+        ["training ends behind step 7: the loss stands still"],
+    ),
     (RunStopped(reason="failed", message="rank 1 died"), []),
     (RunFinished(best_checkpoint=None, metrics={"validation/loss": 0.5}), []),
     (

@@ -26,7 +26,7 @@ class Drawn:
         return {"value": torch.rand(4).numpy() + np.random.rand(4) + random.random()}
 
 assert "torch" not in sys.modules
-order = JobOrder(SplitOrder("train", np.array([4, 4]), 2, 0, True), None, 1, 4)
+order = JobOrder(SplitOrder("train", np.array([4, 4]), 2, 0, True), (), 2, 4)
 pipeline = Pipeline(sources={"train": Drawn()}, schema={"value": Field("float64")})
 reader = Reader("run", order, {"train": BatchSharding(8, 4, 1, 1)}, {"train": Drawn().fragments()}, pipeline)
 item = Stream(order, 0)[0]

@@ -20,8 +20,8 @@ from raymill.task import Field, Pipeline, Rows, Task
 from worker_harness import Experiment, Start, run_rank
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "writing-a-job.md"
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
-VALUES: dict[str, Any] = {"optimizer": {"kind": "SGD", "lr": 0.05}, "loop": {"epochs": 2, "global_batch_rows": 8}}
+SECTIONS = DOCUMENT.read_text().split("\n## ")
+VALUES: dict[str, Any] = {"optimizer": {"kind": "SGD", "lr": 0.05}, "loop": {"steps": 6, "global_batch_rows": 8}}
 
 
 def make_rows(count: int) -> Rows:
@@ -30,22 +30,29 @@ def make_rows(count: int) -> Rows:
 
 
 def pipeline() -> Pipeline:
-    sources = {split: ArraySource(split, partial(make_rows, 20), 5) for split in ("train", "validation")}
+    sources = {split: ArraySource(split, partial(make_rows, 20), 5) for split in ("train", "validation", "test")}
     return Pipeline(sources=sources, schema={"x": Field("float32", (3,)), "y": Field("float32", (1,))})
 
 
 def examples() -> list[Any]:
-    """The tasks of the document with the values of a job, by the name of the task or by the kind of the values."""
+    """The tasks of the document with the values of a job, by the name of the task or by the kind of the values.
+
+    Values go with the last task of their section, or with the first of all.
+    """
     names: dict[str, Any] = {"nn": nn, "torch": torch, **vars(task)}
     found = []
-    for language, text in BLOCKS:
-        if language == "python":
-            before = set(names)
-            exec(text, names)
-            found += [pytest.param(value, {}, id=name) for name, value in names.items() if name not in before and _is_task(value)]
-        elif language == "yaml":
-            values = yaml.safe_load(text)
-            found.append(pytest.param(names["Lines"], values, id=" ".join(values)))
+    for section in SECTIONS:
+        made = names.get("Lines")
+        for language, text in re.findall(r"^```(\w+)\n(.*?)^```", section, re.MULTILINE | re.DOTALL):
+            if language == "python":
+                before = set(names)
+                exec(text, names)
+                for name in [name for name, value in names.items() if name not in before and _is_task(value)]:
+                    made = names[name]
+                    found.append(pytest.param(made, {}, id=name))
+            elif language == "yaml":
+                values = yaml.safe_load(text)
+                found.append(pytest.param(made, values, id=" ".join(values)))
     return found
 
 

@@ -8,6 +8,7 @@ import typer
 
 from raymill.cli.output import JsonOption, ModelArgument, emit, errors, moment, plain_console, show_table, show_values
 from raymill.redaction import for_people
+from raymill.task import VALIDATION
 
 app = typer.Typer(help="Browse registered models.", no_args_is_help=True)
 
@@ -45,12 +46,15 @@ def show_model(model: ModelArgument, json_: JsonOption = False) -> None:
         emit(found, json_, lambda console: show_values(console, values))
 
 
-def evaluate(model: ModelArgument, json_: JsonOption = False) -> None:
-    """Measure a model on its job's validation rows, every row exactly once."""
+SplitOption = Annotated[str, typer.Option("--split", help="the split of the job's pipeline whose rows are measured")]
+
+
+def evaluate(model: ModelArgument, split: SplitOption = VALIDATION, json_: JsonOption = False) -> None:
+    """Measure a model on a split of its job's rows, every row exactly once."""
     with errors(json_):
         from raymill.models.evaluate import evaluate as evaluate_model
 
-        result = evaluate_model(model)
+        result = evaluate_model(model, split)
         for line in _about_code(result["code_changed"]):
             plain_console(stderr=True).print(for_people(line), soft_wrap=True)
         values = {"model": model, **result["metrics"], "rows": result["rows"]}

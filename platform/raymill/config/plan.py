@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from raymill.config.spec import JobSpec
+from raymill.config import evaluations
+from raymill.config.spec import EvaluationSpec, JobSpec
 from raymill.data.manifest import Manifest
-from raymill.data.order import BatchSharding, JobOrder, SplitOrder, num_batches
+from raymill.data.order import BatchSharding, EvaluationOrder, JobOrder, SplitOrder, num_batches
 from raymill.errors import InputError, Problem
 from raymill.task import TRAIN, VALIDATION
 
@@ -37,6 +38,8 @@ JUDGED = (
     "loop.shards",
     "scale",
     "checkpoint.metric",
+    "loop.early_stopping",
+    "evaluate",
 )
 """The fields that `find_problems` looks at."""
 
@@ -77,12 +80,13 @@ class Plan:
         shards_per_worker: backward passes of each worker per step, where the number of shards follows the workers.
         strict_shards: the fixed number of shards of a strict step; 0: not strict.
         train_rows: rows of a training epoch.
-        validation_rows: rows of an evaluation; 0: none.
+        validation_rows: rows of the split "validation"; 0: there is none.
+        num_evaluations: of all splits, in the whole job.
         steps_per_epoch: optimizer steps of an epoch; the last may have fewer rows.
         total_steps: optimizer steps of the job.
         window_rows: rows read and shuffled together, about.
         train_windows: windows of a training epoch.
-        validation_windows: windows of an evaluation.
+        validation_windows: windows of the split "validation".
         checkpoint_every_steps: steps between checkpoints, beside the one at each epoch's end.
         object_store_bytes: shared memory for an embedded Ray.
         bad_rows_budget: different rows that may be bad before the run fails.
@@ -109,6 +113,13 @@ class Plan:
     object_store_bytes: int
     bad_rows_budget: int
     reasons: Mapping[str, str]
+    num_evaluations: int = 0
+
+    @property
+    def total_rows(self) -> int:
+        """Rows trained on in the whole job, each as often as it is."""
+        epochs, steps = divmod(self.total_steps, self.steps_per_epoch)
+        return epochs * self.train_rows + min(steps * self.global_batch_rows, self.train_rows)
 
     def as_record(self) -> dict[str, Any]:
         """The plan as JSON-ready values; `from_record` makes an equal one."""
@@ -143,7 +154,11 @@ def make_plan(spec: JobSpec, manifest: Manifest, facts: ClusterFacts, where: Whe
     why["steps_per_epoch"] = f"{train.num_rows} rows / {spec.loop.global_batch_rows} per step" + (
         f"; the last step has {tail} rows and counts by its true size" if tail else ""
     )
-    why["total_steps"] = f"{spec.loop.epochs} epochs x {steps_per_epoch} steps"
+    why["total_steps"] = "loop.steps" if spec.loop.steps else f"{spec.loop.epochs} epochs x {steps_per_epoch} steps"
+    total_steps = spec.loop.steps or spec.loop.epochs * steps_per_epoch
+    split_rows = {split: known.num_rows for split, known in manifest.splits.items()}
+    measured = spec.evaluations(split_rows)
+    why["num_evaluations"] = evaluations.described(measured, split_rows)
     threads = _threads(spec, facts, why)
     _explain_counts(spec, manifest, why)
     why["shards_per_worker"] = "loop.gradient_accumulation_steps"
@@ -166,7 +181,7 @@ def make_plan(spec: JobSpec, manifest: Manifest, facts: ClusterFacts, where: Whe
         train_rows=train.num_rows,
         validation_rows=validation.num_rows if validation else 0,
         steps_per_epoch=steps_per_epoch,
-        total_steps=spec.loop.epochs * steps_per_epoch,
+        total_steps=total_steps,
         window_rows=window_rows,
         train_windows=num_batches(train.num_rows, window_rows),
         validation_windows=num_batches(validation.num_rows, window_rows) if validation else 0,
@@ -174,6 +189,7 @@ def make_plan(spec: JobSpec, manifest: Manifest, facts: ClusterFacts, where: Whe
         object_store_bytes=object_store_bytes,
         bad_rows_budget=_bad_rows_budget(spec, train.num_rows, why),
         reasons=why,
+        num_evaluations=sum(evaluations.count(one, steps_per_epoch, total_steps) for one in measured),
     )
 
 
@@ -199,7 +215,8 @@ def find_problems(spec: JobSpec, manifest: Manifest | None, facts: ClusterFacts,
     """Everything that does not fit together; without a manifest, all of it that is so whatever the data are."""
     problems = _batch_problems(spec, where)
     if manifest is not None:
-        problems += _row_problems(spec, manifest, where)
+        split_rows = {split: known.num_rows for split, known in manifest.splits.items()}
+        problems += evaluations.find_problems(spec, split_rows, where)
     return [*problems, *_resource_problems(spec, facts, where)]
 
 
@@ -237,31 +254,6 @@ def _batch_problems(spec: JobSpec, where: Where) -> list[Problem]:
             f"Use {near} workers, or {multiple}" if near else multiple.capitalize(),
         )
     ]
-
-
-def _row_problems(spec: JobSpec, manifest: Manifest, where: Where) -> list[Problem]:
-    problems = []
-    workers = spec.scale.max_num_workers
-    for split in (TRAIN, VALIDATION):
-        if split in manifest.splits and manifest.splits[split].num_rows < workers:
-            problems.append(
-                Problem(
-                    where("scale.workers"),
-                    f"{workers} workers for {manifest.splits[split].num_rows} {split} rows",
-                    "at least one row per worker",
-                    f"Use at most {manifest.splits[split].num_rows} workers.",
-                )
-            )
-    if spec.checkpoint.metric and VALIDATION in spec.checkpoint.metric and VALIDATION not in manifest.splits:
-        problems.append(
-            Problem(
-                where("checkpoint.metric"),
-                f"{spec.checkpoint.metric!r}, but the pipeline has no validation split",
-                "a metric that is measured",
-                "Give the pipeline a validation source, or set checkpoint.metric to null.",
-            )
-        )
-    return problems
 
 
 def _resource_problems(spec: JobSpec, facts: ClusterFacts, where: Where) -> list[Problem]:
@@ -401,22 +393,26 @@ def job_order(spec: JobSpec, plan: Plan, manifest: Manifest) -> JobOrder:
         fragment_rows = np.array([fragment.num_rows for fragment in manifest.splits[split].fragments], np.int64)
         return SplitOrder(split, fragment_rows, num_windows, spec.loop.seed, shuffle=split == TRAIN)
 
-    return JobOrder(
-        split_order(TRAIN, plan.train_windows),
-        split_order(VALIDATION, plan.validation_windows) if plan.validation_rows else None,
-        spec.loop.epochs,
-        plan.global_batch_rows,
-    )
+    def evaluation_order(evaluation: EvaluationSpec) -> EvaluationOrder:
+        num_rows = manifest.splits[evaluation.split].num_rows
+        order = split_order(evaluation.split, num_batches(num_rows, plan.window_rows))
+        measured = min(evaluation.rows or num_rows, num_rows)
+        return EvaluationOrder(order, measured, evaluations.every_steps(evaluation, plan.steps_per_epoch))
+
+    measured = tuple(evaluation_order(evaluation) for evaluation in spec.evaluations(manifest.splits))
+    return JobOrder(split_order(TRAIN, plan.train_windows), measured, plan.total_steps, plan.global_batch_rows)
 
 
-def batch_sharding(plan: Plan, split: str, world_size: int | None = None) -> BatchSharding:
-    """How the batches of a split are dealt out to this many ranks; None: as many as planned."""
-    ranks = plan.num_workers if world_size is None else world_size
-    if split == TRAIN:
-        num_shards = plan.strict_shards or ranks * plan.shards_per_worker
-        return BatchSharding(plan.train_rows, plan.global_batch_rows, num_shards, ranks)
+def batch_shardings(plan: Plan, order: JobOrder, world_size: int) -> dict[str, BatchSharding]:
+    """Split -> how its batches are dealt out to this many ranks."""
+    num_shards = plan.strict_shards or world_size * plan.shards_per_worker
+    train = BatchSharding(plan.train_rows, plan.global_batch_rows, num_shards, world_size)
     # An evaluation's batches stay the same whatever the number of ranks is.
-    return BatchSharding(plan.validation_rows, plan.global_batch_rows, plan.num_workers, ranks)
+    measured = {
+        one.split.split: BatchSharding(one.num_rows, plan.global_batch_rows, plan.num_workers, world_size)
+        for one in order.evaluations
+    }
+    return {TRAIN: train, **measured}
 
 
 def explain(plan: Plan) -> list[tuple[str, str, str]]:

@@ -7,6 +7,7 @@ whether the names of optimizers and arguments exist is checked in `load`, whethe
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -112,10 +113,24 @@ class AverageSpec(StrictModel):
         return self
 
 
+class EarlyStoppingSpec(StrictModel):
+    """End the training where a metric has stopped to improve."""
+
+    metric: str = Field(description="such as validation/loss")
+    mode: Literal["max", "min"] = Field(description="whether more or less of the metric is better")
+    patience: Positive = Field(default=3, description="evaluations in a row without improvement that end the training")
+    min_delta: float = Field(default=0.0, ge=0, description="smallest change that is an improvement")
+
+
 class LoopSpec(StrictModel):
     """The training loop."""
 
     epochs: Pieces = Field(default=1, description="passes over the training rows")
+    steps: Pieces | None = Field(default=None, description="optimizer steps, in place of epochs")
+    max_hours: float | None = Field(
+        default=None, gt=0, description="hours of work, all attempts together, after which training ends where it is"
+    )
+    early_stopping: EarlyStoppingSpec | None = Field(default=None, description="null: train to the end")
     global_batch_rows: BatchRows = Field(default=64, description="rows between optimizer steps, all workers together")
     gradient_accumulation_steps: Pieces = Field(default=1, description="backward passes per optimizer step on each worker")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="type of the forward pass")
@@ -130,6 +145,27 @@ class LoopSpec(StrictModel):
     average: AverageSpec | None = Field(default=None, description="null: the weights as the last step left them")
     stall_timeout_s: float = Field(default=60, gt=0, description="seconds without a step before the run is restarted")
     record_order: bool = Field(default=False, description="write the row ids of each step, for tests")
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Self:
+        if self.steps is not None and self.epochs != LoopSpec.model_fields["epochs"].default:
+            raise ValueError("give epochs or steps, not both")
+        return self
+
+
+class EvaluationSpec(StrictModel):
+    """An evaluation of a split: after every so many epochs or steps, and at the end of the training in any case."""
+
+    split: Name = Field(default="validation", description="a split of the pipeline")
+    every_epochs: Pieces | None = Field(default=None, description="epochs between two of them")
+    every_steps: Pieces | None = Field(default=None, description="optimizer steps between two; null, both: only at the end")
+    rows: BatchRows | None = Field(default=None, description="rows that are measured, from the first on; null: all")
+
+    @model_validator(mode="after")
+    def _epochs_or_steps(self) -> Self:
+        if self.every_epochs is not None and self.every_steps is not None:
+            raise ValueError("give every_epochs or every_steps, not both")
+        return self
 
 
 class ScaleSpec(StrictModel):
@@ -231,8 +267,25 @@ class JobSpec(StrictModel):
     optimizer: OneOrSeveralOptimizers = Field(description="one, several by parameters in a list, or either per objective by name")
     schedule: OneOrSeveralSchedules | None = Field(default=None, description="learning-rate schedule")
     loop: LoopSpec = Field(default_factory=LoopSpec)
+    evaluate: list[EvaluationSpec] | None = Field(
+        default=None, description="which splits are measured when; null: validation, if there is one, after each epoch"
+    )
     scale: ScaleSpec = Field(default_factory=ScaleSpec)
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
     retry: RetrySpec = Field(default_factory=RetrySpec)
     bad_rows: BadRowsSpec = Field(default_factory=BadRowsSpec)
     register_: RegisterSpec | None = Field(default=None, alias="register", description="null: do not register")
+
+    @model_validator(mode="after")
+    def _each_split_once(self) -> Self:
+        splits = [one.split for one in self.evaluate or ()]
+        if twice := sorted({split for split in splits if splits.count(split) > 1}):
+            raise ValueError(f"evaluate names {twice} more than once; give each split one evaluation")
+        return self
+
+    def evaluations(self, splits: Collection[str]) -> list[EvaluationSpec]:
+        """The evaluations of a job whose pipeline has these splits."""
+        if self.evaluate is not None:
+            return self.evaluate
+        default = EvaluationSpec(every_epochs=1)
+        return [default] if default.split in splits else []

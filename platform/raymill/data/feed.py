@@ -28,7 +28,7 @@ class Feed:
     ) -> None:
         """Take packets from this iterator when rows are asked for, and pass on the bad rows of each to `note`."""
         self._packets = packets
-        self._note = note
+        self.note = note
         self._clock = clock
         self._waiting: dict[tuple[str, int], deque[tuple[Rows, np.ndarray]]] = {}
         self._last_windows: dict[tuple[str, int], int] = {}
@@ -68,7 +68,7 @@ class Feed:
         if packet is None:
             raise DataError(f"the stream ended before the {split} rows of epoch {epoch} did; the data changed during the run")
         if packet.bad:
-            self._note(packet.bad)
+            self.note(packet.bad)
         at = (packet.item.split, packet.item.epoch)
         self._last_windows[at] = packet.item.window
         if len(packet.present):

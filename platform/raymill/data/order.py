@@ -13,13 +13,14 @@ any library can change an order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from raymill.task import TRAIN, VALIDATION
+from raymill.task import TRAIN
 
 Ints = npt.NDArray[np.int64]
 
@@ -56,7 +57,7 @@ class SplitOrder:
     """The rows of one split and how they are ordered.
 
     Attributes:
-        split: "train" or "validation".
+        split: its name, such as "train".
         fragment_rows: rows of each fragment, in the order of the manifest, int64 [num_fragments].
         num_windows: windows per epoch, the same in each epoch.
         seed: seed of the order.
@@ -195,54 +196,109 @@ class BatchSharding:
         return [(int(shard), int(bounds[shard + 1] - bounds[shard])) for shard in owned]
 
     def ranks(self, offsets: Ints) -> Ints:
-        """The rank that gets the row at each of these offsets in the epoch's sequence."""
-        batches = offsets // self.batch_rows
+        """The rank that gets the row at each of these offsets in the epoch's sequence; -1 behind the last row that is used."""
+        batches = np.minimum(offsets, self.num_rows - 1) // self.batch_rows
         sizes = np.minimum(self.batch_rows, self.num_rows - batches * self.batch_rows)
         shards = (offsets - batches * self.batch_rows) * self.num_shards // sizes
-        return shards * self.world_size // self.num_shards
+        return np.where(offsets < self.num_rows, shards * self.world_size // self.num_shards, -1)
 
 
 # ---------------------------------------------------------------- a whole job
 
 
 @dataclass(frozen=True, eq=False)
+class EvaluationOrder:
+    """An evaluation that a job makes again and again.
+
+    Attributes:
+        split: its rows.
+        num_rows: how many of them are measured, from the first on.
+        every_steps: optimizer steps between two of them; 0: there is only the one at the job's end.
+    """
+
+    split: SplitOrder
+    num_rows: int
+    every_steps: int
+
+    @property
+    def num_windows(self) -> int:
+        """Windows that hold the measured rows."""
+        return window_at(self.split, 0, self.num_rows - 1) + 1
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """Whether it is made behind this step, of so many."""
+        return step > 0 and (step == total_steps or (self.every_steps > 0 and step % self.every_steps == 0))
+
+    def num_due(self, step: int, total_steps: int) -> int:
+        """How many of them are made up to this step, that one included."""
+        regular = step // self.every_steps if self.every_steps else 0
+        return regular + (step == total_steps and (not self.every_steps or step % self.every_steps > 0))
+
+
+@dataclass(frozen=True, eq=False)
 class JobOrder:
-    """The order of everything a job reads: training epochs, each followed by an evaluation where there is a split for it.
+    """The order of everything a job reads: training rows, epoch after epoch, and between them those of evaluations.
 
     Attributes:
         train: the training rows.
-        validation: the rows of the evaluation after each epoch, or None.
-        epochs: training epochs.
+        evaluations: in this order, where several are due behind the same step.
+        total_steps: optimizer steps of the job.
         batch_rows: rows of a global batch.
     """
 
     train: SplitOrder
-    validation: SplitOrder | None
-    epochs: int
+    evaluations: tuple[EvaluationOrder, ...]
+    total_steps: int
     batch_rows: int
 
     @property
     def total_rows(self) -> int:
         """Rows trained on in the whole job; the position at its end."""
-        return self.epochs * self.train.num_rows
+        return self.position(self.total_steps)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch."""
         return num_batches(self.train.num_rows, self.batch_rows)
 
+    @property
+    def num_epochs(self) -> int:
+        """Epochs, the last of which may be cut short."""
+        return num_batches(self.total_steps, self.steps_per_epoch)
+
     def step(self, position: int) -> int:
         """Optimizer steps done at this position."""
         epoch, offset = divmod(position, self.train.num_rows)
         return epoch * self.steps_per_epoch + num_batches(offset, self.batch_rows)
 
+    def position(self, step: int) -> int:
+        """Rows trained on behind this step."""
+        epoch, batches = divmod(step, self.steps_per_epoch)
+        return epoch * self.train.num_rows + min(batches * self.batch_rows, self.train.num_rows)
+
+    def due(self, step: int) -> list[EvaluationOrder]:
+        """The evaluations that are made behind this step."""
+        return [evaluation for evaluation in self.evaluations if evaluation.is_due(step, self.total_steps)]
+
+    def ending_at(self, position: int) -> JobOrder:
+        """The same order, cut short: behind this position come only the evaluations of a job's end."""
+        return replace(self, total_steps=self.step(position))
+
+    def evaluation(self, split: str) -> EvaluationOrder:
+        """The evaluation of a split.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return {evaluation.split.split: evaluation for evaluation in self.evaluations}[split]
+
     def split(self, name: str) -> SplitOrder:
-        """The order of a split by name."""
-        if name == TRAIN:
-            return self.train
-        if name == VALIDATION and self.validation is not None:
-            return self.validation
-        raise KeyError(name)
+        """The order of a split by name.
+
+        Raises:
+            KeyError: the job does not read it.
+        """
+        return self.train if name == TRAIN else self.evaluation(name).split
 
 
 @dataclass(frozen=True)
@@ -251,7 +307,7 @@ class Item:
 
     Attributes:
         split: which rows.
-        epoch: in which epoch.
+        epoch: in which epoch; of an evaluation, behind which step.
         window: which window.
         skip: offsets in the epoch's sequence before this one were consumed already.
     """
@@ -262,6 +318,47 @@ class Item:
     skip: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What is left to read of one epoch: windows of training rows, and evaluations between them.
+
+    Attributes:
+        steps: behind which an evaluation is due, int64 [num_points].
+        starts: places in the part where the rows of these evaluations begin, int64 [num_points].
+        windows: training windows before each of them, from the epoch's first on, int64 [num_points].
+        first_window: the first training window that is read.
+        size: windows in all.
+    """
+
+    steps: Ints
+    starts: Ints
+    windows: Ints
+    first_window: int
+    size: int
+
+
+@lru_cache(maxsize=4)
+def _part(order: JobOrder, epoch: int, first_window: int, step: int) -> _Part:
+    """The rest of an epoch behind a step, from a window on. Rows are read once the window before is: an evaluation comes behind
+    the window that holds the last row of its step."""
+    first_step, last_step = epoch * order.steps_per_epoch, min((epoch + 1) * order.steps_per_epoch, order.total_steps)
+
+    def windows_until(step: int) -> int:
+        offset = order.position(step) - epoch * order.train.num_rows
+        whole = step == first_step + order.steps_per_epoch
+        return order.train.num_windows if whole else window_at(order.train, epoch, offset - 1) + 1
+
+    due = {last_step} if order.due(last_step) else set()
+    for every in {evaluation.every_steps for evaluation in order.evaluations} - {0}:
+        due |= set(range(max(step, first_step) // every * every + every, last_step + 1, every))
+    steps = np.array(sorted(one for one in due if one > step), np.int64)
+    windows = np.array([windows_until(int(one)) for one in steps], np.int64)
+    sizes = np.array([sum(one.num_windows for one in order.due(int(at))) for at in steps], np.int64)
+    starts = windows - first_window + np.cumsum(sizes) - sizes
+    size = max(0, windows_until(last_step) - first_window) + int(sizes.sum())
+    return _Part(steps, starts, windows, first_window, size)
+
+
 class Stream:
     """All windows that are still to be read from a position on, as a sequence. Items are computed, not stored."""
 
@@ -269,21 +366,70 @@ class Stream:
         """Start at `position` rows consumed; 0 <= position <= order.total_rows.
 
         Args:
-            evaluated: at an epoch's end, whether the validation rows behind it were consumed too.
+            evaluated: whether the rows of the evaluations that are due there were consumed too.
         """
         self._order = order
-        self._per_epoch = order.train.num_windows + (order.validation.num_windows if order.validation else 0)
+        self._step = order.step(position)
         self._epoch, self._offset = divmod(position, order.train.num_rows)
-        self._first = self._epoch * self._per_epoch + (window_at(order.train, self._epoch, self._offset) if self._offset else 0)
-        if not evaluated and order.validation:
-            self._first -= order.validation.num_windows
+        self._first_window = window_at(order.train, self._epoch, self._offset) if self._offset else 0
+        self._due = [] if evaluated else order.due(self._step)
 
     def __len__(self) -> int:
-        return self._order.epochs * self._per_epoch - self._first
+        if self._step == self._order.total_steps:
+            return self._num_due
+        return self._num_due + self._part(0).size + self._until(self._order.num_epochs) - self._until(self._epoch + 1)
 
     def __getitem__(self, index: int) -> Item:
-        epoch, offset = divmod(self._first + index, self._per_epoch)
-        num_train = self._order.train.num_windows
-        if offset < num_train:
-            return Item(TRAIN, epoch, offset, self._offset if epoch == self._epoch else 0)
-        return Item(VALIDATION, epoch, offset - num_train, 0)
+        if index < self._num_due:
+            return self._evaluated(self._due, self._step, index)
+        index -= self._num_due
+        if index < self._part(0).size:
+            return self._item(0, index)
+        # Epochs have about the same number of windows; all of them are counted from the first whole one on.
+        index += self._until(self._epoch + 1) - self._part(0).size
+        low, high = self._epoch + 1, self._order.num_epochs - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._until(middle) <= index else (low, middle - 1)
+        return self._item(low - self._epoch, index - self._until(low))
+
+    @property
+    def _num_due(self) -> int:
+        return sum(evaluation.num_windows for evaluation in self._due)
+
+    def _part(self, number: int) -> _Part:
+        """The rest of the epoch that it starts in, or a whole one behind it."""
+        if number == 0:
+            return _part(self._order, self._epoch, self._first_window, self._step)
+        epoch = self._epoch + number
+        return _part(self._order, epoch, 0, epoch * self._order.steps_per_epoch)
+
+    def _until(self, epoch: int) -> int:
+        """Windows of all epochs before this one, in a job that nothing interrupts."""
+        order, step = self._order, min(epoch * self._order.steps_per_epoch, self._order.total_steps)
+        evaluations = sum(one.num_due(step, order.total_steps) * one.num_windows for one in order.evaluations)
+        whole, batches = divmod(step, order.steps_per_epoch)
+        cut = window_at(order.train, whole, batches * order.batch_rows - 1) + 1 if batches else 0
+        return whole * order.train.num_windows + cut + evaluations
+
+    def _item(self, number: int, index: int) -> Item:
+        part, epoch = self._part(number), self._epoch + number
+        point = int(np.searchsorted(part.starts, index, side="right")) - 1
+        if point < 0:
+            return self._trained(epoch, part.first_window + index)
+        step = int(part.steps[point])
+        due, inside = self._order.due(step), index - int(part.starts[point])
+        if inside < sum(evaluation.num_windows for evaluation in due):
+            return self._evaluated(due, step, inside)
+        return self._trained(epoch, int(part.windows[point]) + inside - sum(evaluation.num_windows for evaluation in due))
+
+    def _trained(self, epoch: int, window: int) -> Item:
+        return Item(TRAIN, epoch, window, self._offset if epoch == self._epoch else 0)
+
+    @staticmethod
+    def _evaluated(due: Sequence[EvaluationOrder], step: int, index: int) -> Item:
+        for evaluation in due:
+            if index < evaluation.num_windows:
+                return Item(evaluation.split.split, step, index, 0)
+            index -= evaluation.num_windows
+        raise IndexError(index)

@@ -18,7 +18,7 @@ import numpy as np
 
 from raymill.data.order import key
 
-TRANSFORM, FIRST_WEIGHTS, STEP, EVALUATION, COLLATE, READ, EVALUATION_COLLATE, MAKE, HOOK = range(3, 12)
+TRANSFORM, FIRST_WEIGHTS, STEP, EVALUATION, COLLATE, READ, EVALUATION_COLLATE, MAKE, HOOK, CONCLUDE, PICTURES = range(3, 14)
 """Keep the random numbers of different purposes apart."""
 
 

@@ -78,6 +78,7 @@ def _attempt(folder: RunFolder, job: Job, show: Show) -> RaymillError | None:
             device = torch.device("cuda", 0) if job.spec.scale.gpus_per_worker else torch.device("cpu")
             context = WorkerContext(rank=0, world_size=1, device=device, store=store)
             report(attempt_started(job, point, 1, ProcessId.of_this()))
+            job = job.going_on(point)
             reader = job.reader(f"{folder.run_id}.{point.attempt}")
             packets = read_locally(reader, point.position, rank=0, evaluated=point.evaluated)
             outcome = loop.train(job, context, point, packets, report, store.wants_stop)

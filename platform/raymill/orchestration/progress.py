@@ -31,6 +31,7 @@ from raymill.record.events import (
     StepRefused,
     StragglerFound,
     TaskChanged,
+    TrainingEnded,
 )
 from raymill.redaction import for_people
 
@@ -57,7 +58,10 @@ def describe(event: Event) -> list[str]:
         case FirstStepDone():
             return ["first step done"]
         case EvaluationDone():
-            return [f"epoch {event.epoch}: " + "  ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())]
+            measured = "  ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
+            return [f"epoch {event.epoch}, step {event.step}: {measured}"]
+        case TrainingEnded():
+            return [f"training ends behind step {event.step}: {event.reason}"]
         case StepRefused():
             return [f"step {event.step} was not taken: its gradient was not a number (loop.on_nan: {event.policy})"]
         case BadRowsFound():

@@ -45,7 +45,7 @@ def conclude(folder: RunFolder, planned: Plan, spec: JobSpec, outcome: Outcome) 
 
 def summarise(folder: RunFolder, planned: Plan, spec: JobSpec, outcome: Outcome) -> dict[str, Any]:
     """The result of a run so far, as JSON-ready values."""
-    total = planned.train_rows * spec.loop.epochs
+    total = outcome.position if outcome.ended else planned.total_rows
     pointer = read_pointer(folder.checkpoints)
     chosen = (pointer.best or pointer.latest) if pointer else None
     best = read_state(folder.checkpoints / chosen) if chosen else {}
@@ -63,6 +63,7 @@ def summarise(folder: RunFolder, planned: Plan, spec: JobSpec, outcome: Outcome)
         "attempts": len(starts),
         "recoveries": recoveries,
         "steps": outcome.step,
+        "ended": outcome.ended,
         "metrics": best.get("metrics") or outcome.metrics,
         "last_metrics": outcome.metrics,
         "evaluations": evaluations(events),

@@ -13,7 +13,7 @@ from torch import nn
 from raymill.own_code import seams
 from raymill.own_code.seams import calling, wrong
 from raymill.own_code.traces import describe
-from raymill.task import Batch, Loss, Now, Objective, Rows, Task, Total
+from raymill.task import Batch, Kept, Loss, Now, Objective, Picture, Rows, Task, Total
 
 
 def build(task: Task) -> nn.Module:
@@ -111,24 +111,61 @@ def collated(collate: Callable[[Rows], Batch], rows: Rows) -> Batch:
     return batch
 
 
-def evaluate(task: Task, model: nn.Module, batch: Batch, num_rows: int) -> Mapping[str, torch.Tensor | Total]:
+def evaluate(task: Task, model: nn.Module, batch: Batch, num_rows: int) -> Mapping[str, torch.Tensor | Total | Kept]:
     """What the task measures of a batch of `num_rows` rows.
 
     Raises:
-        InputError: something of it is neither one number per row nor a Total.
+        InputError: something of it is neither one number per row, nor a Total, nor kept of each row.
     """
     with calling(seams.EVALUATE, batch):
         measured = task.evaluate(model, batch)
     if not isinstance(measured, Mapping) or not all(isinstance(name, str) for name in measured):
         raise wrong(seams.EVALUATE, task.evaluate, describe(measured), "Return a dict of names and values.", batch)
     for name, value in measured.items():
+        if isinstance(value, Kept):
+            if len(value.value) != num_rows:
+                found = f"{name!r}: Kept of {len(value.value)} values for {num_rows} rows"
+                raise wrong(seams.EVALUATE, task.evaluate, found, "Keep one value for each row, in their order.", batch)
+            continue
         tensor = value.value if isinstance(value, Total) else value
-        fits = isinstance(tensor, torch.Tensor) and (isinstance(value, Total) or value.shape == (num_rows,))
+        fits = isinstance(tensor, torch.Tensor) and (isinstance(value, Total) or tensor.shape == (num_rows,))
         if not fits or tensor.is_complex():
             fix = "Give one value per row, not their mean, such as reduction='none'; or Total(tensor) for a sum over rows."
             found = f"{name!r}: {describe(tensor)} for {num_rows} rows"
             raise wrong(seams.EVALUATE, task.evaluate, found, fix, batch)
     return measured
+
+
+def conclude(task: Task, kept: Mapping[str, Any], totals: Mapping[str, torch.Tensor]) -> dict[str, float | Picture]:
+    """What the task makes of what was kept and summed: numbers and pictures.
+
+    Raises:
+        InputError: something of it is neither.
+    """
+    with calling(seams.CONCLUDE, kept):
+        found = task.conclude(kept, totals)
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise wrong(seams.CONCLUDE, task.conclude, describe(found), "Return a dict of names and values.", kept)
+    concluded: dict[str, float | Picture] = {}
+    for name, value in found.items():
+        try:
+            concluded[name] = value if isinstance(value, Picture) else float(value)
+        except (TypeError, ValueError) as error:
+            raise wrong(seams.CONCLUDE, task.conclude, f"{name!r}: {describe(value)}", "", kept) from error
+    return concluded
+
+
+def pictures(task: Task, model: nn.Module, now: Now) -> dict[str, Picture]:
+    """The task's pictures of its model.
+
+    Raises:
+        InputError: something of it is none.
+    """
+    with calling(seams.PICTURES):
+        found = task.pictures(model, now)
+    if not isinstance(found, Mapping) or not all(isinstance(one, Picture) for one in found.values()):
+        raise wrong(seams.PICTURES, task.pictures, describe(found), "Return a dict of names and raymill.task.Picture.")
+    return dict(found)
 
 
 def inputs(task: Task, batch: Batch) -> tuple[torch.Tensor, ...]:

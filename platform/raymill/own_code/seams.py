@@ -49,9 +49,11 @@ LOSS = Seam(
 )
 EVALUATE = Seam(
     "evaluate(model, batch)",
-    "name -> a tensor with one value for each of the batch's rows, or a Total, for whatever number of rows",
+    "name -> a tensor with one value for each of the batch's rows, a Total, or something Kept, for whatever number of rows",
     "Correct evaluate().",
 )
+CONCLUDE = Seam("conclude(kept, totals)", "name -> a number or a raymill.task.Picture", "Correct conclude().")
+PICTURES = Seam("pictures(model, now)", "name -> a raymill.task.Picture", "Correct pictures().")
 INPUTS = Seam(
     "inputs(batch)",
     "a tuple of tensors, the arguments of the model's forward()",

@@ -21,12 +21,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from raymill.config.evaluations import deciding_metrics
 from raymill.data.bad_rows import read_good_rows
 from raymill.data.order import BatchSharding, Item, key, num_batches, shard_bounds
 from raymill.data.reader import Packet, transformed
 from raymill.data.rows import ROW_ID, join, num_rows, take, unpack
 from raymill.data.seeds import EVALUATION, FIRST_WEIGHTS, STEP, TRANSFORM, seed_everything, unchanged_caller
 from raymill.errors import DataError, InputError, Problem, did_you_mean
+from raymill.evaluation.kept import gathered
+from raymill.evaluation.pictures import as_png
+from raymill.evaluation.sums import Evaluation
 from raymill.optim.optimizers import make_optimizers
 from raymill.own_code import contracts, seams
 from raymill.own_code.seams import Seam, problem
@@ -34,7 +38,7 @@ from raymill.own_code.traces import definition, headline, row_ids
 from raymill.parallel.ddp import DistributedObjective
 from raymill.parallel.gradients import gradient_norm
 from raymill.parallel.precision import autocast
-from raymill.task import TRAIN, VALIDATION, Batch, Now, Rows, Task, Total
+from raymill.task import TRAIN, Batch, Kept, Now, Picture, Rows, Task, Total
 from raymill.training.assembly import Job
 from raymill.training.batch import to_device
 
@@ -95,7 +99,7 @@ class _Trial:
 
     def run(self) -> None:
         """Try all parts, in the order of a run."""
-        rows = {split: self.rows_of(split) for split in self.job.fragments if split in (TRAIN, VALIDATION)}
+        rows = {split: self.rows_of(split) for split in self.job.shardings}
         task = self.tried(seams.TASK, self.job.make_task)
         if task is None:
             return
@@ -106,9 +110,11 @@ class _Trial:
         if train := rows.get(TRAIN):
             self.train(task, model, train)
         model.eval()
-        if validation := rows.get(VALIDATION):
-            self.evaluate(task, model, validation)
-        if self.job.spec.register_ is not None and (example := rows.get(VALIDATION) or rows.get(TRAIN)):
+        measured = {split: self.evaluate(task, model, split, some) for split, some in rows.items() if split != TRAIN and some}
+        self.look_for_metrics(task, {split: names for split, names in measured.items() if names is not None})
+        if measured:
+            self.draw(task, model)
+        if self.job.spec.register_ is not None and (example := next((some for some in reversed(rows.values()) if some), None)):
             self.answer(task, model, example)
 
     # ------------------------------------------------------------ one call
@@ -299,37 +305,84 @@ class _Trial:
 
     # ------------------------------------------------------------ evaluation and registration
 
-    def evaluate(self, task: Task, model: nn.Module, rows: Rows) -> None:
-        """Measure batches of each size; what decides which checkpoint is best must be among what is measured."""
-        measured: dict[str, Any] = {}
+    def evaluate(self, task: Task, model: nn.Module, split: str, rows: Rows) -> dict[str, str] | None:
+        """Measure batches of each size of a split, and let the task conclude.
+
+        Returns:
+            name -> "" for a metric, or what it is instead; None: something failed, or was not found out.
+        """
+        names: dict[str, str] = {}
+        shapes: dict[str, torch.Size] = {}
+        evaluation = Evaluation()
         precision = self.job.spec.loop.precision
 
         def measure(batch: Batch, count: int) -> None:
-            def call() -> Mapping[str, torch.Tensor | Total]:
+            def call() -> Mapping[str, torch.Tensor | Total | Kept]:
                 seed_everything(self.job.spec.loop.seed, EVALUATION, 0, 0)
                 with torch.no_grad(), autocast(precision, CPU):
                     return contracts.evaluate(task, model, batch, count)
 
-            found = self.tried(seams.EVALUATE, call, task.evaluate, batch)
-            for name, value in (found or {}).items():
-                before = measured.setdefault(name, value)
-                if isinstance(value, Total) and isinstance(before, Total) and value.value.shape != before.value.shape:
-                    shapes = f"the Total {name!r} of shapes {[list(one.value.shape) for one in (before, value)]}"
+            found = self.tried(seams.EVALUATE, call, task.evaluate, batch) or {}
+            for name, value in found.items():
+                names[name] = "a Total" if isinstance(value, Total) else "Kept" if isinstance(value, Kept) else ""
+                shape = value.value.shape if isinstance(value, Total) else None
+                if shape is not None and shapes.setdefault(name, shape) != shape:
+                    two = f"the Total {name!r} of shapes {[list(one) for one in (shapes[name], shape)]}"
                     fix = "Let it have one shape, whatever rows a batch has."
-                    self.note(seams.wrong(seams.EVALUATE, task.evaluate, shapes, fix, batch).problems)
+                    self.note(seams.wrong(seams.EVALUATE, task.evaluate, two, fix, batch).problems)
+                    return
+            evaluation.kept.clear()
+            evaluation.add(found, np.arange(count))
 
-        if self.for_each_size(VALIDATION, rows, measure):
-            self.note(self._metric_problems(task, measured))
+        if not self.for_each_size(split, rows, measure):
+            return None
+        concluded = self.conclude(task, evaluation)
+        return None if concluded is None else names | concluded
 
-    def _metric_problems(self, task: Task, measured: Mapping[str, Any]) -> list[Problem]:
-        metric = self.job.spec.checkpoint.metric
-        means = [f"{VALIDATION}/{name}" for name, value in measured.items() if not isinstance(value, Total)]
-        if metric is None or metric in means:
-            return []
-        total = metric.removeprefix(f"{VALIDATION}/") in measured
-        found = f"{metric!r}, which is a Total" if total else repr(metric)
-        expected = f"one of {', '.join(means) or 'none'}, of which evaluate() gives a value per row ({definition(task.evaluate)})"
-        return [Problem("checkpoint.metric", found, expected, did_you_mean(metric, means))]
+    def conclude(self, task: Task, evaluation: Evaluation) -> dict[str, str] | None:
+        """What the task concludes. Nothing is said of what may fail with few rows only, as a score that needs all classes."""
+        if type(task).conclude is Task.conclude:
+            return {}
+        _, totals, _ = evaluation.reduce(lambda tensor: [tensor])
+        try:
+            with torch.no_grad():
+                found = contracts.conclude(task, gathered(evaluation.kept), totals)
+        except InputError as error:
+            self.note(error.problems)
+        except (NameError, AttributeError, ImportError, TypeError, KeyError) as error:
+            self.note([problem(seams.CONCLUDE, error, task.conclude)], _line(error))
+        except Exception:
+            return None
+        else:
+            drawn = [value for value in found.values() if isinstance(value, Picture)]
+            self.tried(seams.CONCLUDE, lambda: [as_png(one) for one in drawn], task.conclude)
+            return {name: "a Picture" if isinstance(value, Picture) else "" for name, value in found.items()}
+        return None
+
+    def draw(self, task: Task, model: nn.Module) -> None:
+        """The task's pictures of its model."""
+        now = Now(1, 0, self.job.order.steps_per_epoch, self.job.plan.total_steps, self.job.plan.global_batch_rows)
+        with torch.no_grad():
+            self.tried(
+                seams.PICTURES, lambda: [as_png(one) for one in contracts.pictures(task, model, now).values()], task.pictures
+            )
+
+    def look_for_metrics(self, task: Task, measured: Mapping[str, Mapping[str, str]]) -> None:
+        """What decides something must be among what is measured.
+
+        Args:
+            measured: split -> name -> "" for a metric, or what it is instead.
+        """
+        for field, metric, _ in deciding_metrics(self.job.spec):
+            split, _, name = metric.partition("/")
+            if split not in measured or measured[split].get(name) == "":
+                continue
+            metrics = [f"{split}/{name}" for name, other in measured[split].items() if not other]
+            found = f"{metric!r}, which is {measured[split][name]}" if name in measured[split] else repr(metric)
+            expected = (
+                f"one of {', '.join(metrics) or 'none'}, of which evaluate() gives a value per row ({definition(task.evaluate)})"
+            )
+            self.note([Problem(field, found, f"{expected}, or that conclude() gives", did_you_mean(metric, metrics))])
 
     def answer(self, task: Task, model: nn.Module, rows: Rows) -> None:
         """What a registered model takes, and whether it answers."""

@@ -92,7 +92,8 @@ def evaluations(events: Iterable[Event]) -> list[dict[str, Any]]:
         if isinstance(event, AttemptStarted):
             by_step = {step: entry for step, entry in by_step.items() if step <= event.step}
         elif isinstance(event, EvaluationDone):
-            by_step[event.step] = {"epoch": event.epoch, "step": event.step, "metrics": event.metrics}
+            entry = by_step.setdefault(event.step, {"epoch": event.epoch, "step": event.step, "metrics": {}})
+            entry["metrics"] = entry["metrics"] | event.metrics
         elif isinstance(event, CheckpointSaved) and event.best:
             best_step = event.step
     return [{**entry, "best": step == best_step} for step, entry in sorted(by_step.items())]

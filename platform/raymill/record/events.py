@@ -140,19 +140,36 @@ class StepDone(Event):
 
 
 class EvaluationDone(Event):
-    """All validation rows were measured.
+    """The rows of a split were measured.
 
     Attributes:
+        split: which.
         rows: rows measured.
         totals: name -> nested lists, such as a confusion matrix.
+        pictures: name -> file in the run's folder.
     """
 
     kind: Literal["evaluation"] = "evaluation"
+    split: str = "validation"
     step: int
     epoch: int
     rows: int
     metrics: Metrics
     totals: Annotated[dict[str, Any], AfterValidator(_writable)] = {}
+    pictures: dict[str, str] = {}
+
+
+class TrainingEnded(Event):
+    """The training ends before the job's last step, on purpose.
+
+    Attributes:
+        step: the last one.
+        reason: why.
+    """
+
+    kind: Literal["ended"] = "ended"
+    step: int
+    reason: str
 
 
 class CheckpointSaved(Event):
@@ -246,11 +263,13 @@ class EvaluationGoesOn(Event):
     """A batch of an evaluation is measured: a sign of life.
 
     Attributes:
+        split: what is measured.
         batch: its number in the evaluation.
         num_batches: of the evaluation.
     """
 
     kind: Literal["evaluation_batch"] = "evaluation_batch"
+    split: str = "validation"
     epoch: int
     batch: int
     num_batches: int
@@ -304,6 +323,7 @@ AnyEvent = (
     | FirstStepDone
     | StepDone
     | EvaluationDone
+    | TrainingEnded
     | CheckpointSaved
     | StepRefused
     | BadRowsFound

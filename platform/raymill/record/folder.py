@@ -118,6 +118,11 @@ class RunFolder:
         return self.path / "quarantine.jsonl"
 
     @property
+    def pictures(self) -> Path:
+        """The folder of pictures that evaluations made."""
+        return self.path / "pictures"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"

@@ -83,6 +83,10 @@ class RunStoreActor:
         """Write down the rows of a step."""
         store.append_order(self._folder, rank, record)
 
+    def keep_picture(self, name: str, data: bytes) -> str:
+        """See `store.keep_picture`."""
+        return store.keep_picture(self._folder, name, data)
+
     def requests(self, rank: int) -> tuple[bool, bool]:
         """Whether workers are to stop, and whether the stacks of this rank are wanted."""
         return store.wants_stop(self._folder), stacks.wants_stacks(self._folder, rank)
@@ -204,6 +208,11 @@ class RemoteRunStore:
     def bad_row_ledger(self, policy: str, budget: int, report: Report) -> Callable[[Sequence[BadRow]], None]:
         """As `LocalRunStore`; the actor reports by itself."""
         return partial(self._ask, "note_bad_rows", policy, budget)
+
+    def keep_picture(self, name: str, data: bytes) -> str:
+        """As `LocalRunStore`."""
+        place: str = self._ask("keep_picture", name, data)
+        return place
 
     def record_order(self, record: Mapping[str, Any]) -> None:
         """As `LocalRunStore`."""

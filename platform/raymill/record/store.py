@@ -37,7 +37,8 @@ class ResumePoint:
         position: rows trained on in it.
         skipped_positions: positions after the batches that are not to be trained on again.
         notes: what a person should know.
-        evaluated: at an epoch's end, whether its evaluation is done too; otherwise the attempt begins with it.
+        evaluated: whether the evaluations that are due there are done too; otherwise the attempt begins with them.
+        ended: whether the training ends there, before the job's last step.
     """
 
     attempt: int
@@ -46,6 +47,7 @@ class ResumePoint:
     skipped_positions: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
     evaluated: bool = True
+    ended: bool = False
 
 
 def begin_attempt(folder: RunFolder) -> ResumePoint:
@@ -68,7 +70,8 @@ def begin_attempt(folder: RunFolder) -> ResumePoint:
     events = read.events
     refused = [event for event in events if isinstance(event, StepRefused) and event.policy == "rollback"]
     skipped_positions = frozenset(event.position for event in refused)
-    return ResumePoint(attempt, name, state["position"], skipped_positions, tuple(notes), state.get("evaluated", True))
+    evaluated, ended = state.get("evaluated", True), state.get("ended") is not None
+    return ResumePoint(attempt, name, state["position"], skipped_positions, tuple(notes), evaluated, ended)
 
 
 def _attempt(folder: RunFolder) -> int:
@@ -91,6 +94,13 @@ def append_order(folder: RunFolder, rank: int, record: Mapping[str, Any]) -> Non
     """Write down which rows a rank had in a step."""
     with open(folder.path / f"order-{rank}.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def keep_picture(folder: RunFolder, name: str, data: bytes) -> str:
+    """Write a picture, whole or not at all; returns its place in the run's folder."""
+    files.make_private_folder(folder.pictures)
+    files.replace_file(folder.pictures / name, data)
+    return f"{folder.pictures.name}/{name}"
 
 
 def wants_stop(folder: RunFolder) -> bool:
@@ -155,6 +165,10 @@ class LocalRunStore:
     def bad_row_ledger(self, policy: str, budget: int, report: Report) -> Callable[[Sequence[BadRow]], None]:
         """Takes note of bad rows."""
         return BadRowLedger(self._folder, policy, budget, report).add
+
+    def keep_picture(self, name: str, data: bytes) -> str:
+        """Write a picture of this name; returns its place in the run's folder."""
+        return keep_picture(self._folder, name, data)
 
     def record_order(self, record: Mapping[str, Any]) -> None:
         """Write down the rows of a step, for tests."""

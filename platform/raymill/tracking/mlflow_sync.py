@@ -153,6 +153,8 @@ class Delivery:
                 points += _points(event.metrics, event.step, event.time_s)
                 if isinstance(event, StepDone):
                     points += _points(_speeds(event), event.step, event.time_s)
+                else:
+                    self._log_pictures_of(event)
             else:
                 self._send(points)
                 points = []
@@ -289,6 +291,10 @@ class Delivery:
         finally:
             # Last, since no picture is worth a model; and also where the model could not be registered.
             self._describe(self._log_pictures(), refused)
+
+    def _log_pictures_of(self, event: EvaluationDone) -> None:
+        for place in event.pictures.values():
+            self.client.log_artifact(self.done.mlflow_run_id, str(self.folder.path / place), "pictures")
 
     def _log_pictures(self) -> list[str]:
         """Draw what there is to draw; returns the paths of the pictures among the run's artifacts."""

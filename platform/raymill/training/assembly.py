@@ -7,13 +7,13 @@ another. This file imports no torch: rank 0 opens the stream while torch is stil
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from raymill.config import load
 from raymill.config.job_code import code_when_imported
-from raymill.config.plan import Plan, batch_sharding, job_order
+from raymill.config.plan import Plan, batch_shardings, job_order
 from raymill.config.spec import JobSpec
 from raymill.data.manifest import Manifest
 from raymill.data.order import BatchSharding, JobOrder
@@ -23,7 +23,7 @@ from raymill.record import kept_code
 from raymill.record.events import AttemptStarted
 from raymill.record.processes import ProcessId
 from raymill.record.store import ResumePoint
-from raymill.task import TRAIN, VALIDATION, Batch, Fragment, Pipeline, Rows, Task
+from raymill.task import Batch, Fragment, Pipeline, Rows, Task
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +85,10 @@ class Job:
 
         return partial(contracts.collated, self.pipeline.collate or default_collate)
 
+    def going_on(self, point: ResumePoint) -> Job:
+        """The job as an attempt goes on with it: cut short where its end was decided before its last step."""
+        return replace(self, order=self.order.ending_at(point.position)) if point.ended else self
+
     def reader(self, name: str) -> Reader:
         """Reads the windows of the job's stream; `name` tells readers of different runs and attempts apart."""
         lenient = self.spec.bad_rows.lenient
@@ -106,13 +110,14 @@ def assemble(
         make_task: makes the Task; None: the one that the spec names.
         check_code: see `Job`; not needed where one process imports the code once and does all.
     """
+    order = job_order(spec, plan, manifest)
     return Job(
         spec=spec,
         plan=plan,
         pipeline=pipeline,
         make_task=make_task or (lambda: load.import_task(spec, pipeline.schema)),
-        order=job_order(spec, plan, manifest),
-        shardings={split: batch_sharding(plan, split, world_size) for split in (TRAIN, VALIDATION)},
+        order=order,
+        shardings=batch_shardings(plan, order, world_size),
         fragments={split: part.fragments for split, part in manifest.splits.items()},
         check_code=check_code,
     )
@@ -137,7 +142,7 @@ def attempt_started(job: Job, point: ResumePoint, world_size: int, driver: Proce
         attempt=point.attempt,
         num_workers=world_size,
         step=job.order.step(point.position),
-        num_total_steps=job.plan.total_steps,
+        num_total_steps=job.order.total_steps,
         resumed=point.checkpoint is not None,
         notes=point.notes,
         pid=driver.pid,

@@ -7,8 +7,9 @@ reporter as events. With one rank the same code runs without a process group.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import assert_never
 
 from raymill import faults
@@ -16,7 +17,7 @@ from raymill.checkpoint.commit import better
 from raymill.checkpoint.snapshot import weights_sha256
 from raymill.data.bad_rows import BadRow
 from raymill.data.feed import Feed
-from raymill.data.reader import Packet
+from raymill.data.reader import Packet, read_locally
 from raymill.errors import CheckpointError, NumberError, RunError
 from raymill.own_code.traces import noting, row_ids
 from raymill.parallel.clock import Clock, held_up_s, share
@@ -27,18 +28,20 @@ from raymill.record.events import (
     StepDone,
     StragglerFound,
     TaskChanged,
+    TrainingEnded,
 )
 from raymill.record.store import Report, ResumePoint
-from raymill.task import TRAIN, VALIDATION
+from raymill.task import TRAIN
 from raymill.training.assembly import Job, WorkerContext
+from raymill.training.early_stopping import end_reason
 from raymill.training.evaluation_pass import EvaluationPass
 from raymill.training.outcome import Outcome
 from raymill.training.pending_step import PendingStep
 from raymill.training.state import TrainState, broken_weights, build_state, capture, final_weights, restore
-from raymill.training.steps import EpochEnd, EvalEnd, EvalStep, Step, TrainEnd, TrainStep, may_stop_after, remaining_steps
+from raymill.training.steps import EvalEnd, EvalStep, SaveStep, Step, TrainEnd, TrainStep, may_stop_after, moment, remaining_steps
 from raymill.training.stragglers import StragglerDetector
 from raymill.training.task_attributes import AttributeWatch
-from raymill.training.train_step import StepTaker, call_hook, moment
+from raymill.training.train_step import StepTaker, call_hook
 
 MAX_SHOWN_ROWS = 5
 """Of a batch, in a message."""
@@ -104,7 +107,10 @@ class _Loop:
         self.step_taker = StepTaker(job, context, state, point, self.feed, self.clock, report)
         self.evaluation = EvaluationPass(job, context, state, self.feed, self.clock, report)
         self.checkpoint_writer = context.store.checkpoint_writer(point.attempt, job.spec.checkpoint.keep, report)
-        self.last_saved = (state.position, state.evaluated)
+        self.last_saved = (state.position, state.evaluated, state.ended)
+        self.measured: dict[str, float] = {}
+        self.began_s, self.worked_before_s = time.perf_counter(), state.worked_s
+        self.out_of_time = False
         self.attribute_watch = AttributeWatch(job.task)
         self.stopping = False
         self.pending: PendingStep | None = None
@@ -112,9 +118,14 @@ class _Loop:
 
     def run(self) -> Outcome:
         """Take step after step."""
-        for step in remaining_steps(self.job.order, self.point.position, evaluated=self.point.evaluated):
+        steps = remaining_steps(self.job.order, self.point.position, evaluated=self.point.evaluated)
+        while (step := next(steps, None)) is not None:
             self.take(step)
-            if self.stopping and may_stop_after(step, self.job.order):
+            if not may_stop_after(step, self.job.order):
+                continue
+            if not self.state.ended and (reason := self.end_reason(step)):
+                steps = self.end_early(step, reason)
+            if self.stopping:
                 self.save()
                 break
         self.finish_pending_step()
@@ -136,17 +147,18 @@ class _Loop:
                     self.evaluation.measure(step)
             case EvalEnd():
                 done = self.evaluation.finish(step)
+                self.measured |= done.metrics
                 self.finish_pending_step()
                 self.report(done)
-            case EpochEnd():
-                self.end_epoch(step)
+            case SaveStep():
+                self.save_step(step)
             case _:
                 assert_never(step)
 
     def where(self, step: TrainStep | EvalStep) -> str:
         """What this rank works on, for an error's note."""
         what = f"step {self.job.order.step(step.position)}" if isinstance(step, TrainStep) else "evaluation"
-        split = TRAIN if isinstance(step, TrainStep) else VALIDATION
+        split = TRAIN if isinstance(step, TrainStep) else step.split
         ids = [number for part in self.feed.handed_out for number in part.tolist()]
         rows = f", {split} rows {row_ids(ids)}" if ids else ""
         return f"rank {self.context.rank}, {what} (epoch {step.epoch}, batch {step.batch}){rows}"
@@ -163,13 +175,23 @@ class _Loop:
         faults.here(step=number)
         taken = self.step_taker.take(step)
         self.finish_pending_step()
+        hours = self.job.spec.loop.max_hours
         wants_stop = self.context.rank == 0 and self.should_stop()
+        out_of_time = self.context.rank == 0 and hours is not None and self.worked_s() > hours * 3600
         event = StepDone(step=number, epoch=step.epoch, rows=step.position, metrics=taken.metrics)
         training_s = None
         if self.clock.started:
             event = event.model_copy(update={"rows_per_s": self.clock.rows_per_s(step.position)})
             training_s = self.clock.training_s()
-        self.pending = PendingStep(event, taken.losses, taken.rows, taken.time, training_s=training_s, wants_stop=wants_stop)
+        self.pending = PendingStep(
+            event,
+            taken.losses,
+            taken.rows,
+            taken.time,
+            training_s=training_s,
+            wants_stop=wants_stop,
+            out_of_time=out_of_time,
+        )
         if not self.clock.started:
             self.finish_first_step()
         if changed := self.attribute_watch.changed():
@@ -200,54 +222,91 @@ class _Loop:
             self.report(StragglerFound(step=event.step, **asdict(straggler)))
         self.pending = None
         self.stopping |= done.wants_stop
+        self.out_of_time |= done.out_of_time
 
     # ------------------------------------------------------------ evaluation and epochs
 
     def end_training(self, step: TrainEnd) -> None:
-        """Close the epoch's pass; save before the evaluation, which may take longer than what was trained since the last save."""
-        self.feed.finish(TRAIN, step.epoch, self.job.plan.train_windows)
-        call_hook(self.job, self.state, "after_epoch", moment(self.job, step))
-        if self.job.order.validation is not None:
-            self.state.evaluated = False
+        """Close the epoch's pass, and let the task change the model behind it."""
+        self.feed.finish(TRAIN, step.epoch, self.job.order.train.num_windows)
+        call_hook(self.job, self.state, "after_epoch", moment(self.job.order, step))
+
+    def save_step(self, step: SaveStep) -> None:
+        """Save before evaluations, which may take longer than what was trained since the last save, and behind them."""
+        if step.evaluated:
+            faults.point("epoch_end")
+            if self.job.spec.loop.early_stopping:
+                self.state.patience = self.state.patience.after(self.measured, self.job.spec.loop.early_stopping)
+        self.state.evaluated = step.evaluated
+        # Where the training ends, it is saved with that.
+        if not (step.evaluated and self.end_reason(step)):
             self.save()
 
-    def end_epoch(self, step: EpochEnd) -> None:
-        """Save behind the evaluation, with what it found."""
-        faults.point("epoch_end")
-        self.state.evaluated = True
-        self.save(epoch_ended=True)
+    def end_reason(self, step: Step) -> str | None:
+        """Why the training ends behind this step, and not behind the job's last. All ranks know the same."""
+        spec = self.job.spec.loop
+        if not self.state.evaluated or self.state.position == self.job.order.total_rows:
+            return None
+        stopping = spec.early_stopping if isinstance(step, SaveStep) else None
+        if stopping and (reason := end_reason(self.state.patience, stopping)):
+            return reason
+        return f"the {spec.max_hours:g} hours of loop.max_hours are over" if self.out_of_time else None
+
+    def end_early(self, step: Step, reason: str) -> Iterator[Step]:
+        """End the training here; returns what is still to do: evaluations of the training's end that were not just made.
+
+        The stream goes on with training rows, so each rank reads the rows of these evaluations for itself.
+        """
+        position, number = self.state.position, self.job.order.step(self.state.position)
+        made = self.job.order.due(number) if isinstance(step, SaveStep) else []
+        order = self.job.order.ending_at(position)
+        order = replace(order, evaluations=tuple(one for one in order.due(number) if one not in made))
+        self.state.ended, self.state.evaluated = reason, not order.evaluations
+        self.save()
+        self.report(TrainingEnded(step=number, reason=reason))
+        self.job = replace(self.job, order=order)
+        reader = self.job.reader(f"{self.point.attempt} ended")
+        self.feed = Feed(read_locally(reader, position, self.context.rank, evaluated=False), self.feed.note)
+        self.evaluation = EvaluationPass(self.job, self.context, self.state, self.feed, self.clock, self.report)
+        return remaining_steps(order, position, evaluated=not order.evaluations)
 
     # ------------------------------------------------------------ saving
 
-    def save(self, *, epoch_ended: bool = False) -> None:
+    def save(self) -> None:
         """Save the state, once per place in the run. Only rank 0 writes: DDP keeps the same state on all ranks."""
-        if self.last_saved == (self.state.position, self.state.evaluated):
+        place = (self.state.position, self.state.evaluated, self.state.ended)
+        if self.last_saved == place:
             return
         self.finish_pending_step()
         self.check_weights()
-        self.last_saved = (self.state.position, self.state.evaluated)
-        best = epoch_ended and self.is_best()
+        self.last_saved = place
+        best = self.is_best()
+        self.measured.clear()
+        self.state.worked_s = self.worked_s()
         if self.context.rank == 0:
             self.checkpoint_writer.save(capture(self.state, self.job.order.step(self.state.position)), best=best)
 
+    def worked_s(self) -> float:
+        """Seconds of work so far, all attempts together."""
+        return self.worked_before_s + time.perf_counter() - self.began_s
+
     def is_best(self) -> bool:
-        """Whether the last evaluation is the best so far, by the job's checkpoint metric; remembers its value if it is.
+        """Whether what was just measured is the best so far, by the job's checkpoint metric; remembers its value if it is.
 
         Raises:
             RunError: nobody measured that metric.
         """
-        checkpoint = self.job.spec.checkpoint
-        if checkpoint.metric is None:
+        metric, mode = self.job.spec.checkpoint.metric, self.job.spec.checkpoint.mode
+        if metric is None or not any(name.partition("/")[0] == metric.partition("/")[0] for name in self.measured):
             return False
-        if checkpoint.metric not in self.state.metrics:
+        if metric not in self.measured:
             raise RunError(
-                f"checkpoint.metric {checkpoint.metric!r} was not measured; evaluate() gave {sorted(self.state.metrics)}. "
+                f"checkpoint.metric {metric!r} was not measured; evaluate() gave {sorted(self.measured)}. "
                 "Name one of these in the job file."
             )
-        value = self.state.metrics[checkpoint.metric]
-        if not better(value, self.state.best, checkpoint.mode):
+        if not better(self.measured[metric], self.state.best, mode):
             return False
-        self.state.best = value
+        self.state.best = self.measured[metric]
         return True
 
     def check_weights(self) -> None:
@@ -273,6 +332,7 @@ class _Loop:
             rows_per_s=speed,
             data_wait_share=waited,
             evaluation_wait_share=share(self.clock.evaluation_held_up_s, self.clock.evaluation_s),
+            ended=self.state.ended,
         )
 
 

@@ -11,12 +11,13 @@ class Outcome:
     """The result of one attempt on one rank; the same on every rank but for times.
 
     Attributes:
-        status: whether all epochs are done.
+        status: whether all steps are done, or the training ended before on purpose.
+        ended: why it ended before the job's last step; None: it did not.
         step: optimizer steps done since the job began.
         position: rows trained on since the job began.
         rows_used: the same, counted from what ranks really received, less what was skipped.
         rows_skipped: rows not trained on: bad ones, and those of batches that spoiled the numbers.
-        metrics: of the last evaluation.
+        metrics: of the last evaluation of each split.
         weights_sha256: of the weights at the end.
         rows_per_s: rows per second from the attempt's first step on, evaluations left out.
         data_wait_share: share of that time in which all ranks were held up by one that waited for rows.
@@ -33,3 +34,4 @@ class Outcome:
     rows_per_s: float
     data_wait_share: float
     evaluation_wait_share: float
+    ended: str | None = None

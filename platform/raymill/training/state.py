@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from raymill.optim.optimizers import GroupOptimizer, make_optimizers
 from raymill.own_code import contracts
 from raymill.parallel.ddp import DistributedObjective
 from raymill.training.assembly import Job, WorkerContext
+from raymill.training.early_stopping import Patience
 
 TRAINED = "@trained"
 """Beside an average, the weights that are trained, among the tensors of a checkpoint's optimizers."""
@@ -31,12 +32,15 @@ class TrainState:
         objectives: per objective, in the task's order, what is trained.
         optimizers: objective -> its optimizers, each over some of its parameters, with their learning-rate schedules.
         position: rows trained on since the start of the job.
-        evaluated: at an epoch's end, whether its evaluation is done too.
+        evaluated: whether the evaluations that are due at the position are done too.
+        ended: why the training ends there, before the job's last step; None: it does not.
+        worked_s: seconds of work, all attempts together, as of the last save.
+        patience: how long the metric of early stopping has not improved.
         rows_used: the same, counted from what ranks really received, less what was skipped.
         rows_skipped: rows not trained on: bad ones, and those of batches that spoiled the numbers.
         best: the best value of the checkpoint metric so far.
         best_by: that metric, and whether more or less of it is better.
-        metrics: the last evaluation.
+        metrics: the last evaluation of each split.
         average: of the weights, where the job asks for one.
         modes: each module of the model, and whether `build` left it in training mode.
     """
@@ -46,6 +50,9 @@ class TrainState:
     optimizers: Mapping[str, Sequence[GroupOptimizer]]
     position: int = 0
     evaluated: bool = True
+    ended: str | None = None
+    worked_s: float = 0.0
+    patience: Patience = field(default_factory=Patience)
     rows_used: int = 0
     rows_skipped: int = 0
     best: float | None = None
@@ -123,6 +130,9 @@ def capture(state: TrainState, step: int) -> Snapshot:
     record = {
         "position": state.position,
         "evaluated": state.evaluated,
+        "ended": state.ended,
+        "worked_s": state.worked_s,
+        "patience": asdict(state.patience),
         "step": step,
         "rows_used": state.rows_used,
         "rows_skipped": state.rows_skipped,
@@ -171,7 +181,8 @@ def restore(state: TrainState, snapshot: Snapshot) -> None:
         group.optimizer.load_state_dict({"state": by_index, "param_groups": own})
         if group.schedule is not None:
             group.schedule.load_state_dict(from_plain(record["schedules"][place]))
-    state.evaluated = record.get("evaluated", True)
+    state.evaluated, state.ended = record.get("evaluated", True), record.get("ended")
+    state.worked_s, state.patience = record.get("worked_s", 0.0), Patience(**record.get("patience", {}))
     state.position, state.rows_used, state.rows_skipped = record["position"], record["rows_used"], record["rows_skipped"]
     # Another metric may have been chosen for what is left; a record of an older raymill does not name its own.
     same = record.get("best_by", state.best_by) == state.best_by

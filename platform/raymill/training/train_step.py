@@ -25,7 +25,7 @@ from raymill.task import TRAIN, Now, Task
 from raymill.training.assembly import Job, WorkerContext
 from raymill.training.batch import to_device
 from raymill.training.state import TrainState
-from raymill.training.steps import TrainEnd, TrainStep
+from raymill.training.steps import TrainStep, moment
 
 MAX_SHOWN_ROWS = 5
 """Of a batch, in a message."""
@@ -83,7 +83,7 @@ class StepTaker:
             for group in self.state.optimizers[objective.name]:
                 group.advance()
         if not skipped:
-            call_hook(self.job, self.state, "after_step", moment(self.job, step))
+            call_hook(self.job, self.state, "after_step", moment(self.job.order, step))
             if self.state.average:
                 self.state.average.add(number)
             taken.rows = sum(microbatch.count for microbatch in microbatches)
@@ -132,7 +132,7 @@ class StepTaker:
         self.state.restore_modes()
         saved = SavedBuffers.of(self.state.model) if spec.loop.on_nan == "skip" else None
         compute_gradients = ordered_gradients if spec.loop.strict else averaged_gradients
-        with objective.in_step(moment(self.job, step)):
+        with objective.in_step(moment(self.job.order, step)):
             loss_sum = compute_gradients(
                 objective,
                 microbatches,
@@ -174,12 +174,6 @@ class StepTaker:
                 f"Its step was not taken. Rows of the batch: {_few(row_ids)}. Lower optimizer.lr, set optimizer.max_grad_norm, "
                 "look for NaN in the rows with `raymill data check`, or set loop.on_nan to skip or rollback."
             )
-
-
-def moment(job: Job, step: TrainStep | TrainEnd) -> Now:
-    """The moment of a step, as the job's own code is told of it."""
-    number = job.order.step(step.position)
-    return Now(number, step.epoch, job.order.steps_per_epoch, job.plan.total_steps, step.position)
 
 
 def call_hook(job: Job, state: TrainState, name: Literal["after_step", "after_epoch"], now: Now) -> None:

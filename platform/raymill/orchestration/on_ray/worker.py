@@ -161,7 +161,7 @@ def _start_together(
         point = store.begin_attempt()
         faults.point("run_taken")
         iterators = ray_stream.split_with_ray(
-            job.reader(f"{worker.run_id}.{point.attempt}"),
+            job.going_on(point).reader(f"{worker.run_id}.{point.attempt}"),
             point.position,
             world_size,
             data_cpus=worker.plan.data_cpus,
@@ -205,6 +205,7 @@ def _train(
         if rank == 0:
             store.report(event)
 
+    job = job.going_on(start.point)
     report(attempt_started(job, start.point, world_size, worker.driver))
     together = False
     try:
