@@ -105,7 +105,7 @@ def test_every_kind_is_read_back_as_it_was_written(folder: RunFolder) -> None:
 # Files of runs hold these names: to change one is to lose the runs there are.
 KINDS = (
     "start stage standby first_step step evaluation checkpoint refused bad_rows resize drain straggler task_changed "
-    "evaluation_batch stop end restart delivering"
+    "evaluation_batch ended stop end restart delivering"
 )
 
 
