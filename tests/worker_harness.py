@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +28,16 @@ from raymill.training.outcome import Outcome
 
 TIMEOUT_S = 120.0
 
+PRELOADED = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "raymill.training.loop",
+    "raymill.data.sources",
+    "worker_harness",
+]
+"""What a rank would import by and by; DistributedDataParallel takes seconds for it."""
+
 Batches = dict[int, list[int]]
 """Position behind a step -> its row ids, in the order of shards."""
 
@@ -41,7 +53,11 @@ class RankPool:
         self._ranks: list[tuple[BaseProcess, Connection]] = []
 
     def call(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Run `function(rank, world_size, port, *args)` on each rank; the results by rank, or the first rank's error."""
+        """Run `function(rank, world_size, port, *args)` on each rank; the results by rank, or the first rank's error.
+
+        Raises:
+            Crash: a rank died.
+        """
         if not self._ranks:
             self._start()
         port = self._ask([(_listen, ())])[0] if world_size > 1 else 0
@@ -56,10 +72,12 @@ class RankPool:
         self._ranks = []
 
     def _start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
+        # Forked from a process that has torch, so that a rank that was killed costs its successor no import.
+        forks = multiprocessing.get_context("forkserver")
+        forks.set_forkserver_preload(PRELOADED)
         for _ in range(self._size):
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(theirs,), daemon=True)
+            ours, theirs = forks.Pipe()
+            process = forks.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
@@ -73,7 +91,11 @@ class RankPool:
             if not pipe.poll(TIMEOUT_S):
                 self.close()  # new ones are started for the next case
                 raise TimeoutError(f"rank {rank} did not answer within {TIMEOUT_S} s")
-            answers.append(pipe.recv())
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                self.close()
+                raise Crash(f"rank {rank} is dead") from None
         for _, error, text in answers:
             if error is not None:
                 error.add_note(text)
@@ -145,7 +167,7 @@ class Experiment:
 
 
 class Crash(Exception):
-    """A rank died as the test wanted."""
+    """A rank was killed."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +235,7 @@ class TrainingRun:
         Args:
             world_size: ranks.
             stop_after: ask to stop once this many steps of the job are done; None: to the end.
-            crash_after: rank 0 raises `Crash` at that moment.
+            crash_after: rank 0 is killed at that moment, and `Crash` is raised.
             warm_up: False leaves out `DistributedObjective.warm_up`.
             skipped_positions: positions behind batches that are not trained on.
         """
@@ -283,7 +305,7 @@ def run_rank(rank: int, world_size: int, port: int, experiment: Experiment, star
         nonlocal steps_done
         steps_done += 1
         if steps_done == start.crash_after:
-            raise Crash
+            os.kill(os.getpid(), signal.SIGKILL)
         return start.stop_after is not None and steps_done >= start.stop_after
 
     def report(event: Event) -> None:

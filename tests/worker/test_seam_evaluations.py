@@ -4,8 +4,8 @@ stop and a crash, the weights, the metrics and the pictures of the undisturbed r
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -183,14 +183,17 @@ def test_a_run_that_ended_early_stays_ended_and_evaluates_what_is_left(new_run: 
 
 
 def test_hours_count_the_work_of_all_attempts(new_run: NewRun) -> None:
-    run = new_run(SEGMENT.with_values(loop={"steps": 10_000, "max_hours": 1 / 3600}, checkpoint={"every_steps": 1}))
-    ends = []
-    while not ends or ends[-1].first.status != "finished":
-        ends.append(run.go(1, stop_after=ends[-1].first.step + 40 if ends else 40))
-    steps = [attempt.first.step for attempt in ends]
-    assert all(before < after for before, after in pairwise(steps))
-    assert len(ends) > 1
-    assert ends[-1].first.ended == "the 0.000277778 hours of loop.max_hours are over"
-    assert {"validation/iou", "night/iou", "test/iou"} <= ends[-1].first.metrics.keys()
+    run = new_run(SEGMENT.with_values(loop={"steps": 100_000, "max_hours": 3 / 3600}))
     folder = run.folder / "checkpoints"
-    assert load(folder / str(directory.find_latest(folder, print))).record["ended"] == ends[-1].first.ended
+
+    def worked_s() -> float:
+        return float(load(folder / str(directory.find_latest(folder, print))).record["worked_s"])
+
+    assert run.go(1, stop_after=1).first.status == "interrupted"
+    before_s = worked_s()
+    began_s = time.perf_counter()
+    last = run.go(1)
+    lasted_s = time.perf_counter() - began_s
+    assert last.first.ended == "the 0.000833333 hours of loop.max_hours are over"
+    assert 0 < before_s < 3 <= worked_s() < before_s + lasted_s
+    assert {"validation/iou", "night/iou", "test/iou"} <= last.first.metrics.keys()
