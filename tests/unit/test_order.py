@@ -170,6 +170,14 @@ def batch_rows(shards: Shards) -> list[int]:
 # ---------------------------------------------------------------- what the order promises
 
 
+@given(numbers=st.lists(st.integers(-1, 2**64), min_size=1, max_size=4))
+def test_a_key_is_the_hash_of_its_numbers_in_a_chain(numbers: list[int]) -> None:
+    mixed = np.zeros(1, np.uint64)
+    for number in numbers:
+        mixed = splitmix64(mixed ^ splitmix64(np.array([number % 2**64], np.uint64)))
+    assert key(*numbers) == int(mixed[0])
+
+
 @given(case=cases, world_size=world_sizes)
 def test_every_epoch_deals_every_row_once(case: Case, world_size: int) -> None:
     dealt = deal(case, 0, world_size)
