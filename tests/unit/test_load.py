@@ -441,6 +441,11 @@ def test_a_module_that_is_not_python_is_reported(project: Path) -> None:
     assert "not Python" in only(JOB).found
 
 
+def test_a_module_whose_name_is_longer_than_a_files_can_be_is_not_there(project: Path) -> None:
+    assert only(JOB, f"task=jobs.{'x' * 300}.task:Digits").where == "--set task"
+    assert only(JOB, f"task=jobs.digits.{'x' * 300}:Digits").where == "--set task"
+
+
 def test_the_projects_pyproject_and_nothing_else_widens_the_packages(project: Path) -> None:
     (project / "pyproject.toml").write_text('[tool.raymill]\npackages = ["extra"]\n')
     assert load_job("digits", ["task=extra.task:Digits"]).spec.task == "extra.task:Digits"

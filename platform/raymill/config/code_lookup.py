@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
 import sys
 import tomllib
@@ -118,7 +119,7 @@ class Packages:
         """Dotted names of the modules in a package, or in the nearest package above it that exists."""
         top, *parts = package.split(".")
         while True:
-            folders = [folder for start in self.locations(top) if (folder := start.joinpath(*parts)).is_dir()]
+            folders = [folder for start in self.locations(top) if os.path.isdir(folder := start.joinpath(*parts))]
             if folders or not parts:
                 break
             parts.pop()
@@ -313,6 +314,7 @@ def _definitions(module: Module, kind: str, packages: Packages) -> list[str]:
 
 def _module_file(stem: Path) -> Path | None:
     for file in (stem / "__init__.py", stem.with_suffix(".py")):
-        if file.is_file():
+        # A name may be longer than a file's can be, which is an error for pathlib.
+        if os.path.isfile(file):
             return file
     return None
