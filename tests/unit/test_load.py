@@ -345,7 +345,16 @@ def test_code_outside_the_allowed_packages_is_refused_unseen(project: Path, path
         ("[0.9, 0.99]", "[0.9]", "7 optimizer.betas", None),
         ("CosineAnnealingLR", "CosineAnealingLR", "8 schedule.kind", "Did you mean 'CosineAnnealingLR'?"),
         ("CosineAnnealingLR", "LRScheduler", "8 schedule.kind", None),
-        ("CosineAnnealingLR", "ReduceLROnPlateau", "8 schedule.kind", None),
+        ("CosineAnnealingLR", "ReduceLROnPlateau", "8 schedule", None),
+        ("CosineAnnealingLR", "CosineAnnealingLR, metric: validation/loss", "8 schedule", None),
+        (
+            "CosineAnnealingLR",
+            "ReduceLROnPlateau, metric: validation/loss, patiense: 3",
+            "8 schedule.patiense",
+            "Did you mean 'patience'?",
+        ),
+        ("AdamW", "AdamW, schedule: {kind: StepLR}", "7 optimizer.schedule.step_size", "Add step_size; it has no default."),
+        ("AdamW", "AdamW, schedule: [{kind: StepLR, step_size: 1, steps: none}]", "7 optimizer.schedule.0.steps", None),
         ("CosineAnnealingLR", "Counter", "8 schedule.kind", None),
         ("CosineAnnealingLR", "StepLR", "8 schedule.step_size", "Add step_size; it has no default."),
         ("CosineAnnealingLR", "StepLR, step_size: 2, last_epoch: 1", "8 schedule.last_epoch", None),
@@ -368,13 +377,14 @@ def test_every_torch_optimizer_and_schedule_is_known_by_its_source(project: Path
 
     schedules = named(torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
     optimizers = named(torch.optim, torch.optim.Optimizer) - {"Optimizer", "LBFGS"}
-    refused = {"LambdaLR", "MultiplicativeLR", "ReduceLROnPlateau", "SequentialLR", "ChainedScheduler"}
+    refused = {"LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler"}
     assert len(optimizers) > 10
     for name in optimizers:
         load_job("digits", [f"optimizer={{kind: {name}}}"])
     for name in {name for name in schedules if not name.startswith("_")} - refused - {"LRScheduler"}:
         try:
-            load_job("digits", [f"schedule={{kind: {name}}}"])
+            metric = ", metric: validation/loss" if name == "ReduceLROnPlateau" else ""
+            load_job("digits", [f"schedule={{kind: {name}{metric}}}"])
         except InputError as error:
             assert {problem.found for problem in error.problems} == {"nothing"}  # noqa: PT017
     assert all(problems_of(JOB, f"schedule={{kind: {name}}}") for name in refused)
@@ -536,9 +546,9 @@ def test_wrong_overrides_are_reported_as_typed(project: Path, override: str, whe
         ("width=3", "'model.width'"),
         ("optimizer.Epochs=3", "'loop.epochs'"),
         ("model.seed=3", "'loop.seed'"),
-        ("loop.schedule=null", "'schedule'"),
+        ("loop.schedule=null", "'schedule' or 'optimizer.schedule'"),
         ("loop.LR=1e-2", "'optimizer.lr'"),
-        ("metric=validation/loss", "'checkpoint.metric'"),
+        ("metric=validation/loss", "'schedule.metric' or 'checkpoint.metric'"),
         ("loop.Epochs=3", "'epochs'"),
     ],
 )

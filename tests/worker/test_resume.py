@@ -107,7 +107,7 @@ OPTIMIZERS = [
 GROUPS = [
     {"kind": "AdamW", "lr": 0.01, "weight_decay": 0.0, "parameters": ["*.bias", "1.*"]},
     {"kind": "SGD", "lr": 0.1, "momentum": 0.9, "parameters": ["2.*"], "from_step": 5},
-    {"kind": "RMSprop", "lr": 0.01},
+    {"kind": "RMSprop", "lr": 0.01, "schedule": {"kind": "ExponentialLR", "gamma": 0.5}},
 ]
 SCHEDULES = [
     {"kind": "CosineAnnealingLR"},
@@ -117,8 +117,11 @@ SCHEDULES = [
     {"kind": "MultiStepLR", "milestones": [2, 7]},
     [{"kind": "ConstantLR", "steps": 7}, {"kind": "MultiStepLR", "milestones": [1, 3]}],
     [{"kind": "StepLR", "step_size": 2, "steps": 4, "warmup_steps": 2}, {"kind": "CosineAnnealingWarmRestarts", "T_0": 3}],
+    {"kind": "StepLR", "step_size": 1, "per": "epoch"},
+    [{"kind": "ConstantLR", "steps": 1, "per": "epoch"}, {"kind": "CosineAnnealingLR", "per": "epoch"}],
+    {"kind": "ReduceLROnPlateau", "metric": "validation/loss", "patience": 1, "cooldown": 1, "warmup_steps": 5},
 ]
-NUM_STEPS = 12
+NUM_STEPS, STEPS_PER_EPOCH = 12, 4
 
 
 def fresh(values: dict[str, object]) -> tuple[TrainState, JobSpec]:
@@ -127,7 +130,9 @@ def fresh(values: dict[str, object]) -> tuple[TrainState, JobSpec]:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     objective = Objective("loss", lambda network, batch: network(batch).square().mean())
     distributed = DistributedObjective(model, objective, "fp32", torch.device("cpu"))
-    return TrainState(model, [distributed], {"loss": make_optimizers(spec, distributed, ["loss"], NUM_STEPS)}), spec
+    return TrainState(
+        model, [distributed], {"loss": make_optimizers(spec, distributed, ["loss"], NUM_STEPS, NUM_STEPS // STEPS_PER_EPOCH)}
+    ), spec
 
 
 def advance(state: TrainState, first: int, last: int) -> list[float]:
@@ -140,7 +145,8 @@ def advance(state: TrainState, first: int, last: int) -> list[float]:
         for group in groups:
             group.step(step)
             rates.append(group.learning_rate)
-            group.advance()
+            group.schedule.advance(epoch_ended=step % STEPS_PER_EPOCH == STEPS_PER_EPOCH - 1)
+            group.schedule.take_in({"validation/loss": abs(step - 4)})
     return rates
 
 

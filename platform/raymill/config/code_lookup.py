@@ -90,7 +90,6 @@ _SCHEDULE = _Kind(
     refused={
         "LambdaLR": "it needs a function, which a file cannot hold",
         "MultiplicativeLR": "it needs a function, which a file cannot hold",
-        "ReduceLROnPlateau": "it needs a metric at each step",
         "SequentialLR": "it is what a list of schedules makes",
         "ChainedScheduler": "it is made of other schedules",
     },
@@ -219,7 +218,8 @@ def check_names(values: Mapping[str, Any], packages: Packages) -> list[Problem]:
     """
     problems = _check_code("task", "class", values, "model", packages)
     problems += _check_code("pipeline", "function", values, "data", packages)
-    optimizer, schedule = values.get("optimizer"), values.get("schedule")
+    optimizer = values.get("optimizer")
+    schedules = {"schedule": values.get("schedule")}
     by_field = {"optimizer": optimizer}
     if isinstance(optimizer, dict) and "kind" not in optimizer:
         by_field = {f"optimizer.{name}": own for name, own in optimizer.items()}
@@ -227,11 +227,12 @@ def check_names(values: Mapping[str, Any], packages: Packages) -> list[Problem]:
         groups = {f"{field}.{number}": given for number, given in enumerate(own)} if isinstance(own, list) else {field: own}
         for where, given in groups.items():
             problems += _check_class(where, given, _OPTIMIZER, packages)
-    if isinstance(schedule, list):
-        for position, given in enumerate(schedule):
-            problems += _check_class(f"schedule.{position}", given, _SCHEDULE, packages)
-    else:
-        problems += _check_class("schedule", schedule, _SCHEDULE, packages)
+            if isinstance(given, dict):
+                schedules[f"{where}.schedule"] = given.get("schedule")
+    for field, own in schedules.items():
+        parts = {f"{field}.{number}": given for number, given in enumerate(own)} if isinstance(own, list) else {field: own}
+        for where, given in parts.items():
+            problems += _check_class(where, given, _SCHEDULE, packages)
     return problems
 
 

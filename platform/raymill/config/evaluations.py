@@ -73,6 +73,7 @@ def deciding_metrics(spec: JobSpec) -> list[tuple[str, str, bool]]:
     asked = [("checkpoint.metric", spec.checkpoint.metric, False)]
     if spec.loop.early_stopping:
         asked.append(("loop.early_stopping.metric", spec.loop.early_stopping.metric, True))
+    asked += [(f"{field}.metric", schedule.metric, True) for field, schedule in spec.schedules()]
     return [(field, metric, regularly) for field, metric, regularly in asked if metric is not None]
 
 

@@ -367,12 +367,14 @@ def _without(values: dict[str, Any], faults: Collection[str]) -> dict[str, Any]:
 
 def _path(details: Mapping[str, Any]) -> list[str]:
     """The field path of a pydantic error."""
-    parts = [str(part) for part in details["loc"]]
-    if parts[0] in ("optimizer", "schedule"):
+    left = [str(part) for part in details["loc"]]
+    parts = []
+    while left:
+        parts.append(left.pop(0))
         # Pydantic puts the tag of the chosen shape there, and again below the name of an objective.
-        del parts[1:2]
-        if parts[0] == "optimizer" and details["loc"][1:2] == ("several",):
-            del parts[2:3]
+        if parts[-1] in ("optimizer", "schedule") and left and left.pop(0) == "several" and parts == ["optimizer"]:
+            parts += left[:1]
+            del left[:2]
     return parts
 
 

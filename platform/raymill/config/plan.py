@@ -40,6 +40,8 @@ JUDGED = (
     "checkpoint.metric",
     "loop.early_stopping",
     "evaluate",
+    "optimizer",
+    "schedule",
 )
 """The fields that `find_problems` looks at."""
 

@@ -7,7 +7,7 @@ whether the names of optimizers and arguments exist is checked in `load`, whethe
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -30,6 +30,10 @@ Threads = Annotated[int, Field(gt=0, le=1024)]
 """Counts that something is made for, one by one. Far more than any job needs, and few enough for 64 bits and for memory."""
 
 
+PLATEAU = "ReduceLROnPlateau"
+"""The one schedule that goes by a metric."""
+
+
 class StrictModel(BaseModel):
     """Frozen and closed: an unknown key is an error, and so is a string where a number belongs."""
 
@@ -49,6 +53,38 @@ class ClassSpec(StrictModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+class ScheduleSpec(ClassSpec):
+    """Any class of torch.optim.lr_scheduler, advanced at each optimizer step or each epoch; ReduceLROnPlateau at each evaluation.
+
+    `T_max` and `total_steps` are derived.
+    """
+
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up before it")
+    steps: Positive | None = Field(default=None, description="steps (or epochs) it lasts, in a list of schedules; null: the rest")
+    per: Literal["step", "epoch"] = Field(default="step", description="what its arguments count")
+    metric: str | None = Field(default=None, description="that ReduceLROnPlateau goes by, such as validation/loss")
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        if (self.kind == PLATEAU) != (self.metric is not None):
+            raise ValueError(f"metric goes with kind {PLATEAU}, and {PLATEAU} needs one")
+        if self.per == "epoch" and (self.warmup_steps or self.kind == PLATEAU):
+            what = f"kind {PLATEAU}, which goes by evaluations" if self.kind == PLATEAU else "warmup_steps"
+            raise ValueError(f"per: epoch does not go with {what}")
+        return self
+
+
+def _one_or_list(value: Any) -> str:
+    # A plain union would report every error once per member; the shape decides which member is meant.
+    return "several" if isinstance(value, list) else "one"
+
+
+OneOrSeveralSchedules = Annotated[
+    Annotated[ScheduleSpec, Tag("one")] | Annotated[list[ScheduleSpec], Field(min_length=1), Tag("several")],
+    Discriminator(_one_or_list),
+]
+
+
 class OptimizerSpec(ClassSpec):
     """Any class of torch.optim; its arguments are checked against its signature."""
 
@@ -57,13 +93,7 @@ class OptimizerSpec(ClassSpec):
         default=None, description="patterns of parameter names, in a list; null: all that are left"
     )
     from_step: int = Field(default=0, ge=0, description="its first step; until then its parameters stay as they are")
-
-
-class ScheduleSpec(ClassSpec):
-    """Any class of torch.optim.lr_scheduler, advanced at each optimizer step. `T_max` and `total_steps` are derived."""
-
-    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up before it")
-    steps: Positive | None = Field(default=None, description="steps it lasts, in a list of schedules; null: the rest")
+    schedule: OneOrSeveralSchedules | None = Field(default=None, description="of its rate; null: that of the job")
 
 
 def _is_optimizer(value: Any) -> bool:
@@ -92,10 +122,6 @@ OneOrSeveralOptimizers = Annotated[
     | Annotated[list[OptimizerSpec], Field(min_length=1), Tag("groups")]
     | Annotated[dict[str, OneOrGroups], Tag("several")],
     Discriminator(_optimizer_shape),
-]
-OneOrSeveralSchedules = Annotated[
-    Annotated[ScheduleSpec, Tag("one")] | Annotated[list[ScheduleSpec], Tag("several")],
-    Discriminator(_one_or_several),
 ]
 
 
@@ -265,7 +291,7 @@ class JobSpec(StrictModel):
     model: dict[str, Any] = Field(default_factory=dict, description="arguments of the task")
     data: dict[str, Any] = Field(default_factory=dict, description="arguments of the pipeline")
     optimizer: OneOrSeveralOptimizers = Field(description="one, several by parameters in a list, or either per objective by name")
-    schedule: OneOrSeveralSchedules | None = Field(default=None, description="learning-rate schedule")
+    schedule: OneOrSeveralSchedules | None = Field(default=None, description="of the rate of optimizers without their own")
     loop: LoopSpec = Field(default_factory=LoopSpec)
     evaluate: list[EvaluationSpec] | None = Field(
         default=None, description="which splits are measured when; null: validation, if there is one, after each epoch"
@@ -289,3 +315,25 @@ class JobSpec(StrictModel):
             return self.evaluate
         default = EvaluationSpec(every_epochs=1)
         return [default] if default.split in splits else []
+
+    def optimizers(self) -> Iterator[tuple[str, OptimizerSpec]]:
+        """Each optimizer, with its field."""
+        given = self.optimizer
+        by_field = {f"optimizer.{name}": own for name, own in given.items()} if isinstance(given, dict) else {"optimizer": given}
+        for field, own in by_field.items():
+            for number, one in enumerate(own) if isinstance(own, list) else [(None, own)]:
+                yield field if number is None else f"{field}.{number}", one
+
+    def schedules(self) -> Iterator[tuple[str, ScheduleSpec]]:
+        """Each schedule, with its field."""
+        own = [("schedule", self.schedule), *((f"{field}.schedule", one.schedule) for field, one in self.optimizers())]
+        for field, given in own:
+            for number, one in enumerate(given) if isinstance(given, list) else [(None, given)]:
+                if one is not None:
+                    yield field if number is None else f"{field}.{number}", one
+
+    @model_validator(mode="after")
+    def _plateau_alone(self) -> Self:
+        if found := [field for field, one in self.schedules() if one.kind == PLATEAU and field.rpartition(".")[2].isdigit()]:
+            raise ValueError(f"{found[0]}: {PLATEAU} stands alone, not in a list; it may have warmup_steps")
+        return self

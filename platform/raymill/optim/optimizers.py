@@ -6,19 +6,18 @@ are computed once, then each optimizer steps.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
-from torch.optim import Optimizer, lr_scheduler
+from torch.optim import Optimizer
 
 from raymill.config import load
 from raymill.config.spec import JobSpec, OptimizerSpec
 from raymill.errors import InputError, Problem
-from raymill.optim.schedules import make_schedule
+from raymill.optim.schedules import Schedule, make_schedule
 from raymill.parallel.ddp import DistributedObjective
 from raymill.parallel.gradients import gradient_norm
 
@@ -32,14 +31,14 @@ class GroupOptimizer:
         names: its parameters' names in the model.
         parameters: the parameters, in the same order.
         optimizer: torch's own, or the job's.
-        schedule: of its learning rate, if there is one.
+        schedule: of its learning rate.
     """
 
     spec: OptimizerSpec
     names: Sequence[str]
     parameters: Sequence[nn.Parameter]
     optimizer: Optimizer
-    schedule: lr_scheduler.LRScheduler | None
+    schedule: Schedule
 
     @property
     def learning_rate(self) -> float:
@@ -51,13 +50,6 @@ class GroupOptimizer:
         if step < self.spec.from_step:
             self.optimizer.zero_grad(set_to_none=True)
 
-    def advance(self) -> None:
-        """Take the schedule a step of the job further. Torch would have the optimizer step first, which it may not do yet."""
-        if self.schedule is not None:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-                self.schedule.step()
-
     def step(self, step: int) -> None:
         """Clip the gradient to a norm, if one is given, and step."""
         if step < self.spec.from_step:
@@ -68,13 +60,14 @@ class GroupOptimizer:
 
 
 def make_optimizers(
-    spec: JobSpec, distributed: DistributedObjective, objectives: Sequence[str], steps: int
+    spec: JobSpec, distributed: DistributedObjective, objectives: Sequence[str], steps: int, epochs: int
 ) -> list[GroupOptimizer]:
     """The optimizers of an objective, over its parameters.
 
     Args:
         objectives: the names of all objectives of the task.
         steps: of the whole job.
+        epochs: likewise.
 
     Raises:
         InputError: with every pattern that names no parameter, and parameters that no pattern names.
@@ -99,7 +92,7 @@ def make_optimizers(
         problems.append(Problem(where, f"optimizers for none of {shown(left)}", "one for each parameter", fix))
     if problems:
         raise InputError(problems)
-    return [_group(spec, one, own, place, steps) for place, one, own in made]
+    return [_group(spec, one, own, place, steps, epochs) for place, one, own in made]
 
 
 def shown(names: Sequence[str] | dict[str, nn.Parameter], most: int = 8) -> str:
@@ -107,7 +100,9 @@ def shown(names: Sequence[str] | dict[str, nn.Parameter], most: int = 8) -> str:
     return f"{list(names)[:most]}" + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _group(spec: JobSpec, one: OptimizerSpec, own: dict[str, nn.Parameter], where: str, steps: int) -> GroupOptimizer:
+def _group(
+    spec: JobSpec, one: OptimizerSpec, own: dict[str, nn.Parameter], where: str, steps: int, epochs: int
+) -> GroupOptimizer:
     own_code = ":" in one.kind
     made_class = load.import_class(one.kind, f"{where}.kind", "optimizer") if own_code else getattr(torch.optim, one.kind)
     try:
@@ -118,10 +113,11 @@ def _group(spec: JobSpec, one: OptimizerSpec, own: dict[str, nn.Parameter], wher
             [Problem(where, f"{type(error).__name__}: {error} ({one.kind} over {shown(own)})", "what the optimizer takes", fix)]
         ) from error
     try:
-        schedule = make_schedule(spec, optimizer, steps)
+        field = f"{where}.schedule" if one.schedule else "schedule"
+        schedule = make_schedule(one.schedule or spec.schedule, field, optimizer, steps, epochs)
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         found, expected = f"{type(error).__name__}: {error}", f"what torch can train this model with for {steps} steps"
-        raise InputError([Problem("schedule", found, expected, "Correct schedule in the job.")]) from error
+        raise InputError([Problem(field, found, expected, f"Correct {field} in the job.")]) from error
     return GroupOptimizer(one, list(own), list(own.values()), optimizer, schedule)
 
 

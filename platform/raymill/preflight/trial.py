@@ -244,15 +244,15 @@ class _Trial:
 
     def minimise(self, distributed: DistributedObjective, index: int, names: Sequence[str], rows: Rows) -> None:
         """One optimizer step of an objective."""
-        spec, total_steps = self.job.spec, self.job.plan.total_steps
-        groups = self.field("optimizer", lambda: make_optimizers(spec, distributed, names, total_steps))
+        spec, total_steps, epochs = self.job.spec, self.job.plan.total_steps, self.job.order.num_epochs
+        groups = self.field("optimizer", lambda: make_optimizers(spec, distributed, names, total_steps, epochs))
         with distributed.only_own():
             trained = self.for_each_size(TRAIN, rows, lambda batch, count: self._backward(distributed, index, batch))
         if not trained:
             return
         for group in groups or ():
             self.field("optimizer", partial(group.step, max(1, group.spec.from_step)))
-            self.field("schedule", group.advance)
+            self.field("schedule", partial(group.schedule.advance, epoch_ended=True))
 
     def for_each_size(self, split: str, rows: Rows, use: Callable[[Batch, int], Any]) -> bool:
         """Use a batch of each size that the job's batches have, with few rows for many; returns whether all went well.

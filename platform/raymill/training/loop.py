@@ -235,6 +235,8 @@ class _Loop:
         """Save before evaluations, which may take longer than what was trained since the last save, and behind them."""
         if step.evaluated:
             faults.point("epoch_end")
+            for group in (group for groups in self.state.optimizers.values() for group in groups):
+                group.schedule.take_in(self.measured)
             if self.job.spec.loop.early_stopping:
                 self.state.patience = self.state.patience.after(self.measured, self.job.spec.loop.early_stopping)
         self.state.evaluated = step.evaluated

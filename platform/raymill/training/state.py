@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from raymill.checkpoint.snapshot import Snapshot, Tensors, as_plain, from_plain
+from raymill.data.order import num_batches
 from raymill.data.seeds import FIRST_WEIGHTS, seed_everything
 from raymill.errors import CheckpointError
 from raymill.optim.average import WeightAverage
@@ -84,7 +85,8 @@ def build_state(job: Job, context: WorkerContext) -> TrainState:
     ]
     for one in distributed:
         one.warm_up()
-    optimizers = {one.name: make_optimizers(job.spec, one, names, job.plan.total_steps) for one in distributed}
+    length = job.plan.total_steps, num_batches(job.plan.total_steps, job.plan.steps_per_epoch)
+    optimizers = {one.name: make_optimizers(job.spec, one, names, *length) for one in distributed}
     average = WeightAverage(loop.average, model) if loop.average else None
     best_by = f"{job.spec.checkpoint.mode} {job.spec.checkpoint.metric}"
     return TrainState(model, distributed, optimizers, best_by=best_by, average=average)
@@ -122,8 +124,7 @@ def capture(state: TrainState, step: int) -> Snapshot:
                     tensors[path] = _copy(value)
                 else:
                     numbers[path] = value
-        if group.schedule is not None:
-            schedules[place] = as_plain(group.schedule.state_dict())
+        schedules |= group.schedule.states(place)
     if state.average:
         tensors |= {f"{TRAINED}/{name}": _copy(parameter) for name, parameter in state.model.named_parameters()}
     weights = {name: _copy(tensor) for name, tensor in final_weights(state).items()}
@@ -179,8 +180,7 @@ def restore(state: TrainState, snapshot: Snapshot) -> None:
                 by_index[index] = found
         own = [next(saved_groups[name]) for _ in group.optimizer.param_groups]
         group.optimizer.load_state_dict({"state": by_index, "param_groups": own})
-        if group.schedule is not None:
-            group.schedule.load_state_dict(from_plain(record["schedules"][place]))
+        group.schedule.restore(place, record["schedules"])
     state.evaluated, state.ended = record.get("evaluated", True), record.get("ended")
     state.worked_s, state.patience = record.get("worked_s", 0.0), Patience(**record.get("patience", {}))
     state.position, state.rows_used, state.rows_skipped = record["position"], record["rows_used"], record["rows_skipped"]

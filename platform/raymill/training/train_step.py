@@ -81,7 +81,7 @@ class StepTaker:
             if not skipped and objective.objective.is_due(number):
                 skipped = not self.minimise(index, objective, microbatches, rows, step, ids, taken)
             for group in self.state.optimizers[objective.name]:
-                group.advance()
+                group.schedule.advance(epoch_ended=step.position % self.job.order.train.num_rows == 0)
         if not skipped:
             call_hook(self.job, self.state, "after_step", moment(self.job.order, step))
             if self.state.average:
