@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -187,19 +187,36 @@ class Now:
     position: int
 
 
-Loss = Callable[["torch.nn.Module", Batch], "torch.Tensor"] | Callable[["torch.nn.Module", Batch, Now], "torch.Tensor"]
+Losses: TypeAlias = "torch.Tensor | Mapping[str, torch.Tensor | float]"
+"""A scalar tensor, or a mapping with it as "loss"; what else is in there, under whatever name, is logged as a metric."""
+
+Loss = Callable[["torch.nn.Module", Batch], Losses] | Callable[["torch.nn.Module", Batch, Now], Losses]
+
+Features: TypeAlias = "torch.Tensor | Mapping[str, torch.Tensor]"
+"""A tensor [num_features, ...], or several by name; as many as there are rows, or more, such as two views of each."""
 
 
 @dataclass(frozen=True)
 class Objective:
     """One thing that is minimised, by an optimizer of its own.
 
+    A loss is over the rows of a batch, and a step's loss is the mean over all rows of its global batch, unless one of these says
+    otherwise. With `weight`, it is the mean over what that counts, such as tokens; a batch that weighs 0 is not trained on, and
+    where all of a step weigh 0, its gradient is zero and no loss is logged. With `features`, it is over the whole global batch,
+    as a contrastive one is: it is given the features of all rows, gathered from all ranks in the order of the rows, in place of
+    a batch. Every rank computes it and passes its gradient back through its own features, which are computed a second time for
+    that (GradCache: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021).
+
     Attributes:
         name: also the name of its optimizer in the job file, where there are several.
-        loss: (model, batch) -> the mean over the batch's rows, a scalar tensor; with a third parameter it is given `Now`.
+        loss: (model, batch) -> the mean over the batch's rows, a scalar tensor, or a mapping with it as "loss" and with
+            parts of it that are logged; with a third parameter it is given `Now`.
         trains: names of the model's submodules whose parameters it changes; empty for all of them.
         every: it is minimised in every n-th step only.
         from_step: the first step that it may be minimised in.
+        weight: batch -> how much it counts, a number that is not negative; the loss is then the mean over that.
+        features: (model, batch) -> what the loss needs of each row, a tensor [n, ...] or several by name, labels among them;
+            with a third parameter it is given `Now`.
     """
 
     name: str
@@ -207,6 +224,8 @@ class Objective:
     trains: tuple[str, ...] = field(default=())
     every: int = 1
     from_step: int = 0
+    weight: Callable[[Batch], float] | None = None
+    features: Callable[..., Features] | None = None
 
     def is_due(self, step: int) -> bool:
         """Whether it is minimised in this step, counted from 1."""
@@ -225,8 +244,8 @@ class Task(Protocol):
         """Make the model with its first weights. Several networks are submodules of one module."""
         ...
 
-    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """The mean loss over the batch's rows, a scalar. Not needed where `objectives` is given.
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor | Mapping[str, torch.Tensor | float]:
+        """The mean loss over the batch's rows, a scalar; see `Objective.loss`. Not needed where `objectives` is given.
 
         An override may take a third parameter, which is given `Now`.
         """

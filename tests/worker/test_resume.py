@@ -141,7 +141,7 @@ def advance(state: TrainState, first: int, last: int) -> list[float]:
     for step in range(first, last):
         state.model.zero_grad()
         batch = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
-        torch.autograd.backward(state.objectives[0].loss(batch))
+        torch.autograd.backward(state.objectives[0].loss(batch).loss)
         for group in groups:
             group.step(step)
             rates.append(group.learning_rate)

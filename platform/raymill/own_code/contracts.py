@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from raymill.errors import InputError
 from raymill.own_code import seams
 from raymill.own_code.seams import calling, wrong
 from raymill.own_code.traces import describe
-from raymill.task import Batch, Kept, Loss, Now, Objective, Picture, Rows, Task, Total
+from raymill.task import Batch, Features, Kept, Loss, Now, Objective, Picture, Rows, Task, Total
 
 
 def build(task: Task) -> nn.Module:
@@ -30,7 +34,7 @@ def build(task: Task) -> nn.Module:
 
 
 def objectives(task: Task, model: nn.Module) -> list[Objective]:
-    """The task's objectives for its model; the loss of each is held against what a loss must be whenever it is called.
+    """The task's objectives for its model.
 
     Raises:
         InputError: there are none, two have one name, or one names what the model lacks or has no weight to train.
@@ -44,8 +48,11 @@ def objectives(task: Task, model: nn.Module) -> list[Objective]:
     if len(set(names)) < len(names):
         raise wrong(seams.OBJECTIVES, task.objectives, f"objectives named {names}", "Give each objective a name of its own.")
     for one in found:
+        if one.weight and one.features:
+            both = f"objective {one.name!r} with weight and features"
+            raise wrong(seams.OBJECTIVES, task.objectives, both, "Weigh the rows in the loss, which has the features of all.")
         _look_for_weights(task, model, one)
-    return [replace(one, loss=checked_loss(one.loss)) for one in found]
+    return found
 
 
 def _look_for_weights(task: Task, model: nn.Module, objective: Objective) -> None:
@@ -62,6 +69,35 @@ def _look_for_weights(task: Task, model: nn.Module, objective: Objective) -> Non
         raise wrong(seams.BUILD, task.build, found, "Let build() leave something to train, and Objective(trains=...) name it.")
 
 
+MAIN = "loss"
+"""The name of what is minimised, in a mapping that a loss returns."""
+
+ENGINES_OWN = re.compile(r"gradient_norm|learning_rate(_\d+)?")
+"""What the engine itself logs of an objective."""
+
+
+def metric_name(objective: str, quantity: str) -> str:
+    """How a quantity of a step is logged: plain for the objective called "loss", "name_quantity" for others."""
+    return quantity if objective == "loss" else f"{objective}_{quantity}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a loss gave.
+
+    Attributes:
+        loss: a scalar, with its graph.
+        parts: name -> a scalar to be logged, without one.
+    """
+
+    loss: torch.Tensor
+    parts: Mapping[str, torch.Tensor]
+
+    def values(self, parts: Sequence[str]) -> torch.Tensor:
+        """The loss and its parts in this order, [1 + num_parts], float64."""
+        return torch.stack([self.loss.detach().double(), *(self.parts[name] for name in parts)])
+
+
 @dataclass(frozen=True)
 class CheckedLoss:
     """An objective's loss, held against what a loss must be.
@@ -74,14 +110,18 @@ class CheckedLoss:
     own: Loss
     takes_now: bool
 
-    def __call__(self, model: nn.Module, batch: Batch, now: Now | None) -> torch.Tensor:
-        """The loss of a batch.
+    def __call__(self, model: nn.Module, batch: Batch, now: Now | None) -> Measured:
+        """The loss of a batch, or of the features of a global batch.
 
         Raises:
-            InputError: it is no scalar tensor, or no weight has a gradient of it.
+            InputError: it is no scalar tensor, no weight has a gradient of it, or a part of it is no number or has no name.
         """
         with calling(seams.LOSS, batch):
-            found = self.own(model, batch, now) if self.takes_now else self.own(model, batch)  # type: ignore[call-arg, arg-type]
+            given = self.own(model, batch, now) if self.takes_now else self.own(model, batch)  # type: ignore[call-arg, arg-type]
+        named = given if isinstance(given, Mapping) else {MAIN: given}
+        if MAIN not in named:
+            raise wrong(seams.LOSS, self.own, describe(given), f"Name what is minimised {MAIN!r}.", batch)
+        found = named[MAIN]
         if not isinstance(found, torch.Tensor):
             raise wrong(seams.LOSS, self.own, describe(found), "Let the loss return the tensor that it computes.", batch)
         if found.ndim:
@@ -90,12 +130,99 @@ class CheckedLoss:
         if torch.is_grad_enabled() and not found.requires_grad:
             fix = "Compute it from the model's output, without detach(), item() or no_grad(), and do not freeze all weights."
             raise wrong(seams.LOSS, self.own, "a tensor that no weight has a gradient of", fix, batch)
-        return found
+        return Measured(found, {name: self._part(name, value, found.device) for name, value in named.items() if name != MAIN})
+
+    def _part(self, name: str, value: Any, device: torch.device) -> torch.Tensor:
+        if not isinstance(name, str) or not name or ENGINES_OWN.fullmatch(name):
+            fix = "Give it a name that the engine does not log itself."
+            raise wrong(seams.LOSS, self.own, f"a part named {name!r}", fix)
+        number = torch.as_tensor(value) if isinstance(value, torch.Tensor | np.number | int | float) else None
+        if number is None or number.ndim or number.is_complex():
+            raise wrong(seams.LOSS, self.own, f"the part {name!r}: {describe(value)}", "Let each part be one number: its mean.")
+        return number.detach().to(device, torch.float64)
 
 
-def checked_loss(loss: Loss) -> CheckedLoss:
-    """A loss, held against what it must be; once."""
-    return loss if isinstance(loss, CheckedLoss) else CheckedLoss(loss, len(inspect.signature(loss).parameters) > 2)
+def checked_loss(objective: Objective) -> CheckedLoss:
+    """An objective's loss, held against what it must be whenever it is called."""
+    return CheckedLoss(objective.loss, _takes_now(objective.loss))
+
+
+def _takes_now(function: Callable[..., Any]) -> bool:
+    return len(inspect.signature(function).parameters) > 2
+
+
+def other_parts(objective: Objective, found: Iterable[str], expected: Iterable[str]) -> InputError:
+    """A loss named other parts than it did before."""
+    said = f"parts {sorted(found)} where it gave {sorted(expected)} before, on this rank or another"
+    return wrong(seams.LOSS, objective.loss, said, "Name the same parts for every batch.")
+
+
+def weight(objective: Objective, batch: Batch) -> float:
+    """How much a batch counts in an objective that weighs its batches.
+
+    Raises:
+        InputError: it is no number, not finite or negative.
+    """
+    assert objective.weight is not None
+    with calling(seams.WEIGHT, batch):
+        given = objective.weight(batch)
+    single = isinstance(given, torch.Tensor | np.ndarray) and given.ndim == 0
+    if not (single or isinstance(given, np.number | int | float)):
+        raise wrong(seams.WEIGHT, objective.weight, describe(given), given=batch)
+    if not 0 <= float(given) < math.inf:
+        raise wrong(seams.WEIGHT, objective.weight, str(float(given)), given=batch)
+    return float(given)
+
+
+def features(objective: Objective, model: nn.Module, batch: Batch, now: Now | None) -> Features:
+    """What an objective's loss over the global batch needs of a batch.
+
+    Raises:
+        InputError: it is no tensor with a dimension, nor several by name, or no weight has a gradient of any.
+    """
+    own = objective.features
+    assert own is not None
+    with calling(seams.FEATURES, batch):
+        given = own(model, batch, now) if _takes_now(own) else own(model, batch)
+    tensors = list(given.values()) if isinstance(given, Mapping) else [given]
+    if not tensors or not all(isinstance(one, torch.Tensor) and one.ndim for one in tensors):
+        raise wrong(seams.FEATURES, own, describe(given), "Return tensors, each with a row for each that it is of.", batch)
+    if torch.is_grad_enabled() and not any(one.requires_grad for one in tensors):
+        fix = "Compute one of them by the model, without detach() or no_grad(), and do not freeze all weights."
+        raise wrong(seams.FEATURES, own, "tensors that no weight has a gradient of", fix, batch)
+    return given
+
+
+def joined_features(objective: Objective, parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Features of several batches, one after the other; there is at least one.
+
+    Raises:
+        InputError: they differ in their names, their type or in the shape of a row's.
+    """
+    first, *others = [{name: (tensor.dtype, tensor.shape[1:]) for name, tensor in part.items()} for part in parts]
+    if other := next((kinds for kinds in others if kinds != first), None):
+        found = f"{_kinds(other)} for a row of one batch, {_kinds(first)} of another"
+        raise wrong(seams.FEATURES, objective.features, found, "Give each batch features of one kind, whatever its rows are.")
+    return {name: torch.cat([part[name] for part in parts]) for name in first}
+
+
+def _kinds(kinds: Mapping[str, tuple[torch.dtype, torch.Size]]) -> str:
+    return ", ".join(f"{name!r} {str(dtype).removeprefix('torch.')} {[*shape]}" for name, (dtype, shape) in kinds.items())
+
+
+HOOKS = {"after_step": seams.AFTER_STEP, "after_epoch": seams.AFTER_EPOCH}
+"""What a task may do to its model between steps."""
+
+
+def has_hook(task: Task, name: str) -> bool:
+    """Whether the task has one of the HOOKS."""
+    return getattr(type(task), name) is not getattr(Task, name)
+
+
+def hook(task: Task, name: str, model: nn.Module, now: Now) -> None:
+    """Let the task change the values of its model's weights and buffers, by one of the HOOKS."""
+    with torch.no_grad(), calling(HOOKS[name]):
+        getattr(task, name)(model, now)
 
 
 def collated(collate: Callable[[Rows], Batch], rows: Rows) -> Batch:

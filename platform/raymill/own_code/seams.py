@@ -47,6 +47,16 @@ LOSS = Seam(
     "the mean loss over the batch's rows, a scalar tensor that the weights have a gradient of, for whatever number of rows",
     "Correct the loss, or what makes the batch.",
 )
+WEIGHT = Seam(
+    "Objective.weight(batch)", "how much the batch counts, a finite number that is not negative", "Correct what weighs the batch."
+)
+FEATURES = Seam(
+    "Objective.features(model, batch)",
+    "a tensor [n, ...] of the batch's rows that the weights have a gradient of, or several by name",
+    "Correct the features, or what makes the batch.",
+)
+AFTER_STEP = Seam("after_step(model, now)", "nothing; it changes the values of weights and buffers", "Correct after_step().")
+AFTER_EPOCH = Seam("after_epoch(model, now)", "nothing; it changes the values of weights and buffers", "Correct after_epoch().")
 EVALUATE = Seam(
     "evaluate(model, batch)",
     "name -> a tensor with one value for each of the batch's rows, a Total, or something Kept, for whatever number of rows",

@@ -6,10 +6,12 @@ is what DDP wraps: so a job with two networks and two optimizers is no other cas
 
 from __future__ import annotations
 
-import inspect
+import copy
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raymill import faults
 from raymill.errors import InputError, Problem
+from raymill.own_code.contracts import Measured, checked_loss, features, other_parts
 from raymill.parallel.precision import autocast
+from raymill.parallel.process_group import all_gather_lines
 from raymill.task import Batch, Now, Objective
+
+Slopes = Mapping[str, torch.Tensor]
+"""The gradient of a loss with respect to features, by their names."""
 
 
 class _Tie(torch.autograd.Function):
@@ -90,27 +97,43 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
         self._clock = clock
-        self._takes_now = len(inspect.signature(objective.loss).parameters) > 2
         self.now: Now | None = None
-        self._loss = objective.loss
+        self._objective, self._loss = objective, checked_loss(objective)
 
-    def forward(self, batch: Batch | None) -> torch.Tensor:
-        """The mean loss over the batch's rows, a scalar.
+    def forward(self, batch: Batch | None, slopes: Slopes | None) -> Measured:
+        """The mean loss over the batch's rows, and its parts.
 
         None stands for no rows, which a rank has where a batch has fewer rows than there are ranks: the loss is zero, and
         so are all gradients, so that the rank still takes its part in the exchange. Parameters are reached from the last to the
         first, as they are in most models.
+
+        Args:
+            batch: the rows.
+            slopes: the gradient of a loss over the global batch with respect to this batch's features, which stands for the loss.
         """
         # Between the call of DDP and this one, it waits for rank 0's buffers.
         self._clock.begin()
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if batch is not None:
-            arguments = (self.model, batch, self.now) if self._takes_now else (self.model, batch)
-            return _tied(self._loss(*arguments), *parameters)
-        loss = torch.zeros((), device=parameters[0].device)
-        for parameter in parameters:
-            loss = _tied(loss, parameter)
-        return loss
+        if batch is None:
+            loss = torch.zeros((), device=parameters[0].device)
+            for parameter in parameters:
+                loss = _tied(loss, parameter)
+            return Measured(loss, {})
+        if slopes is None:
+            measured = self._loss(self.model, batch, self.now)
+        else:
+            found = self.features(batch)
+            measured = Measured(torch.stack([(found[name].double() * slope).sum() for name, slope in slopes.items()]).sum(), {})
+        return replace(measured, loss=_tied(measured.loss, *parameters))
+
+    def features(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        """The batch's features by name; a single tensor is named "": the objective's loss over all is given it as it is."""
+        found = features(self._objective, self.model, batch, self.now)
+        return found if isinstance(found, Mapping) else {"": found}
+
+    def of_features(self, found: Mapping[str, torch.Tensor]) -> Measured:
+        """The loss over the features of the global batch."""
+        return self._loss(self.model, found.get("", found), self.now)
 
 
 def _tied(loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
@@ -135,6 +158,7 @@ class DistributedObjective:
         self._precision = precision
         self._others = [p for p in model.parameters() if all(p is not own for own in self.parameters)]
         self.clock = ForwardClock(device)
+        self._parts: list[str] | None = None
         self._loss_module = LossModule(model, objective, self.clock)
         with self.only_own():
             spread = dist.is_initialized() and not strict
@@ -164,16 +188,48 @@ class DistributedObjective:
         with self.only_own():
             yield
 
-    def loss(self, batch: Batch | None) -> torch.Tensor:
-        """The loss of a batch, computed in the job's precision."""
+    def loss(self, batch: Batch | None, slopes: Slopes | None = None) -> Measured:
+        """The loss of a batch and its parts, computed in the job's precision; see `LossModule.forward`."""
         begun_s = time.perf_counter()
         with autocast(self._precision, self.device):
             faults.point("before_forward")
             self.clock.add(time.perf_counter() - begun_s)
-            loss = self._module(batch)
+            measured: Measured = self._module(batch, slopes)
             faults.point("after_forward")
         self.clock.end()
-        return loss.float()  # type: ignore[no-any-return]
+        return replace(measured, loss=measured.loss.float())
+
+    def features(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        """The features of a batch by name, without gradients, in the job's precision. The batch is not changed."""
+        self.clock.begin()
+        # The job's code may change its batch, and is to be given the same once more.
+        with torch.no_grad(), autocast(self._precision, self.device):
+            found = self._loss_module.features(copy.deepcopy(batch))
+        self.clock.end()
+        return found
+
+    def loss_of_features(self, found: Mapping[str, torch.Tensor]) -> Measured:
+        """The loss over the features of the global batch, computed in the job's precision."""
+        with autocast(self._precision, self.device):
+            measured = self._loss_module.of_features(found)
+        return replace(measured, loss=measured.loss.float())
+
+    def agree_on_parts(self, own: Sequence[Measured]) -> Sequence[str]:
+        """The names of the loss's parts, the same on all ranks: one that has no rows in a step has measured none.
+
+        They are exchanged once, where a first loss is computed.
+
+        Raises:
+            InputError: a loss named other parts than one before.
+        """
+        if self._parts is None:
+            first = list(own[0].parts) if own else None
+            told = [json.loads(line) for line in all_gather_lines(json.dumps(first))]
+            self._parts = next((names for names in told if names is not None), None)
+        names = self._parts or []
+        if other := next((one.parts for one in own if one.parts.keys() != set(names)), None):
+            raise other_parts(self.objective, other, names)
+        return names
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Around each backward pass of a step: gradients are exchanged in the last one only."""
@@ -192,7 +248,7 @@ class DistributedObjective:
             return
         with self.only_own():
             for _ in range(2):
-                torch.autograd.backward(self.loss(None))
+                torch.autograd.backward(self.loss(None).loss)
         for parameter in self.parameters:
             parameter.grad = None
         self.clock.take()

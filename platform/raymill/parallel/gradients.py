@@ -8,91 +8,123 @@ sum is the same to the bit at any number of workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from raymill.own_code.contracts import MAIN, Measured
+from raymill.parallel.buffers import SavedBuffers
 from raymill.parallel.ddp import DistributedObjective
-from raymill.parallel.process_group import broadcast_buffers, rank_and_world_size
-from raymill.task import Batch
-
-Seed = Callable[[int], None]
-"""Seeds all generators for a shard."""
+from raymill.parallel.global_loss import over_the_global_batch
+from raymill.parallel.microbatch import Microbatch, Seed, weighed
+from raymill.parallel.process_group import rank_and_world_size
 
 
 @dataclass(frozen=True)
-class Microbatch:
-    """One shard of a global batch that this rank owns.
+class StepLoss:
+    """The loss of a step and its parts: of all ranks' sums together, divided by the weight.
 
     Attributes:
-        shard: its number.
-        count: its rows; not 0.
-        batch: the rows, on the device.
+        names: of the loss and its parts; the same on all ranks.
+        sums: this rank's part of the weighted sums, [len(names)], float64, on the device.
+        weight: of the global batch; 0 where there was nothing to learn.
     """
 
-    shard: int
-    count: int
-    batch: Batch
+    names: Sequence[str]
+    sums: torch.Tensor
+    weight: float
+
+
+def compute_gradients(
+    distributed: DistributedObjective, microbatches: Sequence[Microbatch], rows: int, num_shards: int, seed: Seed, *, strict: bool
+) -> StepLoss:
+    """Leave the gradient of the mean loss over a global batch on the parameters. Nothing is waited for but other ranks.
+
+    Args:
+        microbatches: this rank's shards, weighing their rows.
+        rows: of the global batch.
+        num_shards: of the global batch.
+        seed: seeds all generators for a shard; number `num_shards` is for a loss over the global batch.
+        strict: the same to the bit at any number of ranks.
+    """
+    objective, compute = distributed.objective, ordered_gradients if strict else averaged_gradients
+    total: float = rows
+    if objective.weight is not None:
+        microbatches, total = weighed(objective, microbatches, num_shards)
+    if objective.features is None:
+        measured = compute(distributed, microbatches, total, seed)
+        names = [MAIN, *distributed.agree_on_parts(measured)]
+        sums = torch.zeros(len(names), dtype=torch.float64, device=distributed.device)
+        for microbatch, one in zip(microbatches, measured, strict=True):
+            sums += one.values(names[1:]) * microbatch.weight
+        return StepLoss(names, sums, total)
+    whole = over_the_global_batch(distributed, microbatches, rows, num_shards, seed, strict=strict)
+    compute(distributed, whole.microbatches, rows, seed)
+    whole.finish()
+    names = [MAIN, *whole.measured.parts]
+    # All ranks computed the same; one says it.
+    values = whole.measured.values(names[1:]) * (dist.get_rank() == 0 if dist.is_initialized() else 1)
+    return StepLoss(names, values, 1)
 
 
 def averaged_gradients(
-    distributed: DistributedObjective, microbatches: Sequence[Microbatch], rows: int, seed: Seed
-) -> torch.Tensor:
-    """Leave the gradient of the mean loss over `rows` rows on the parameters.
+    distributed: DistributedObjective, microbatches: Sequence[Microbatch], weight: float, seed: Seed
+) -> list[Measured]:
+    """Leave the gradient of the mean loss on the parameters, of microbatches that weigh `weight` on all ranks together.
 
     A parameter that no loss of the step used gets zeros, as DDP makes it, at any number of ranks.
 
     Returns:
-        this rank's sum of losses, a scalar in float64, on the device.
+        what was measured of each microbatch.
     """
     _, world_size = rank_and_world_size()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=distributed.device)
+    found: list[Measured] = []
     if not microbatches:
-        torch.autograd.backward(distributed.loss(None))
+        torch.autograd.backward(distributed.loss(None).loss)
     for number, microbatch in enumerate(microbatches):
         seed(microbatch.shard)
         with distributed.accumulating(last=number == len(microbatches) - 1):
-            loss = distributed.loss(microbatch.batch)
-            # DDP averages over ranks; this makes it the mean over the rows of the global batch.
-            torch.autograd.backward(loss * (microbatch.count * world_size / rows))
-        loss_sum += loss.detach().double() * microbatch.count
+            measured = distributed.loss(microbatch.batch, microbatch.slopes)
+            # DDP averages over ranks; this makes it the mean over the global batch.
+            torch.autograd.backward(measured.loss * (microbatch.weight * world_size / weight))
+        found.append(replace(measured, loss=measured.loss.detach()))
     for parameter in distributed.parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    return loss_sum
+    return found
 
 
 def ordered_gradients(
-    distributed: DistributedObjective, microbatches: Sequence[Microbatch], rows: int, seed: Seed
-) -> torch.Tensor:
+    distributed: DistributedObjective, microbatches: Sequence[Microbatch], weight: float, seed: Seed
+) -> list[Measured]:
     """As `averaged_gradients`, but the same to the bit for any number of ranks.
 
     Every shard starts from the same buffers. Afterwards a buffer that no shard changed is as it was, to the bit. Of one that some
-    shard changed, running statistics (floating point, complex) are the mean over the shards, weighted by rows, added up in the
-    same order as the gradients; anything else, such as a counter, is as the last shard left it.
+    shard changed, running statistics (floating point, complex) are the mean over the shards, weighted as their losses are, added
+    up in the same order as the gradients; anything else, such as a counter, is as the last shard left it.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in distributed.model.buffers()]
+    saved = SavedBuffers.of(distributed.model)
+    buffers = saved.pairs
     own: list[torch.Tensor] = []
-    loss_sum = torch.zeros((), dtype=torch.float64, device=distributed.device)
+    found: list[Measured] = []
     rank, world_size = rank_and_world_size()
     for microbatch in microbatches:
-        _restore(buffers)
+        saved.restore()
         seed(microbatch.shard)
-        loss = distributed.loss(microbatch.batch)
-        share = microbatch.count / rows
+        measured = distributed.loss(microbatch.batch, microbatch.slopes)
+        loss, share = measured.loss, microbatch.weight / weight
         grads = torch.autograd.grad(loss * share, distributed.parameters, allow_unused=True)
         known = [torch.zeros_like(p) if g is None else g for p, g in zip(distributed.parameters, grads, strict=True)]
-        changed = torch.stack([(_bits(now) != _bits(before)).any() for now, before in buffers]) if buffers else loss.new_zeros(0)
+        changed = torch.stack([_differ(now, before) for now, before in buffers]) if buffers else loss.new_zeros(0)
         # How many shards changed each buffer, and how many shards each rank had, travel with the sums.
         counts = [changed.to(loss.dtype), loss.new_tensor([float(other == rank) for other in range(world_size)])]
         own.append(
             torch.cat([*(g.reshape(-1) for g in known), *(_reals(now) * share for now, _ in buffers if _is_mean(now)), *counts])
         )
-        loss_sum += loss.detach().double() * microbatch.count
+        found.append(replace(measured, loss=loss.detach()))
     size = sum(p.numel() for p in distributed.parameters) + sum(_reals(b).numel() for b, _ in buffers if _is_mean(b))
     summed = add_in_order(own, size + len(buffers) + world_size, distributed.device)
     start = 0
@@ -100,12 +132,13 @@ def ordered_gradients(
         parameter.grad = summed[start : start + parameter.numel()].view_as(parameter).clone()
         start += parameter.numel()
     _settle_buffers(buffers, summed[start:size], summed[size:].tolist())
-    return loss_sum
+    return found
 
 
 def _settle_buffers(buffers: Sequence[tuple[torch.Tensor, torch.Tensor]], means: torch.Tensor, counts: Sequence[float]) -> None:
     """Give each buffer its value after a step, from the means and the counts of `ordered_gradients`; all ranks know the same."""
-    last_rank = max(rank for rank, num_shards in enumerate(counts[len(buffers) :]) if num_shards)
+    # No rank had any where the whole batch weighs nothing.
+    last_rank = max((rank for rank, num_shards in enumerate(counts[len(buffers) :]) if num_shards), default=0)
     start = 0
     with torch.no_grad():
         for (buffer, before), num_changes in zip(buffers, counts, strict=False):
@@ -130,15 +163,16 @@ def _reals(buffer: torch.Tensor) -> torch.Tensor:
     return (torch.view_as_real(buffer) if buffer.is_complex() else buffer).reshape(-1)
 
 
+def _differ(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Whether a buffer was changed, a scalar; an observer gives its own another shape when it first sees a tensor."""
+    if now.shape != before.shape:
+        return torch.ones((), dtype=torch.bool, device=now.device)
+    return (_bits(now) != _bits(before)).any()
+
+
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor: NaN equals itself there, and zero is not minus zero."""
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def _restore(pairs: Any) -> None:
-    with torch.no_grad():
-        for buffer, before in pairs:
-            buffer.copy_(before)
 
 
 def add_in_order(own: Sequence[torch.Tensor], size: int, device: torch.device) -> torch.Tensor:
@@ -158,23 +192,6 @@ def add_in_order(own: Sequence[torch.Tensor], size: int, device: torch.device) -
     if world_size > 1:
         dist.broadcast(running, src=world_size - 1)
     return running
-
-
-@dataclass(frozen=True)
-class SavedBuffers:
-    """Buffers as they were before a step, to undo what a refused forward pass did to them."""
-
-    buffers: list[tuple[torch.Tensor, torch.Tensor]]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> SavedBuffers:
-        """Copy them."""
-        broadcast_buffers(model)
-        return cls([(buffer, buffer.clone()) for buffer in model.buffers()])
-
-    def restore(self) -> None:
-        """Put them back."""
-        _restore(self.buffers)
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:

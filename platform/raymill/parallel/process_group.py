@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import socket
+from collections.abc import Mapping
 from datetime import timedelta
 
 import numpy as np
@@ -72,7 +75,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """A CPU tensor of each rank, in the order of the ranks."""
+    """A tensor of each rank, of one type and shape, in the order of the ranks."""
     if not dist.is_initialized():
         return [tensor]
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
@@ -92,6 +95,29 @@ def all_gather_lines(text: str) -> list[str]:
     """A line of text of each rank, in the order of the ranks."""
     numbers = np.frombuffer(f"{text}\n".encode(), np.uint8).astype(np.int64)
     return bytes(all_gather_integers(numbers)).decode().splitlines()
+
+
+def all_gather_named(named: Mapping[str, torch.Tensor], device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """The tensors of each rank by name, on the device, in the order of the ranks; they may differ in number, type and shape.
+
+    What they are goes ahead, then their bytes in one message.
+    """
+    if not dist.is_initialized():
+        return [dict(named)]
+    headers = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in named.items()]
+    told = [json.loads(line) for line in all_gather_lines(json.dumps(headers))]
+    own = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in named.values()]
+    sizes = [[math.prod(shape) * getattr(torch, dtype).itemsize for _, dtype, shape in headers] for headers in told]
+    padded = torch.zeros(max(map(sum, sizes)), dtype=torch.uint8, device=device)
+    if own:
+        torch.cat(own, out=padded[: sum(map(len, own))])
+    found = []
+    for headers, lengths, part in zip(told, sizes, all_gather(padded), strict=True):
+        # Copies begin where any type may.
+        pieces = [piece.clone() for piece in torch.split(part[: sum(lengths)], lengths)] if lengths else []
+        kinds = [(name, getattr(torch, dtype), shape) for name, dtype, shape in headers]
+        found.append({name: piece.view(dtype).view(shape) for piece, (name, dtype, shape) in zip(pieces, kinds, strict=True)})
+    return found
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +26,7 @@ from raymill.data.bad_rows import read_good_rows
 from raymill.data.order import BatchSharding, Item, key, num_batches, shard_bounds
 from raymill.data.reader import Packet, transformed
 from raymill.data.rows import ROW_ID, join, num_rows, take, unpack
-from raymill.data.seeds import EVALUATION, FIRST_WEIGHTS, STEP, TRANSFORM, seed_everything, unchanged_caller
+from raymill.data.seeds import EVALUATION, FIRST_WEIGHTS, HOOK, STEP, TRANSFORM, seed_everything, unchanged_caller
 from raymill.errors import DataError, InputError, Problem, did_you_mean
 from raymill.evaluation.kept import gathered
 from raymill.evaluation.pictures import as_png
@@ -38,7 +38,7 @@ from raymill.own_code.traces import definition, headline, row_ids
 from raymill.parallel.ddp import DistributedObjective
 from raymill.parallel.gradients import gradient_norm
 from raymill.parallel.precision import autocast
-from raymill.task import TRAIN, Batch, Kept, Now, Picture, Rows, Task, Total
+from raymill.task import TRAIN, Batch, Kept, Now, Objective, Picture, Rows, Task, Total
 from raymill.training.assembly import Job
 from raymill.training.batch import to_device
 
@@ -91,11 +91,18 @@ def _line(error: BaseException) -> str:
 
 
 class _Trial:
-    """What was found so far."""
+    """What was found so far.
+
+    Attributes:
+        parts: objective -> the names of its loss's parts.
+        logged: metric of a step -> the objective that it is of.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.found: list[_Found] = []
+        self.parts: dict[str, Collection[str]] = {}
+        self.logged: dict[str, str] = {}
 
     def run(self) -> None:
         """Try all parts, in the order of a run."""
@@ -236,11 +243,37 @@ class _Trial:
         if objectives is None:
             return
         names = [one.name for one in objectives]
+        before = len(self.found)
+        self.logged = {contracts.metric_name(name, contracts.MAIN): name for name in names}
         for index, objective in enumerate(objectives):
             make = partial(DistributedObjective, model, objective, spec.loop.precision, CPU, strict=spec.loop.strict)
             distributed = self.tried(seams.OBJECTIVES, make, task.objectives)
             if distributed is not None:
                 self.minimise(distributed, index, names, rows)
+        if len(self.found) == before:
+            self.after_steps(task, model)
+
+    def after_steps(self, task: Task, model: nn.Module) -> None:
+        """What the task does to its model behind a step and behind an epoch; it must leave the tensors that `build` made."""
+        order = self.job.order
+        last = min(order.steps_per_epoch, self.job.plan.total_steps)
+        moments = {"after_step": self._now(1), "after_epoch": self._now(last)}
+        for name, seam in contracts.HOOKS.items():
+            if not contracts.has_hook(task, name):
+                continue
+            function = getattr(task, name)
+            seed_everything(self.job.spec.loop.seed, HOOK, moments[name].position)
+            before = _tensors(model)
+            self.tried(seam, partial(contracts.hook, task, name, model, moments[name]), function)
+            if changed := sorted({name for name, _, _ in {*before} ^ {*_tensors(model)}}):
+                fix = "Make all of them in build(), and change their values in place: tensor.copy_(...), tensor.mul_(...)."
+                found = f"other parameters or buffers than there were: {', '.join(changed)}"
+                self.note(seams.wrong(seam, function, found, fix).problems)
+
+    def _now(self, step: int) -> Now:
+        """The moment of one of the first epoch's steps."""
+        order, rows = self.job.order, self.job.plan.global_batch_rows
+        return Now(step, 0, order.steps_per_epoch, self.job.plan.total_steps, min(step * rows, order.train.num_rows))
 
     def minimise(self, distributed: DistributedObjective, index: int, names: Sequence[str], rows: Rows) -> None:
         """One optimizer step of an objective."""
@@ -283,17 +316,21 @@ class _Trial:
 
     def _backward(self, distributed: DistributedObjective, index: int, batch: Batch) -> None:
         spec, objective, model = self.job.spec, distributed.objective, distributed.model
-        now = Now(1, 0, self.job.order.steps_per_epoch, self.job.plan.total_steps, self.job.plan.global_batch_rows)
-        checked = contracts.checked_loss(objective.loss)
+        checked, now = contracts.checked_loss(objective), self._now(1)
         for parameter in distributed.parameters:
             parameter.grad = None
 
         def compute() -> tuple[float, float]:
+            # A batch that weighs nothing is not trained on.
+            if objective.weight is not None and not contracts.weight(objective, batch):
+                return 0.0, 0.0
             seed_everything(spec.loop.seed, STEP, 0, 0, index)
             with autocast(spec.loop.precision, CPU):
-                loss = checked(model, batch, now).float()
-            torch.autograd.backward(loss)
-            return float(loss.detach()), float(gradient_norm(distributed.parameters))
+                given = contracts.features(objective, model, batch, now) if objective.features else batch
+                measured = checked(model, given, now)
+            self._compare_parts(objective, measured)
+            torch.autograd.backward(measured.loss.float())
+            return float(measured.loss.detach()), float(gradient_norm(distributed.parameters))
 
         computed = self.tried(seams.LOSS, compute, checked.own, batch)
         if computed is None or spec.loop.on_nan != "stop" or not _all_finite(batch):
@@ -302,6 +339,17 @@ class _Trial:
             found = "a loss of {}, with a gradient of norm {}, from rows whose numbers are all finite".format(*computed)
             fix = "Look for a division by zero, or the logarithm or root of what may be zero or less."
             self.note(seams.wrong(seams.LOSS, checked.own, found, fix, batch).problems)
+
+    def _compare_parts(self, objective: Objective, measured: contracts.Measured) -> None:
+        """Raise what is wrong with the names of a loss's parts, beside those of other batches and of other objectives."""
+        name = objective.name
+        expected = self.parts.setdefault(name, measured.parts.keys())
+        if measured.parts.keys() != expected:
+            raise contracts.other_parts(objective, measured.parts, expected)
+        metrics = {contracts.metric_name(name, part) for part in measured.parts}
+        if taken := sorted(metric for metric in metrics if self.logged.setdefault(metric, name) != name):
+            found = f"parts that are logged as {', '.join(taken)}, as what objective {self.logged[taken[0]]!r} logs"
+            raise seams.wrong(seams.LOSS, objective.loss, found, "Give them names of their own.")
 
     # ------------------------------------------------------------ evaluation and registration
 
@@ -409,6 +457,12 @@ def batch_sizes(sharding: BatchSharding) -> Sequence[int]:
     for batch in (0, last):
         sizes |= {int(size) for size in np.diff(shard_bounds(sharding.batch_size(batch), sharding.num_shards)) if size}
     return sorted(sizes, reverse=True)
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, nn.Parameter | None, torch.Size]]:
+    """What a checkpoint and the optimizers hold of a model: which parameters by name, and which buffers of which shape."""
+    parameters = [(name, parameter, parameter.shape) for name, parameter in model.named_parameters()]
+    return [*parameters, *((name, None, buffer.shape) for name, buffer in model.named_buffers())]
 
 
 def _all_finite(batch: Any) -> bool:

@@ -15,13 +15,16 @@ from raymill.data.feed import Feed
 from raymill.data.rows import ROW_ID
 from raymill.data.seeds import COLLATE, HOOK, STEP, seed_everything
 from raymill.errors import NumberError
+from raymill.own_code import contracts
+from raymill.parallel.buffers import SavedBuffers
 from raymill.parallel.clock import Clock, RankTime
 from raymill.parallel.ddp import DistributedObjective
-from raymill.parallel.gradients import Microbatch, SavedBuffers, averaged_gradients, gradient_norm, ordered_gradients
+from raymill.parallel.gradients import compute_gradients, gradient_norm
+from raymill.parallel.microbatch import Microbatch
 from raymill.parallel.process_group import all_gather, all_gather_integers, broadcast_buffers
 from raymill.record.events import StepRefused
 from raymill.record.store import Report, ResumePoint
-from raymill.task import TRAIN, Now, Task
+from raymill.task import TRAIN, Now
 from raymill.training.assembly import Job, WorkerContext
 from raymill.training.batch import to_device
 from raymill.training.state import TrainState
@@ -104,7 +107,8 @@ class StepTaker:
                 self.context.store.record_order(record)
             if len(ids[-1]):
                 seed_everything(self.job.spec.loop.seed, COLLATE, step.position, shard)
-                found.append(Microbatch(shard, len(ids[-1]), to_device(self.job.collate(rows), self.context.device)))
+                batch = to_device(self.job.collate(rows), self.context.device)
+                found.append(Microbatch(shard, len(ids[-1]), batch, weight=len(ids[-1])))
         return found
 
     def count_good_rows(self, microbatches: list[Microbatch], batch_rows: int) -> int:
@@ -130,21 +134,22 @@ class StepTaker:
         for group in groups:
             group.optimizer.zero_grad(set_to_none=True)
         self.state.restore_modes()
-        saved = SavedBuffers.of(self.state.model) if spec.loop.on_nan == "skip" else None
-        compute_gradients = ordered_gradients if spec.loop.strict else averaged_gradients
+        saved = SavedBuffers.of_rank_zero(self.state.model) if spec.loop.on_nan == "skip" else None
         with objective.in_step(moment(self.job.order, step)):
-            loss_sum = compute_gradients(
+            loss = compute_gradients(
                 objective,
                 microbatches,
                 rows,
+                self.job.shardings[TRAIN].num_shards,
                 lambda shard: seed_everything(spec.loop.seed, STEP, step.position, shard, index),
+                strict=spec.loop.strict,
             )
         faults.point("after_backward")
         for group in groups:
             group.hold_back(number)
         norm = gradient_norm(objective.parameters)
         # The one time in a step that the device is waited for.
-        norm_value, loss_sum_value = torch.stack([norm.double(), loss_sum]).tolist()
+        norm_value, *sums = torch.cat([norm.double().reshape(1), loss.sums]).tolist()
         if not math.isfinite(norm_value):
             self.refuse(step, name, norm_value, ids)
             if saved is not None:
@@ -154,9 +159,11 @@ class StepTaker:
         for group in groups:
             group.step(number)
         faults.point("after_optimizer")
-        taken.losses[f"train/{_label(name, 'loss')}"] = loss_sum_value / rows
-        taken.metrics[f"train/{_label(name, 'gradient_norm')}"] = norm_value
-        taken.metrics |= {f"train/{_label(name, quantity)}": rate for quantity, rate in rates.items()}
+        if loss.weight:
+            labels = [f"train/{contracts.metric_name(name, part)}" for part in loss.names]
+            taken.losses |= {label: value / loss.weight for label, value in zip(labels, sums, strict=True)}
+        taken.metrics[f"train/{contracts.metric_name(name, 'gradient_norm')}"] = norm_value
+        taken.metrics |= {f"train/{contracts.metric_name(name, quantity)}": rate for quantity, rate in rates.items()}
         return True
 
     def refuse(self, step: TrainStep, name: str, norm: float, ids: list[np.ndarray]) -> None:
@@ -178,11 +185,10 @@ class StepTaker:
 
 def call_hook(job: Job, state: TrainState, name: Literal["after_step", "after_epoch"], now: Now) -> None:
     """Let the task change the model, if it wants to. Each rank has its own running statistics until then."""
-    if getattr(type(job.task), name) is not getattr(Task, name):
+    if contracts.has_hook(job.task, name):
         broadcast_buffers(state.model)
         seed_everything(job.spec.loop.seed, HOOK, now.position, name == "after_epoch")
-        with torch.no_grad():
-            getattr(job.task, name)(state.model, now)
+        contracts.hook(job.task, name, state.model, now)
 
 
 def _few(row_ids: Sequence[int]) -> str:
@@ -190,8 +196,3 @@ def _few(row_ids: Sequence[int]) -> str:
     if len(row_ids) <= MAX_SHOWN_ROWS:
         return str(list(row_ids))
     return f"{len(row_ids)}, the first of them {list(row_ids[:MAX_SHOWN_ROWS])}; the run's events have them all"
-
-
-def _label(objective: str, quantity: str) -> str:
-    """Metric names: plain for the objective called "loss", "name_quantity" for others."""
-    return quantity if objective == "loss" else f"{objective}_{quantity}"
