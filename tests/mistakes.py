@@ -470,6 +470,13 @@ MISTAKES = [
         "leave out `register:`",
     ),
     Mistake(
+        "predictions for other rows than it was given",
+        [(INPUTS, '    def predict(self, model, batch):\n        return {"class": model(batch["x"]).argmax()}\n\n' + INPUTS)],
+        "def predict(self, model, batch):",
+        r"'class': .* for 8 rows",
+        "one value for each row",
+    ),
+    Mistake(
         "inputs that are no tuple",
         [('return (batch["x"],)', 'return batch["x"]')],
         DEF_INPUTS,

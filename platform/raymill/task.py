@@ -293,6 +293,16 @@ class Task(Protocol):
         return {}
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
-        """The arguments of `model.forward` for this batch: what a registered model takes."""
+        """The arguments of `model.forward` for this batch: what the exported graph of a registered model takes."""
         name = type(self).__name__
-        raise NotImplementedError(f"{name} must define inputs(batch), or the job must not register its model")
+        raise NotImplementedError(
+            f"{name} must define inputs(batch) or predict(model, batch), or the job must not register its model"
+        )
+
+    def predict(self, model: torch.nn.Module, batch: Batch) -> Mapping[str, Any]:
+        """What a trained model says of new rows: name -> a tensor [num_rows, ...], or a list with a value per row.
+
+        Not needed where what `forward` gives for `inputs` is the answer.
+        """
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} must define predict(model, batch), or inputs(batch)")

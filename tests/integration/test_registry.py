@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,7 @@ from raymill.data.manifest import as_record, take_manifest
 from raymill.errors import CheckpointError, InputError, RunError
 from raymill.files import read_record, write_record
 from raymill.models import exported, registration, registry
+from raymill.models.predict import Predictor
 from raymill.models.registry import ModelVersion
 from raymill.models.trained import find_model
 from raymill.record.events import RunFinished, append_event
@@ -55,7 +57,7 @@ def points() -> Pipeline:
     return Pipeline(sources={"train": Points()}, schema={"x": Field("float32", (3,))})
 
 
-class Line(Task):
+class Bare(Task):
     def __init__(self, width: int = 2, kind: str = "good"):
         self.width, self.kind = width, kind
 
@@ -78,6 +80,14 @@ class Line(Task):
     def evaluate(self, model, batch):
         return {}
 
+
+class Asked(Bare):
+    def predict(self, model, batch):
+        scores = model(batch["x"])
+        return {"class": scores.argmax(dim=1), "words": [f"of {len(scores)}" for _ in scores]}
+
+
+class Line(Bare):
     def inputs(self, batch):
         return (batch["x"], batch["x"]) if self.kind == "two inputs" else (batch["x"],)
 """
@@ -101,17 +111,17 @@ def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(project)
 
 
-def finished_run(run_id: str, seed: int = 0, kind: str = "good") -> RunFolder:
+def finished_run(run_id: str, seed: int = 0, kind: str = "good", export: str = "try", task: str = "Line") -> RunFolder:
     folder = run_folder(run_id)
     folder.checkpoints.mkdir(parents=True)
     spec = JobSpec.model_validate(
         {
             "name": "line",
-            "task": "tinyjobs.line:Line",
+            "task": f"tinyjobs.line:{task}",
             "pipeline": "tinyjobs.line:points",
             "model": {"width": 2, "kind": kind},
             "optimizer": {"kind": "SGD", "lr": 0.1},
-            "register": {"model": "line"},
+            "register": {"model": "line", "export": export},
         }
     )
     taken = take_manifest(load.import_pipeline(spec))
@@ -142,7 +152,7 @@ def register(folder: RunFolder) -> ModelVersion:
     """Register the model of a run; the version as the registry then has it."""
     with mlflow_settings():
         made = registration.register(folder)
-    assert (made.keys(), made["alias"]) == ({"name", "version", "alias"}, "candidate")
+    assert (made.keys() - {"not_exported"}, made["alias"]) == ({"name", "version", "alias"}, "candidate")
     return registry.resolve(f"{made['name']}/{made['version']}")
 
 
@@ -272,18 +282,53 @@ def test_a_model_of_several_inputs_is_registered_too() -> None:
     assert loaded(x, 0 * x).shape == (5, 2)
 
 
-@pytest.mark.parametrize(("kind", "reason"), [("branching", "no export"), ("random", "computes something else")])
-def test_a_model_whose_export_fails_or_differs_is_refused_and_no_version_is_left(kind: str, reason: str) -> None:
-    folder = finished_run("run-1", kind=kind)
-    with pytest.raises(RunError, match=reason):
+EXPORTS = [("branching", "torch.export failed"), ("random", "computes something else")]
+
+
+@pytest.mark.parametrize(("kind", "reason"), EXPORTS)
+def test_a_model_that_must_be_exported_and_cannot_be_is_refused_and_no_version_is_left(kind: str, reason: str) -> None:
+    folder = finished_run("run-1", kind=kind, export="required")
+    with pytest.raises(RunError, match=f"register.export is required: .*{reason}.* --set register.export=try"):
         register(folder)
     assert registry.list_models() == []
     assert logged_models(mlflow_run(folder)) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "export", "task", "reason"),
+    [
+        *((kind, "try", "Line", reason) for kind, reason in EXPORTS),
+        ("good", "never", "Line", "register.export is never"),
+        ("good", "try", "Asked", "no inputs"),
+    ],
+)
+def test_a_model_without_a_graph_is_registered_says_why_and_is_built_from_its_job(
+    kind: str, export: str, task: str, reason: str
+) -> None:
+    folder = finished_run("run-1", kind=kind, export=export, task=task)
+    made = register(folder)
+    assert made == register(folder), "once is enough"
+    shown = registry.show_model("line@candidate")
+    assert reason in shown["not_exported"]
+    assert "\n" not in shown["not_exported"]
+    assert len(logged_models(mlflow_run(folder))) == 1
+    files = {path.name for path in registry.model_files(made).parent.rglob("*") if path.is_file()}
+    assert {"MLmodel", "weights.safetensors", "spec.json", "checksums.json"} <= files
+    assert not {name for name in files if name.endswith((".pt2", ".pth", ".pkl"))}
+    predictor = Predictor.load("line@candidate")
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    answer = predictor.predict({"x": x})
+    assert len(answer["class"] if task == "Asked" else answer) == 5
+    if task == "Asked":
+        assert answer["words"] == ["of 5"] * 5
+        with torch.no_grad():
+            expected = predictor.model(torch.from_numpy(x)).argmax(dim=1)
+        assert answer["class"].tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize(("kind", "code"), [("good", 0), ("branching", 1)])
 def test_the_tracking_process_registers_at_the_end_and_the_run_is_finished_either_way(kind: str, code: int) -> None:
-    folder = finished_run("run-1", kind=kind)
+    folder = finished_run("run-1", kind=kind, export="required")
     done = subprocess.run([*TRACKER, str(folder.path)], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     run = mlflow_run(folder)
@@ -292,7 +337,7 @@ def test_the_tracking_process_registers_at_the_end_and_the_run_is_finished_eithe
         version = {"name": "line", "version": 1, "alias": "candidate"}
         assert read_record(folder.model_version) == version
     else:
-        assert "no export" in done.stderr
+        assert "torch.export failed" in done.stderr
         assert not folder.model_version.exists()
 
 

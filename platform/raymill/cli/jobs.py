@@ -155,6 +155,8 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
     model = summary.get("model")
     if model:
         table.add_row("model", f"{model['name']} version {model['version']}, alias {model['alias']}")
+        if "not_exported" in model:
+            table.add_row("its graph", f"none: {model['not_exported']}")
     console.print(table, soft_wrap=True)
     show_evaluations(console, summary["evaluations"], None)
     if "note" in summary:

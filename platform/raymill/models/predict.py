@@ -14,6 +14,7 @@ from raymill.data.arrow import schema_problems
 from raymill.data.rows import ROW_ID, num_rows
 from raymill.errors import InputError, Problem
 from raymill.models.trained import Trained, find_model
+from raymill.own_code import contracts
 from raymill.task import VALIDATION, Pipeline, Rows, Task
 from raymill.training.batch import default_collate
 
@@ -50,7 +51,7 @@ class Predictor:
         return cls(trained, pipeline, task, trained.build(task))
 
     def predict(self, rows: Rows) -> Any:
-        """What `forward` returns for these rows, in their order, with arrays for tensors.
+        """What the task's `predict` says of these rows, or else what `forward` returns, in their order, with arrays for tensors.
 
         Rows are transformed as those of the validation split. A column that is missing is filled with zeros if it is a label (the
         schema says `classes`), since a model that is asked does not need the answer.
@@ -71,7 +72,8 @@ class Predictor:
         changed[ROW_ID] = np.arange(count)
         batch = (self.pipeline.collate or default_collate)(changed)
         with torch.no_grad():
-            return _as_arrays(self.model(*self.task.inputs(batch)))
+            predicted = contracts.predict(self.task, self.model, batch, count)
+            return _as_arrays(self.model(*contracts.inputs(self.task, batch)) if predicted is None else predicted)
 
 
 def _as_arrays(value: Any) -> Any:

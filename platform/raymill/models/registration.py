@@ -1,7 +1,7 @@
 """A finished run's best weights become a version of a registered model.
 
-A version holds the exported graph (pt2, batch size free), and beside it what is needed to train on or to rebuild the
-model: weights, spec, plan and data manifest, with the checksums of all four. Nothing in it is a pickle.
+A version holds the exported graph (pt2, batch size free) where torch can export it, and beside it what is needed to train on
+or to rebuild the model: weights, spec, plan and data manifest, with the checksums of all four. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from raymill.data.rows import ROW_ID, join, num_rows, take
 from raymill.errors import CheckpointError, InputError, Problem, RunError
 from raymill.files import read_record, write_record
 from raymill.models import exported
-from raymill.models.registry import CODE_TAG, DATA_TAG, MODEL_TAG, WEIGHTS_TAG, metric_tags
+from raymill.models.registry import CODE_TAG, DATA_TAG, MODEL_TAG, NOT_EXPORTED_TAG, WEIGHTS_TAG, metric_tags
 from raymill.record import kept_code
 from raymill.record.catalog import data_digest
 from raymill.record.events import RunFinished, read_events
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 MAX_EXAMPLE_ROWS = 8
+MAX_REASON_LETTERS = 400
 
 VERSIONS_TAG = "mlflow.modelVersions"
 """What MLflow gives a logged model once it is registered."""
@@ -54,12 +55,12 @@ def register(folder: RunFolder) -> dict[str, Any]:
     within `mlflow_settings`.
 
     Returns:
-        name, version and alias.
+        name, version and alias; and not_exported, the reason, where it holds no graph.
 
     Raises:
         InputError: when the job does not say `register`.
-        RunError: when the run has no best checkpoint, or its model cannot be exported, or the exported model does not
-            compute what the original does.
+        RunError: when the run has no best checkpoint; or `register.export` is required, and its model cannot be exported, or
+            does not compute the same then.
         CheckpointError: when the checkpoint is damaged.
         MlflowException, SQLAlchemyError, OSError: when the store cannot be reached; calling again goes on.
     """
@@ -94,7 +95,8 @@ def register(folder: RunFolder) -> dict[str, Any]:
     current = registered.aliases.get(alias)
     if current is None or int(current) < int(made.version):
         client.set_registered_model_alias(name, alias, made.version)
-    return {"name": name, "version": int(made.version), "alias": alias}
+    found_export = {"not_exported": made.tags[NOT_EXPORTED_TAG]} if NOT_EXPORTED_TAG in made.tags else {}
+    return {"name": name, "version": int(made.version), "alias": alias, **found_export}
 
 
 def _make_version(
@@ -113,29 +115,63 @@ def _make_version(
         tags[CODE_TAG] = code.digest
     model, inputs = rebuild(spec, checkpoint)
     run = client.get_run(read_record(folder.delivery)["mlflow_run_id"])
-    logged = _new_logged_model(client, name, run, tags)
+    step = read_state(checkpoint, "step")["step"]
+    with tempfile.TemporaryDirectory() as beside:
+        files = _files_beside(folder, checkpoint, Path(beside))
+        logged, reason = _new_logged_model(client, name, run, tags), _no_reason_to_export(spec, inputs)
+        if inputs is not None and not reason:
+            tags[MODEL_TAG], reason = _try_export(model, inputs, logged, step, files)
+        if reason:
+            tags.pop(MODEL_TAG, None)
+            client.delete_logged_model(logged.model_id)
+            if spec.register_ is not None and spec.register_.export == "required":
+                raise RunError(
+                    f"the model of run {folder.run_id} was not registered, since register.export is required: {reason}. Correct "
+                    f"its forward(), or register it without a graph: --resume {folder.run_id} --set register.export=try"
+                )
+            tags[NOT_EXPORTED_TAG] = reason
+            logged = _new_logged_model(client, name, run, tags)
+            _log_files(logged, step, files)
+    return mlflow.register_model(f"models:/{logged.model_id}", name, tags={**tags, **metric_tags(metrics)})
+
+
+def _no_reason_to_export(spec: JobSpec, inputs: tuple[torch.Tensor, ...] | None) -> str:
+    """Why no export is tried; "" where it is."""
+    if spec.register_ is not None and spec.register_.export == "never":
+        return "register.export is never"
+    return "the task has no inputs(batch), the arguments of the model's forward()" if inputs is None else ""
+
+
+def _try_export(
+    model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], logged: LoggedModel, step: int, files: list[str]
+) -> tuple[str, str]:
+    """Export, upload, load back and compare; returns the archive's SHA-256, and why there is no export after all, or ""."""
     try:
-        with tempfile.TemporaryDirectory() as beside:
-            files = _files_beside(folder, checkpoint, Path(beside))
-            tags[MODEL_TAG] = _log(model, inputs, logged, read_state(checkpoint, "step")["step"], files)
-        difference = _difference(model, _load_back(logged, tags[MODEL_TAG]), inputs)
+        sha256 = _log(model, inputs, logged, step, files)
+        difference = _difference(model, _load_back(logged, sha256), inputs)
     except CheckpointError:
         raise
     except store_failures():
         raise
     except Exception as error:  # torch.export runs the user's code and may raise anything
-        client.delete_logged_model(logged.model_id)
-        raise RunError(
-            f"the model of run {folder.run_id} was not registered: no export: {type(error).__name__}: {error}. "
-            "forward() must take tensors and must not branch on their values."
-        ) from error
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON_LETTERS]
+        return "", f"torch.export failed: {why}. forward() must take tensors and must not branch on their values"
     if difference:
-        client.delete_logged_model(logged.model_id)
-        raise RunError(
-            f"the model of run {folder.run_id} was not registered: exported, it computes something else: {difference}. "
-            "Make forward() deterministic in eval mode and free of the batch size."
+        shown = " ".join(difference.split())[:MAX_REASON_LETTERS]
+        return (
+            "",
+            f"exported, it computes something else: {shown}. forward() must be deterministic in eval mode, at any batch size",
         )
-    return mlflow.register_model(f"models:/{logged.model_id}", name, tags={**tags, **metric_tags(metrics)})
+    return sha256, ""
+
+
+def _log_files(logged: LoggedModel, step: int, files: list[str]) -> None:
+    """Upload a version that is no graph: weights, job and code, of which raymill builds the model."""
+    from mlflow.models import Model
+
+    Model.log(
+        None, _WithoutGraph(), name=logged.name, run_id=logged.source_run_id, model_id=logged.model_id, step=step, files=files
+    )
 
 
 def _new_logged_model(client: MlflowClient, name: str, run: Run, tags: Mapping[str, str]) -> LoggedModel:
@@ -157,8 +193,8 @@ def _load_back(logged: LoggedModel, sha256: str) -> torch.nn.Module:
         return exported.load_exported(Path(model_folder) / exported.FILE, sha256)
 
 
-def rebuild(spec: JobSpec, checkpoint: Path) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-    """The model of a checkpoint, in eval mode, and the inputs of a few rows [num_rows, ...] of its own data."""
+def rebuild(spec: JobSpec, checkpoint: Path) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...] | None]:
+    """The model of a checkpoint, in eval mode, and the inputs of a few rows [num_rows, ...] of its own data, if it has any."""
     from safetensors.torch import load_file
 
     from raymill.checkpoint.snapshot import weights_sha256
@@ -172,7 +208,7 @@ def rebuild(spec: JobSpec, checkpoint: Path) -> tuple[torch.nn.Module, tuple[tor
             f"{checkpoint}: its weights are not those that were saved; they were changed. Nothing is registered."
         )
     model.load_state_dict(weights, strict=True)
-    return model.eval(), example_inputs(task, pipeline)
+    return model.eval(), None if type(task).inputs is Task.inputs else example_inputs(task, pipeline)
 
 
 def example_inputs(task: Task, pipeline: Pipeline) -> tuple[torch.Tensor, ...]:
@@ -202,6 +238,24 @@ def _files_beside(folder: RunFolder, checkpoint: Path, beside: Path) -> list[str
     write_checksums(beside)
     kept_code.copy(folder.path, beside)
     return [str(path) for path in sorted(beside.iterdir())]
+
+
+class _WithoutGraph:
+    """A flavor of MLflow's that holds files alone."""
+
+    def save_model(self, path: str, mlflow_model: Any, files: list[str]) -> None:
+        """Lay out the files as MLflow's PyTorch flavor lays out those beside a graph."""
+        import mlflow
+
+        beside = Path(path) / "extra_files"
+        beside.mkdir(parents=True)
+        for file in map(Path, files):
+            if file.is_dir():
+                shutil.copytree(file, beside / file.name)
+            else:
+                shutil.copyfile(file, beside / file.name)
+        mlflow_model.add_flavor("raymill", files=sorted(path.name for path in beside.iterdir()))
+        mlflow_model.save(str(Path(path) / mlflow.models.model.MLMODEL_FILE_NAME))
 
 
 class _PickleFree:

@@ -24,6 +24,9 @@ WEIGHTS_TAG, MODEL_TAG, DATA_TAG, CODE_TAG = (
     f"raymill.{name}" for name in ("weights_sha256", "model_sha256", "data_digest", "code_digest")
 )
 
+NOT_EXPORTED_TAG = "raymill.not_exported"
+"""Why a version holds no exported graph; it is rebuilt from its code then."""
+
 METRIC_TAG = "raymill.metric."
 """Followed by a metric's name: its value."""
 
@@ -93,7 +96,7 @@ def list_models() -> list[dict[str, Any]]:
 
 def show_model(reference: str) -> dict[str, Any]:
     """What is known of one version: name, version, aliases, run_id, metrics, weights_sha256, data_digest, code_digest, code
-    (where MLflow keeps the code that trained it), created_s.
+    (where MLflow keeps the code that trained it), not_exported (why it holds no exported graph, or None), created_s.
 
     Raises:
         InputError: when there is no such model.
@@ -112,6 +115,7 @@ def show_model(reference: str) -> dict[str, Any]:
             "data_digest": version.tags.get(DATA_TAG),
             "code": f"{found.uri}/extra_files/code" if version.tags.get(CODE_TAG) else None,
             "code_digest": version.tags.get(CODE_TAG),
+            "not_exported": version.tags.get(NOT_EXPORTED_TAG),
             "created_s": version.creation_timestamp / 1000,
         }
 

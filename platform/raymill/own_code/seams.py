@@ -67,7 +67,12 @@ PICTURES = Seam("pictures(model, now)", "name -> a raymill.task.Picture", "Corre
 INPUTS = Seam(
     "inputs(batch)",
     "a tuple of tensors, the arguments of the model's forward()",
-    "Define inputs(batch) in the task, or leave out `register:`.",
+    "Define inputs(batch) or predict(model, batch) in the task, or leave out `register:`.",
+)
+PREDICT = Seam(
+    "predict(model, batch)",
+    "name -> a tensor or a list with one value for each of the batch's rows",
+    "Correct predict().",
 )
 FORWARD = Seam("the model's forward()", "an answer to what inputs(batch) gives", "Correct inputs() or the model.")
 

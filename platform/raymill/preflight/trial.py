@@ -438,6 +438,11 @@ class _Trial:
         batch = self.tried(seams.COLLATE, lambda: self.job.collate(chosen), self.job.pipeline.collate, chosen)
         if batch is None:
             return
+        if type(task).predict is not Task.predict:
+            with torch.no_grad():
+                self.tried(seams.PREDICT, lambda: contracts.predict(task, model, batch, num_rows(chosen)), task.predict, batch)
+            if type(task).inputs is Task.inputs:
+                return
         inputs = self.tried(seams.INPUTS, lambda: contracts.inputs(task, batch), task.inputs, batch)
         if inputs is None:
             return
