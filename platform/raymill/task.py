@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -232,6 +232,25 @@ class Objective:
         return step >= self.from_step and step % self.every == 0
 
 
+@dataclass(frozen=True)
+class OwnOptimizer:
+    """An optimizer that a task makes itself, see `Task.optimizers`.
+
+    Attributes:
+        optimizer: over parameters of the model.
+        schedule: of its rate, if it has one.
+        per: when that is advanced: at each optimizer step, or at each epoch's end.
+        metric: what a ReduceLROnPlateau goes by, such as validation/loss; it is advanced with each evaluation of that.
+        max_grad_norm: largest norm of its parameters' gradient; None: no clipping.
+    """
+
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+    per: Literal["step", "epoch"] = "step"
+    metric: str | None = None
+    max_grad_norm: float | None = None
+
+
 class Task(Protocol):
     """What is learned. Subclass it, give `__init__` typed parameters (the job file's `model:`), and fill in.
 
@@ -255,6 +274,13 @@ class Task(Protocol):
     def objectives(self) -> Sequence[Objective]:
         """What is minimised, in this order in each step. One objective named "loss" unless overridden."""
         return [Objective("loss", self.loss)]
+
+    def optimizers(self, model: torch.nn.Module, total_steps: int) -> Mapping[str, Sequence[OwnOptimizer]]:
+        """The optimizers of each objective by its name, for a job whose file names none.
+
+        Made of torch's classes or others, they are saved and restored by their parameters' names, as those of a job file.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define optimizers(model, total_steps), or the job an optimizer")
 
     def after_step(self, model: torch.nn.Module, now: Now) -> None:
         """Change the model behind the optimizers of a step that was taken: clip weights, apply masks, count in a buffer.

@@ -23,6 +23,7 @@ from raymill.config.signature import (
     Module,
     Signature,
     check_arguments,
+    defines,
     find_definition,
     is_marked,
     read_module,
@@ -34,13 +35,16 @@ from raymill.errors import InputError, Problem, did_you_mean
 
 ALLOWED = frozenset({"jobs", "pipelines"})
 
+LIGHTNING = ("raymill.adapters.lightning", "LightningTask")
+"""The adapter that takes its optimizers from the module."""
+
 MARKS = {
-    "class": ("raymill.task", "Task"),
-    "function": ("raymill.task", "Pipeline"),
-    "optimizer": ("torch.optim", "Optimizer"),
-    "schedule": ("torch.optim.lr_scheduler", "LRScheduler"),
+    "class": (("raymill.task", "Task"), LIGHTNING, ("raymill.adapters.transformers", "TransformersTask")),
+    "function": (("raymill.task", "Pipeline"),),
+    "optimizer": (("torch.optim", "Optimizer"),),
+    "schedule": (("torch.optim.lr_scheduler", "LRScheduler"),),
 }
-"""What code must say of itself before a job may name it: a class derives from this one, a function returns a Pipeline."""
+"""What code must say of itself before a job may name it: a class derives from one of these, a function returns a Pipeline."""
 
 MARK_PROBLEMS = {
     "class": ("a subclass of raymill.task.Task", "Write `class {name}(Task):`."),
@@ -200,7 +204,7 @@ def find_code(import_path: str, field: str, kind: str, packages: Packages) -> Si
             fix = did_you_mean(attribute, _definitions(module, category, packages))
             raise refusal(f"{attribute!r}", f"a {category} at the top level of {name}, from an allowed package", fix)
         expected, fix = MARK_PROBLEMS[kind]
-        if not is_marked(module, attribute, *MARKS[kind], packages.locate):
+        if not any(is_marked(module, attribute, *mark, packages.locate) for mark in MARKS[kind]):
             raise refusal(f"{attribute!r}, a {category} without the mark of one", expected, fix.format(name=attribute))
     except (SyntaxError, ValueError) as error:
         raise refusal(f"a file that is not Python: {error}", "a module that can be parsed", "Correct it.") from error
@@ -219,6 +223,9 @@ def check_names(values: Mapping[str, Any], packages: Packages) -> list[Problem]:
     problems = _check_code("task", "class", values, "model", packages)
     problems += _check_code("pipeline", "function", values, "data", packages)
     optimizer = values.get("optimizer")
+    if optimizer is None and not _makes_optimizers(values, packages):
+        fix = "Add optimizer, or define optimizers(model, total_steps) in the task."
+        problems.append(Problem("optimizer", "nothing", "an optimizer, such as {kind: AdamW, lr: 1e-3}", fix))
     schedules = {"schedule": values.get("schedule")}
     by_field = {"optimizer": optimizer}
     if isinstance(optimizer, dict) and "kind" not in optimizer:
@@ -234,6 +241,19 @@ def check_names(values: Mapping[str, Any], packages: Packages) -> list[Problem]:
         for where, given in parts.items():
             problems += _check_class(where, given, _SCHEDULE, packages)
     return problems
+
+
+def _makes_optimizers(values: Mapping[str, Any], packages: Packages) -> bool:
+    """Whether the task makes its own optimizers, or cannot be looked at."""
+    try:
+        find_code(str(values.get("task")), "task", "class", packages)
+    except InputError:
+        return True
+    name, _, attribute = str(values["task"]).partition(":")
+    module = read_module(name, packages.locate)
+    if module is None:
+        return True
+    return is_marked(module, attribute, *LIGHTNING, packages.locate) or defines(module, attribute, "optimizers", packages.locate)
 
 
 def _check_code(field: str, kind: str, values: Mapping[str, Any], arguments_field: str, packages: Packages) -> list[Problem]:

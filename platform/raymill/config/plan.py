@@ -40,8 +40,6 @@ JUDGED = (
     "checkpoint.metric",
     "loop.early_stopping",
     "evaluate",
-    "optimizer",
-    "schedule",
 )
 """The fields that `find_problems` looks at."""
 

@@ -175,6 +175,17 @@ def is_marked(module: Module, name: str, home: str, mark: str, locate: Locate) -
     return _derives(node, place, home, mark, locate, frozenset())
 
 
+def defines(module: Module, name: str, method: str, locate: Locate, seen: frozenset[str] = frozenset()) -> bool:
+    """Whether a class, or one that it derives from in a file that `locate` reaches, defines a method."""
+    found = find_definition(module, name, locate)
+    if found is None or not isinstance(found[1], ast.ClassDef) or (key := f"{found[0].name}:{found[1].name}") in seen:
+        return False
+    if any(isinstance(item, ast.FunctionDef) and item.name == method for item in found[1].body):
+        return True
+    bases = [base.id for base in found[1].bases if isinstance(base, ast.Name)]
+    return any(defines(found[0], base, method, locate, seen | {key}) for base in bases)
+
+
 def _derives(node: ast.ClassDef, module: Module, home: str, mark: str, locate: Locate, seen: frozenset[str]) -> bool:
     for base in node.bases:
         if _means(base, module, home, mark):

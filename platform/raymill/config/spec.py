@@ -293,7 +293,10 @@ class JobSpec(StrictModel):
     pipeline: str = Field(description="import path of the function that makes the Pipeline, package.module:function")
     model: dict[str, Any] = Field(default_factory=dict, description="arguments of the task")
     data: dict[str, Any] = Field(default_factory=dict, description="arguments of the pipeline")
-    optimizer: OneOrSeveralOptimizers = Field(description="one, several by parameters in a list, or either per objective by name")
+    optimizer: OneOrSeveralOptimizers | None = Field(
+        default=None,
+        description="one, several by parameters in a list, or either per objective by name; null: the task makes its own",
+    )
     schedule: OneOrSeveralSchedules | None = Field(default=None, description="of the rate of optimizers without their own")
     loop: LoopSpec = Field(default_factory=LoopSpec)
     evaluate: list[EvaluationSpec] | None = Field(
@@ -321,7 +324,7 @@ class JobSpec(StrictModel):
 
     def optimizers(self) -> Iterator[tuple[str, OptimizerSpec]]:
         """Each optimizer, with its field."""
-        given = self.optimizer
+        given = self.optimizer or []
         by_field = {f"optimizer.{name}": own for name, own in given.items()} if isinstance(given, dict) else {"optimizer": given}
         for field, own in by_field.items():
             for number, one in enumerate(own) if isinstance(own, list) else [(None, own)]:

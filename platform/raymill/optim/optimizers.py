@@ -6,13 +6,13 @@ are computed once, then each optimizer steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
 
 from raymill.config import load
 from raymill.config.spec import JobSpec, OptimizerSpec
@@ -20,6 +20,7 @@ from raymill.errors import InputError, Problem
 from raymill.optim.schedules import Schedule, make_schedule
 from raymill.parallel.ddp import DistributedObjective
 from raymill.parallel.gradients import gradient_norm
+from raymill.task import OwnOptimizer
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,55 @@ class GroupOptimizer:
 
 
 def make_optimizers(
-    spec: JobSpec, distributed: DistributedObjective, objectives: Sequence[str], steps: int, epochs: int
+    spec: JobSpec,
+    distributed: DistributedObjective,
+    objectives: Sequence[str],
+    steps: int,
+    epochs: int,
+    own: Mapping[str, Sequence[OwnOptimizer]] | None = None,
 ) -> list[GroupOptimizer]:
-    """The optimizers of an objective, over its parameters.
+    """The optimizers of an objective, over its parameters: the job's, or those that the task makes.
 
     Args:
         objectives: the names of all objectives of the task.
         steps: of the whole job.
         epochs: likewise.
+        own: what the task makes; None: it makes none.
 
     Raises:
-        InputError: with every pattern that names no parameter, and parameters that no pattern names.
+        InputError: when both or neither give them; with each pattern that names no parameter, and parameters that none names.
     """
+    if spec.optimizer is None and own is None:
+        fix = "Add optimizer to the job, or define optimizers(model, total_steps) in the task."
+        raise InputError([Problem("optimizer", "nothing", "an optimizer", fix)])
+    if spec.optimizer is not None and own is not None:
+        fix = "Leave optimizer out of the job, or optimizers() out of the task."
+        raise InputError([Problem("optimizer", "one in the job, and a task that makes its own", "either", fix)])
+    if own is not None:
+        return [_taken(distributed, one) for one in own[distributed.name]]
+    return _dealt(spec, distributed, objectives, steps, epochs)
+
+
+def _taken(distributed: DistributedObjective, own: OwnOptimizer) -> GroupOptimizer:
+    """An optimizer that the task has made."""
+    names = {id(parameter): name for name, parameter in zip(distributed.names, distributed.parameters, strict=True)}
+    parameters = [parameter for group in own.optimizer.param_groups for parameter in group["params"]]
+    kind = type(own.optimizer).__name__
+    if any(id(parameter) not in names for parameter in parameters):
+        found = f"{kind} over a parameter that objective {distributed.name!r} does not train"
+        fix = "Give it parameters of the model that require a gradient, and that Objective(trains=...) covers."
+        raise InputError([Problem("optimizers()", found, f"some of {shown(distributed.names)}", fix)])
+    plateau = own.schedule if isinstance(own.schedule, lr_scheduler.ReduceLROnPlateau) else None
+    sequence = None if plateau else own.schedule
+    schedule = Schedule(sequence, own.per == "epoch", plateau, own.metric or "")
+    spec = OptimizerSpec(kind=kind, max_grad_norm=own.max_grad_norm)
+    return GroupOptimizer(spec, [names[id(parameter)] for parameter in parameters], parameters, own.optimizer, schedule)
+
+
+def _dealt(
+    spec: JobSpec, distributed: DistributedObjective, objectives: Sequence[str], steps: int, epochs: int
+) -> list[GroupOptimizer]:
+    """The job's optimizers of an objective, each over the parameters that its patterns name."""
     specs = optimizer_specs(spec, distributed.name, objectives)
     where = "optimizer" if not isinstance(spec.optimizer, dict) else f"optimizer.{distributed.name}"
     # One that stands alone has no number.
@@ -128,8 +166,8 @@ def optimizer_specs(spec: JobSpec, objective: str, objectives: Sequence[str]) ->
         InputError: when the job names optimizers that are not the task's objectives.
     """
     given = spec.optimizer
-    if not isinstance(given, dict):
-        return given if isinstance(given, list) else [given]
+    if given is None or not isinstance(given, dict):
+        return given if isinstance(given, list) else [given] if given else []
     if set(given) != set(objectives):
         raise InputError(
             [

@@ -17,7 +17,7 @@ from raymill.errors import InputError
 from raymill.own_code import seams
 from raymill.own_code.seams import calling, wrong
 from raymill.own_code.traces import describe
-from raymill.task import Batch, Features, Kept, Loss, Now, Objective, Picture, Rows, Task, Total
+from raymill.task import Batch, Features, Kept, Loss, Now, Objective, OwnOptimizer, Picture, Rows, Task, Total
 
 
 def build(task: Task) -> nn.Module:
@@ -217,6 +217,25 @@ HOOKS = {"after_step": seams.AFTER_STEP, "after_epoch": seams.AFTER_EPOCH}
 def has_hook(task: Task, name: str) -> bool:
     """Whether the task has one of the HOOKS."""
     return getattr(type(task), name) is not getattr(Task, name)
+
+
+def optimizers(task: Task, model: nn.Module, objectives: Sequence[str], total_steps: int) -> dict[str, list[OwnOptimizer]] | None:
+    """The optimizers that the task makes itself, by objective; None: it makes none, so that they are the job's.
+
+    Raises:
+        InputError: something of it is none, or they are of other objectives.
+    """
+    if type(task).optimizers is Task.optimizers:
+        return None
+    with calling(seams.OPTIMIZERS):
+        given = task.optimizers(model, total_steps)
+    if not isinstance(given, Mapping) or set(given) != set(objectives):
+        found = f"optimizers for {sorted(given)}" if isinstance(given, Mapping) else describe(given)
+        raise wrong(seams.OPTIMIZERS, task.optimizers, found, f"Give some for each of {sorted(objectives)}.")
+    for name, own in given.items():
+        if not isinstance(own, Sequence) or not own or not all(isinstance(one, OwnOptimizer) for one in own):
+            raise wrong(seams.OPTIMIZERS, task.optimizers, f"{name!r}: {describe(own)}")
+    return {name: list(own) for name, own in given.items()}
 
 
 def hook(task: Task, name: str, model: nn.Module, now: Now) -> None:

@@ -42,6 +42,7 @@ COLLATE = Seam("collate(rows)", "a batch of the rows", "Correct the pipeline's c
 TASK = Seam("the task's __init__", "a Task made of the job's `model:`", "Correct it, or the job's `model:`.")
 BUILD = Seam("build()", "a torch.nn.Module with its first weights", "Correct build().")
 OBJECTIVES = Seam("objectives()", "a list of raymill.task.Objective", "Correct objectives().")
+OPTIMIZERS = Seam("optimizers(model, total_steps)", "objective -> a list of raymill.task.OwnOptimizer", "Correct optimizers().")
 LOSS = Seam(
     "loss(model, batch)",
     "the mean loss over the batch's rows, a scalar tensor that the weights have a gradient of, for whatever number of rows",

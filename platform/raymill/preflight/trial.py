@@ -38,7 +38,7 @@ from raymill.own_code.traces import definition, headline, row_ids
 from raymill.parallel.ddp import DistributedObjective
 from raymill.parallel.gradients import gradient_norm
 from raymill.parallel.precision import autocast
-from raymill.task import TRAIN, Batch, Kept, Now, Objective, Picture, Rows, Task, Total
+from raymill.task import TRAIN, Batch, Kept, Now, Objective, OwnOptimizer, Picture, Rows, Task, Total
 from raymill.training.assembly import Job
 from raymill.training.batch import to_device
 
@@ -101,6 +101,7 @@ class _Trial:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.found: list[_Found] = []
+        self.own_optimizers: Mapping[str, Sequence[OwnOptimizer]] | None = None
         self.parts: dict[str, Collection[str]] = {}
         self.logged: dict[str, str] = {}
 
@@ -244,6 +245,12 @@ class _Trial:
             return
         names = [one.name for one in objectives]
         before = len(self.found)
+        total_steps = self.job.plan.total_steps
+        self.own_optimizers = self.tried(
+            seams.OPTIMIZERS, lambda: contracts.optimizers(task, model, names, total_steps), task.optimizers
+        )
+        if len(self.found) > before:
+            return
         self.logged = {contracts.metric_name(name, contracts.MAIN): name for name in names}
         for index, objective in enumerate(objectives):
             make = partial(DistributedObjective, model, objective, spec.loop.precision, CPU, strict=spec.loop.strict)
@@ -278,7 +285,8 @@ class _Trial:
     def minimise(self, distributed: DistributedObjective, index: int, names: Sequence[str], rows: Rows) -> None:
         """One optimizer step of an objective."""
         spec, total_steps, epochs = self.job.spec, self.job.plan.total_steps, self.job.order.num_epochs
-        groups = self.field("optimizer", lambda: make_optimizers(spec, distributed, names, total_steps, epochs))
+        own = self.own_optimizers
+        groups = self.field("optimizer", lambda: make_optimizers(spec, distributed, names, total_steps, epochs, own))
         with distributed.only_own():
             trained = self.for_each_size(TRAIN, rows, lambda batch, count: self._backward(distributed, index, batch))
         if not trained:

@@ -86,7 +86,8 @@ def build_state(job: Job, context: WorkerContext) -> TrainState:
     for one in distributed:
         one.warm_up()
     length = job.plan.total_steps, num_batches(job.plan.total_steps, job.plan.steps_per_epoch)
-    optimizers = {one.name: make_optimizers(job.spec, one, names, *length) for one in distributed}
+    own = contracts.optimizers(job.task, model, names, job.plan.total_steps)
+    optimizers = {one.name: make_optimizers(job.spec, one, names, *length, own) for one in distributed}
     average = WeightAverage(loop.average, model) if loop.average else None
     best_by = f"{job.spec.checkpoint.mode} {job.spec.checkpoint.metric}"
     return TrainState(model, distributed, optimizers, best_by=best_by, average=average)
