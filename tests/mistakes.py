@@ -466,7 +466,7 @@ MISTAKES = [
         "no inputs for a model that is registered",
         [("def inputs(", "def arguments(")],
         "class Net(Task):",
-        r"no inputs\(batch\)",
+        r"neither predict\(model, batch\) nor inputs\(batch\)",
         "leave out `register:`",
     ),
     Mistake(
