@@ -82,16 +82,17 @@ class Artifact:
 
         arrays = tuple(value.numpy() for value in inputs)
         try:
-            mlflow.pytorch.save_model(
-                self.model,
-                str(folder),
-                mlflow_model=mlflow_model,
-                input_example=arrays[0] if len(arrays) == 1 else arrays,
-                signature=_signature(self.model, inputs),
-                serialization_format="pt2",
-                pip_requirements=_requirements(),
-                extra_files=[str(file) for file in self.files],
-            )
+            with export.without_pages():
+                mlflow.pytorch.save_model(
+                    self.model,
+                    str(folder),
+                    mlflow_model=mlflow_model,
+                    input_example=arrays[0] if len(arrays) == 1 else arrays,
+                    signature=_signature(self.model, inputs),
+                    serialization_format="pt2",
+                    pip_requirements=_requirements(),
+                    extra_files=[str(file) for file in self.files],
+                )
             archive = folder / exported.FILE
             exported.drop_example_inputs(archive)
             self.sha256 = file_sha256(archive)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -23,11 +25,19 @@ def why_not(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> str:
     """
     any_size = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
     try:
-        # As MLflow does it when the model is registered.
-        exported = torch.export.export(model, inputs, dynamic_shapes=any_size).module()
+        with without_pages():
+            # As MLflow does it when the model is registered.
+            exported = torch.export.export(model, inputs, dynamic_shapes=any_size).module()
         return difference(model, exported, inputs)
     except Exception as error:  # it runs the job's own code and may raise anything
         return reason(error)
+
+
+@contextmanager
+def without_pages() -> Iterator[None]:
+    """Within this, nothing is shown of what torch prints of a graph that it could not finish."""
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        yield
 
 
 def difference(model: nn.Module, exported: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> str:
