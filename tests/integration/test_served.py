@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import sys
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,8 @@ from probes import served
 from raymill.data.arrow import table_from_rows
 from raymill.errors import CheckpointError, InputError
 from raymill.files import read_record
-from raymill.models import registry
-from raymill.task import Rows
+from raymill.models import registry, tables
+from raymill.task import Field, Rows
 
 pytestmark = pytest.mark.integration
 
@@ -134,27 +137,60 @@ def test_from_python_and_with_the_answer_given_nothing_changes(inside: None, tra
     assert right.mean() > 0.5, "it has learned to find them"
     with pytest.raises(InputError, match="found no such column; expected bytes"):
         model.predict({"text": ["where?"]})
+    texts = served.make_texts(30, 7)["text"]
+    reader = raymill.model("mood/1")
+    together, alone = reader.predict({"text": texts}), [reader.predict({"text": [text]}) for text in texts]
+    assert together["mood"] == [answer["mood"][0] for answer in alone]
+    np.testing.assert_allclose(together["share"], [answer["share"][0] for answer in alone], rtol=1e-5)
     by_run = raymill.model(trained["finder"]["run_id"]).predict({"picture": rows["picture"]})
     assert by_run["said"] == without["said"]
 
 
-def test_wrong_rows_are_refused_with_their_line(home: Home, trained: dict[str, Any], tmp_path: Path) -> None:
+def test_wrong_rows_are_refused_with_their_line(tmp_path: Path) -> None:
     place = tmp_path / "rows.jsonl"
-    for text, said in {
-        '{"text": "joy"}\n{"text": 3}\n': "rows.jsonl:2: column 'text': found a int; expected text",
-        '{"text": "joy"}\n{"txt": "joy"}\n': "rows.jsonl:2: column 'text': found no such column",
-        '{"text": "joy"}\n["joy"]\n': "rows.jsonl:2: found a list; expected a JSON object",
-        '{"text": "joy"\n': "rows.jsonl:1: found Expecting",
-        "": "no rows",
+    schema = {"text": Field("text"), "weight": Field("float32"), "place": Field("uint8", (None, 2)), "raw": Field("bytes")}
+    good = {"text": "joy", "weight": 1, "place": [[1, 2], [3, 4]], "raw": "AAE="}
+    place.write_text("".join(json.dumps(one) + "\n" for one in (good, {**good, "place": [], "weight": 0.5})))
+    (rows,) = tables.read(str(place), schema, (), 5)
+    assert (rows["text"], rows["raw"], rows["weight"].dtype) == (["joy", "joy"], [b"\0\1"] * 2, np.dtype("float32"))
+    assert [(found.dtype.name, found.shape) for found in rows["place"]] == [("uint8", (2, 2)), ("uint8", (0, 2))]
+    for wrong, said in {
+        json.dumps({**good, "text": 3}): "rows.jsonl:2: column 'text': found a int; expected text",
+        json.dumps({**good, "weight": "3"}): "rows.jsonl:2: column 'weight': found <U1",
+        json.dumps({**good, "weight": True}): "found bool; expected float32",
+        json.dumps({**good, "place": [[1, 2.5]]}): "found a number with a fraction; expected uint8 of shape (None, 2)",
+        json.dumps({**good, "place": [[1, 256]]}): "rows.jsonl:2: column 'place': found Python integer 256 out of bounds",
+        json.dumps({**good, "place": [[1, 2], [3]]}): "rows.jsonl:2: column 'place': found setting an array element",
+        json.dumps({**good, "raw": "é"}): "rows.jsonl:2: column 'raw': found",
+        '{"txt": "joy"}': "rows.jsonl:2: column 'text': found no such column",
+        '["joy"]': "rows.jsonl:2: found a list; expected a JSON object",
+        '{"text": "joy"': "rows.jsonl:2: found Expecting",
     }.items():
-        place.write_text(text)
-        out = tmp_path / "out.jsonl"
-        code, stdout, stderr = home.run("predict", "mood/1", "--rows", str(place), "--batch-rows", "1", "--out", str(out))
-        assert (code, stdout, out.exists()) == (2, "", False), stderr
-        assert said in stderr
-    for option in (("--rows", "rows.csv"), ("--rows", str(place), "--out", "out.csv")):
-        code, _, stderr = home.run("predict", "mood/1", *option)
-        assert (code, "a file that ends with .parquet or .jsonl, or -" in stderr) == (2, True)
+        place.write_text(f"{json.dumps(good)}\n{wrong}\n")
+        with pytest.raises(InputError, match=re.escape(said)):
+            list(tables.read(str(place), schema, (), 1))
+    place.write_text("\n")
+    with pytest.raises(InputError, match="no rows"):
+        list(tables.read(str(place), schema, (), 1))
+    with pytest.raises(InputError, match=r"a file that ends with \.parquet or \.jsonl, or -"):
+        tables.read("rows.csv", schema, (), 1)
+    with pytest.raises(InputError, match=r"a file that ends with \.parquet or \.jsonl, or -"):
+        tables.write("rows.csv", (), sys.stdout)
+
+
+def test_a_file_of_answers_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    def batches() -> Iterator[Rows]:
+        yield {"x": np.array([1.0, np.nan]), "raw": [b"a", b"b"]}
+        raise LookupError
+
+    for name in ("out.jsonl", "out.parquet"):
+        (tmp_path / name).write_text("before")
+        with pytest.raises(LookupError):
+            tables.write(str(tmp_path / name), batches(), sys.stdout)
+        assert (tmp_path / name).read_text() == "before"
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out.jsonl", "out.parquet"]
+    assert tables.write(str(tmp_path / "out.jsonl"), islice(batches(), 1), sys.stdout) == 2
+    assert (tmp_path / "out.jsonl").read_text() == '{"x": 1.0, "raw": "YQ=="}\n{"x": null, "raw": "Yg=="}\n'
 
 
 def test_a_version_without_a_graph_is_verified_as_any_other(inside: None, trained: dict[str, Any]) -> None:

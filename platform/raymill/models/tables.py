@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 import os
@@ -127,7 +126,7 @@ def _value(where: str, name: str, field: Field, row: Mapping[str, Any]) -> Any:
             raise refuse(f"a {type(value).__name__}", "Write a string; bytes in base64.")
         try:
             return value if field.dtype == "text" else base64.b64decode(value, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise refuse(f"no base64: {error}", "Write bytes in base64.") from error
     dtype = np.dtype(field.dtype)
     try:
