@@ -80,8 +80,8 @@ class Artifact:
         """Save with the graph; returns why that is not possible, or ""."""
         import mlflow
 
-        arrays = tuple(value.numpy() for value in inputs)
         try:
+            arrays = tuple(value.numpy() for value in inputs)
             with export.without_pages():
                 mlflow.pytorch.save_model(
                     self.model,

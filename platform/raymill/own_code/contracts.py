@@ -378,10 +378,12 @@ def _column(value: Any) -> Column | None:
         return array if array is not None and array.ndim else None
     if all(isinstance(one, str) for one in value) or all(isinstance(one, bytes) for one in value):
         return list(value)
-    arrays = [_array(one) for one in value]
-    if any(array is None for array in arrays) or len({(array.dtype, array.ndim) for array in arrays if array is not None}) > 1:
+    arrays = [array for one in value if (array := _array(one)) is not None]
+    if len(arrays) < len(value):
         return None
-    return arrays if arrays[0] is not None and arrays[0].ndim else np.array(arrays)
+    if not any(array.ndim for array in arrays):
+        return np.array(arrays)
+    return arrays if len({(array.dtype, array.ndim) for array in arrays}) == 1 else None
 
 
 def _array(value: Any) -> np.ndarray | None:
