@@ -43,7 +43,7 @@ def show_model(model: ModelArgument, json_: JsonOption = False) -> None:
             **found["metrics"],
             "takes": found["takes"],
             "gives": found["gives"],
-            "exported": found["not_exported"] or found["exported"],
+            "exported": found["exported"] or f"no: {found['not_exported']}",
             "weights SHA-256": found["weights_sha256"],
             "data SHA-256": found["data_digest"],
             "code SHA-256": found["code_digest"],
