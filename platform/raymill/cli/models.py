@@ -48,7 +48,6 @@ def show_model(model: ModelArgument, json_: JsonOption = False) -> None:
             "data SHA-256": found["data_digest"],
             "code SHA-256": found["code_digest"],
             "its code": found["code"],
-            "its graph": f"none: {found['not_exported']}" if found["not_exported"] else "exported",
         }
         emit(found, json_, lambda console: show_values(console, values))
 

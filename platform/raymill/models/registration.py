@@ -59,7 +59,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 
 MAX_EXAMPLE_ROWS = 8
-MAX_REASON_LETTERS = 400
 
 VERSIONS_TAG = "mlflow.modelVersions"
 """What MLflow gives a logged model once it is registered."""

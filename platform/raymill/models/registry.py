@@ -126,7 +126,6 @@ def show_model(reference: str) -> dict[str, Any]:
             "not_exported": version.tags.get(NOT_EXPORTED_TAG),
             "code": f"{found.uri}/extra_files/code" if version.tags.get(CODE_TAG) else None,
             "code_digest": version.tags.get(CODE_TAG),
-            "not_exported": version.tags.get(NOT_EXPORTED_TAG),
             "created_s": version.creation_timestamp / 1000,
         }
 

@@ -295,25 +295,6 @@ def pictures(task: Task, model: nn.Module, now: Now) -> dict[str, Picture]:
     return dict(found)
 
 
-def predict(task: Task, model: nn.Module, batch: Batch, num_rows: int) -> dict[str, Any] | None:
-    """What the task says of `num_rows` rows; None: it has no `predict`, so that the model's answer to `inputs` is meant.
-
-    Raises:
-        InputError: something of it has not one value for each row.
-    """
-    if type(task).predict is Task.predict:
-        return None
-    with calling(seams.PREDICT, batch):
-        found = task.predict(model, batch)
-    if not isinstance(found, Mapping) or not found:
-        raise wrong(seams.PREDICT, task.predict, describe(found), "Return a dict of names and values.", batch)
-    for name, values in found.items():
-        if not isinstance(values, torch.Tensor | np.ndarray | list) or not np.ndim(values) or len(values) != num_rows:
-            found_values = f"{name!r}: {describe(values)} for {num_rows} rows"
-            raise wrong(seams.PREDICT, task.predict, found_values, "Give one value for each row, in their order.", batch)
-    return dict(found)
-
-
 def inputs(task: Task, batch: Batch) -> tuple[torch.Tensor, ...]:
     """The arguments of the model's forward pass.
 
