@@ -42,6 +42,7 @@ def mnist(root: str | None = None, shift_pixels: int = 0) -> Pipeline:
         schema=MNIST,
         transform=partial(normalise_digits, shift_pixels=shift_pixels),
         get=partial(get_mnist, folder),
+        targets=["label"],
     )
 
 

@@ -33,6 +33,7 @@ def blobs(num_rows: int = 600, num_classes: int = 3, num_features: int = 8, num_
             for stream, (split, size) in enumerate(sizes.items())
         },
         schema={"features": Field("float32", (num_features,)), "label": Field("int64", classes=num_classes)},
+        targets=["label"],
     )
 
 

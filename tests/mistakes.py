@@ -139,6 +139,19 @@ def _loss(name: str, line: str, found: str, fix: str = "Correct the loss", shown
 
 
 DEF_LOSS, DEF_BUILD, DEF_EVALUATE = "def loss(self, model, batch):", "def build(self):", "def evaluate(self, model, batch):"
+BRANCHING = """\
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, x):
+        if x.sum().item() > 0:
+            x = -x
+        return self.layer(x)
+
+
+"""
 DEF_CHANGE, DEF_INPUTS = "def change(rows, split, generator):", "def inputs(self, batch):"
 BATCH_NORM = "return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))"
 
@@ -466,15 +479,63 @@ MISTAKES = [
         "no inputs for a model that is registered",
         [("def inputs(", "def arguments(")],
         "class Net(Task):",
-        r"no inputs\(batch\)",
+        r"neither predict\(model, batch\) nor inputs\(batch\)",
         "leave out `register:`",
     ),
     Mistake(
-        "predictions for other rows than it was given",
-        [(INPUTS, '    def predict(self, model, batch):\n        return {"class": model(batch["x"]).argmax()}\n\n' + INPUTS)],
+        "a predict that answers once for all rows",
+        [(INPUTS, '    def predict(self, model, batch):\n        return {"best": model(batch["x"]).amax()[None]}\n\n' + INPUTS)],
         "def predict(self, model, batch):",
-        r"'class': .* for 8 rows",
+        r"'best': float32 \[1\] for 8 rows",
         "one value for each row",
+    ),
+    Mistake(
+        "a predict that gives no names",
+        [(INPUTS, '    def predict(self, model, batch):\n        return model(batch["x"])\n\n' + INPUTS)],
+        "def predict(self, model, batch):",
+        r"float32 \[8, 3\]",
+        "Return a dict",
+    ),
+    Mistake(
+        "a forward that is no answer per row, and no predict",
+        [
+            ("nn.Linear(4, 3))\n", "nn.Linear(4, 3), nn.Flatten(0))\n"),
+            (
+                'scores = model(batch["x"])\n        return functional',
+                'scores = model(batch["x"]).view(-1, 3)\n        return functional',
+            ),
+            ('scores = model(batch["x"])\n        return {', 'scores = model(batch["x"]).view(-1, 3)\n        return {'),
+        ],
+        "",
+        r"'output': float32 \[24\] for 8 rows",
+        "Define predict",
+    ),
+    Mistake(
+        "a collate that looks at the answer where a model is asked",
+        [("check=check)", "check=check, targets=['label'])")],
+        COLLATE.strip(),
+        "KeyError: 'label'",
+    ),
+    Mistake(
+        "a target that is no column",
+        [("check=check)", "check=check, targets=['labels'])")],
+        found="'labels'",
+        fix="Did you mean 'label'",
+    ),
+    Mistake(
+        "a transform that draws at random where a model is asked",
+        [(CHANGE, "    rows['x'] = rows['x'] + generator.normal(size=rows['x'].shape).astype(np.float32)\n" + CHANGE)],
+        "def change(rows, split, generator):",
+        "other rows at each call",
+        "only if split == 'train'",
+    ),
+    Mistake(
+        "a graph that hangs on values, where an export is required",
+        [(BUILD, "        return Branching()\n"), ("class Net(Task):\n", BRANCHING + "class Net(Task):\n")],
+        job=[("{model: tiny}", "{model: tiny, export: required}")],
+        field="register.export",
+        found="data-dependent.*in forward: if x.sum",
+        fix="register.export: try",
     ),
     Mistake(
         "inputs that are no tuple",

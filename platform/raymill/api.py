@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -301,7 +302,11 @@ def model(reference: str) -> Model:
     """
     from raymill.models.predict import Predictor
 
-    return Model(reference, Predictor.load(reference))
+    predictor = Predictor.load(reference)
+    if changed := predictor.trained.code_changes():
+        what = ", ".join(map(str, changed))
+        warnings.warn(f"{reference} was trained with other code than today's, which runs now: {what}", stacklevel=2)
+    return Model(reference, predictor)
 
 
 @dataclass(frozen=True)
@@ -316,14 +321,15 @@ class Model:
         """The job that trained it."""
         return self._predictor.trained.spec
 
-    def predict(self, rows: Rows) -> Any:
-        """What the model says of rows, in their order.
+    def predict(self, rows: Rows) -> Rows:
+        """What the model says of rows, in their order: `Task.predict`, or else what `forward` returns for `Task.inputs`.
 
         Args:
-            rows: column -> one value per row, as the pipeline's sources give them; labels may be left out.
+            rows: column -> one value per row, as the pipeline's sources give them; the pipeline's targets may be left out.
 
         Returns:
-            What `forward` returns, with arrays for tensors: [num_rows, ...].
+            name -> an array [num_rows, ...], or a list with an array of any shape, a `str` or `bytes` per row. What a forward
+            pass returns without a name is "output".
 
         Raises:
             InputError: the rows do not fit the pipeline's schema.

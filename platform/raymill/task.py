@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 TRAIN, VALIDATION = "train", "validation"
 """The splits that are used unless a job says otherwise."""
 
+PREDICT = "predict"
+"""What a transform is told for rows that a trained model is asked about: nothing is drawn at random, and `targets` are absent."""
+
 # ---------------------------------------------------------------- rows
 
 Column = np.ndarray | list[Any]
@@ -121,6 +124,8 @@ class Pipeline:
         collate: rows -> batch, on the worker; None makes a tensor of each array column.
         check: names the bad rows of a fragment, before the transform; what becomes of them is the job's `bad_rows`.
         get: fetches the data set when it is not there yet; returns the folder. None: the user brings the data.
+        targets: the columns that are the answer, such as labels: in the split "predict", transform and collate do not see them.
+            None: not said; then only a column with `classes` may be left out of a question, and is zeros.
     """
 
     sources: Mapping[str, Source]
@@ -129,6 +134,7 @@ class Pipeline:
     collate: Callable[[Rows], Batch] | None = None
     check: Check | None = None
     get: Callable[[], Path] | None = None
+    targets: Sequence[str] | None = None
 
 
 # ---------------------------------------------------------------- task
@@ -318,17 +324,17 @@ class Task(Protocol):
         """
         return {}
 
+    def predict(self, model: torch.nn.Module, batch: Batch) -> Mapping[str, Any]:
+        """What the trained model says of a batch, without gradients. The answer on a row must not depend on the rows beside it.
+
+        Returns:
+            name -> one value per row: a tensor or array [num_rows, ...]; or a list with a tensor or array of any shape, a number,
+            a `str` or `bytes` per row. Unless overridden, what `forward` returns for `inputs`, as "output" where it has no name.
+        """
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} must define predict(model, batch) or inputs(batch) to be asked")
+
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         """The arguments of `model.forward` for this batch: what the exported graph of a registered model takes."""
         name = type(self).__name__
-        raise NotImplementedError(
-            f"{name} must define inputs(batch) or predict(model, batch), or the job must not register its model"
-        )
-
-    def predict(self, model: torch.nn.Module, batch: Batch) -> Mapping[str, Any]:
-        """What a trained model says of new rows: name -> a tensor [num_rows, ...], or a list with a value per row.
-
-        Not needed where what `forward` gives for `inputs` is the answer.
-        """
-        name = type(self).__name__
-        raise NotImplementedError(f"{name} must define predict(model, batch), or inputs(batch)")
+        raise NotImplementedError(f"{name} must define inputs(batch) for its model to be exported")

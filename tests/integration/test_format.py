@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from integration.commands import Home
+import raymill
+from integration.commands import PROJECT, Home
+from pipelines.synthetic import make_blobs
 from raymill.checkpoint.directory import WEIGHTS, verify
+from raymill.checkpoint.weights_digest import file_weights_sha256
 from raymill.config.plan import Plan
 from raymill.config.spec import JobSpec
 from raymill.files import FORMAT_VERSION, READABLE_VERSIONS, read_record
+from raymill.models import registry
 from raymill.models.registry import VERSION_FILES
 
 pytestmark = pytest.mark.integration
@@ -72,13 +78,27 @@ def test_the_files_of_a_version_of_then_are_read(then: Path) -> None:
     assert {name: value.shape for name, value in load_file(files / WEIGHTS).items()}
 
 
+def test_a_version_of_then_is_loaded_and_asked(then: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = then / "model_version"
+    known = registry.ModelVersion("blobs", 1, None, "smoke-finished", {}, str(file_weights_sha256(files / WEIGHTS)))
+    monkeypatch.setattr(registry, "resolve", lambda reference: known)
+    monkeypatch.setattr(registry, "model_files", lambda version: files)
+    monkeypatch.chdir(PROJECT)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*was trained with other code than today's")
+        model = raymill.model("blobs/1")
+    rows = make_blobs(50, 3, 8, 0, seed=0, stream=1)
+    scores = np.asarray(model.predict({"features": rows["features"]})["output"])
+    assert (scores.argmax(axis=1) == rows["label"]).mean() > 0.9
+
+
 @pytest.mark.parametrize("record", ["spec.json", "data_manifest.json", "events.jsonl"])
 def test_a_run_of_a_newer_raymill_is_refused_and_says_so(home: Home, record: str) -> None:
     file = home.path / "runs" / "smoke-killed" / record
     newer, count = re.subn(r'"format_version": ?\d+', f'"format_version": {FORMAT_VERSION + 1}', file.read_text())
     assert count
     file.write_text(newer)
-    code, _, stderr = home.run("train", "--resume", "smoke-killed", "--in-process")
+    code, _, stderr = home.run("train", "--resume", "smoke-killed", "--in-process", "--accept-code-changes")
     assert code == 2, stderr
     assert "written by a newer raymill: use that version" in " ".join(stderr.split())
     assert record in stderr

@@ -136,7 +136,7 @@ def test_the_record_is_json_and_reads_back_to_an_equal_spec(project: Path) -> No
     spec = load_job("digits").spec
     record = resolved(spec)
     assert JobSpec.model_validate(json.loads(json.dumps(record))) == spec
-    assert record["register"] == {"model": "digits", "alias": "candidate"}
+    assert record["register"] == {"model": "digits", "alias": "candidate", "export": "try"}
     several = load_job("digits", ["optimizer={a: {kind: SGD, lr: 1e-2}, b: {kind: Adam}}"]).spec
     assert JobSpec.model_validate(json.loads(json.dumps(resolved(several)))) == several
 

@@ -172,7 +172,7 @@ def test_the_records_beside_a_model_are_those_of_the_run(tmp_path: Path) -> None
         write_record(path, values)
     beside = tmp_path / "beside"
     beside.mkdir()
-    registration._files_beside(folder, checkpoint, beside)
+    registration._files_beside(folder, checkpoint, beside, {})
     assert {path: read_record(beside / path.name) for path in records} == records
 
 

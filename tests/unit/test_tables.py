@@ -171,11 +171,19 @@ def test_models_are_listed_and_shown_with_dates_and_whole_hashes(monkeypatch: py
     assert line.split() == ["digits", "3", "candidate", "3", "2027-01-15", "13:00:00"]
     version = {"name": "digits", "version": 3, "aliases": ["candidate"], "run_id": RUN, "metrics": {"validation/iou": 0.123456}}
     found = version | {"weights_sha256": DIGEST, "data_digest": DIGEST, "code_digest": DIGEST, "code": None, "created_s": START_S}
+    found |= {
+        "takes": "image bytes",
+        "gives": "boxes float32 of shape (None, None)",
+        "exported": False,
+        "not_exported": "branches",
+    }
     monkeypatch.setattr(registry, "show_model", lambda reference: found)
     lines = CliRunner().invoke(app, ["models", "show", "digits/3"]).stdout.splitlines()
     assert f"weights SHA-256  {DIGEST}" in lines
     assert "made             2027-01-15 13:00:00" in lines
     assert "validation/iou   0.1235" in lines
+    assert "takes            image bytes" in lines
+    assert "exported         no: branches" in lines
 
 
 # ---------------------------------------------------------------- what a failure says

@@ -100,6 +100,8 @@ WHOLE_WINDOWS = Mistake(
         ),
         ('"validation": 10', '"validation": 20'),
     ],
+    # Nobody could ask its model about a row or two.
+    job=[("register: {model: tiny}\n", "")],
 )
 SPOILED = Mistake(
     "rows that are not numbers, in a job that leaves them out",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from torch import nn
 from raymill import task
 from raymill.data.seeds import unchanged_caller
 from raymill.data.sources import ArraySource
+from raymill.own_code import contracts
 from raymill.task import Field, Pipeline, Rows, Task
+from raymill.training.batch import prediction_batch
 from worker_harness import Experiment, Start, run_rank
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "writing-a-job.md"
@@ -72,3 +75,11 @@ def test_an_example_of_the_document_trains(tmp_path: Path, make_task: Any, value
         outcome, events = run_rank(0, 1, 0, experiment, Start(tmp_path, 1, None, None, True))
     assert outcome.status == "finished"
     assert [event["step"] for event in events if event["kind"] == "task_changed"] == []
+
+
+@pytest.mark.parametrize(("make_task", "values"), [one for one in examples() if "predict" in vars(one.values[0])])
+def test_an_example_of_the_document_answers_for_each_row(make_task: Any, values: dict[str, Any]) -> None:
+    made = make_task(pipeline().schema)
+    batch = prediction_batch(replace(pipeline(), targets=["y"]), make_rows(3))
+    answer = contracts.predict(made, made.build(), batch, 3)
+    assert (len(answer["sum"]), [said.partition(" ")[0] for said in answer["said"]]) == (3, ["about"] * 3)

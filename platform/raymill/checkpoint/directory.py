@@ -119,8 +119,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify(path: Path, names: Collection[str] = FILES) -> None:
+def verify(path: Path, names: Collection[str] = FILES, may_have: Collection[str] = ()) -> None:
     """Check these files of a folder, which must be all that its checksums name, against them.
+
+    Args:
+        may_have: files that may be named as well, and are checked where they are.
 
     Raises:
         CheckpointError: names the first file that is missing, is no regular file, or differs.
@@ -134,7 +137,7 @@ def verify(path: Path, names: Collection[str] = FILES) -> None:
         raise CheckpointError(str(error.problems[0])) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: no readable {CHECKSUMS}; it is not whole") from error
-    if expected.keys() != set(names):
+    if not set(names) <= expected.keys() <= {*names, *may_have}:
         raise CheckpointError(f"{path}: its {CHECKSUMS} names {sorted(expected)}, not {sorted(names)}")
     for name, (num_bytes, sha256) in expected.items():
         file = path / name

@@ -127,6 +127,9 @@ def train(
         else:
             summary = api.resume_run(str(resume), workers, set_ or [], accept_code_changes=accept_code_changes, **how)
         emit(summary, json_, lambda console: _show_summary(console, summary))
+        if "not_registered" in summary:
+            # All weights are there, but not the model that was asked for.
+            raise typer.Exit(1)
 
 
 def _show_summary(console: Console, summary: dict[str, Any]) -> None:
@@ -156,7 +159,7 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
     if model:
         table.add_row("model", f"{model['name']} version {model['version']}, alias {model['alias']}")
         if "not_exported" in model:
-            table.add_row("its graph", f"none: {model['not_exported']}")
+            table.add_row("not exported", f"{model['not_exported']}; raymill loads it, MLflow alone does not")
     console.print(table, soft_wrap=True)
     show_evaluations(console, summary["evaluations"], None)
     if "note" in summary:

@@ -1,8 +1,11 @@
-"""The verbs about trained models: models, evaluate; and ui, the page where they are looked at."""
+"""The verbs about trained models: models, evaluate, predict; and ui, the page where they are looked at."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import json
+import sys
+from contextlib import redirect_stdout
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -38,13 +41,35 @@ def show_model(model: ModelArgument, json_: JsonOption = False) -> None:
             "made": moment(found["created_s"]),
             "run": found["run_id"],
             **found["metrics"],
+            "takes": found["takes"],
+            "gives": found["gives"],
+            "exported": found["exported"] or f"no: {found['not_exported']}",
             "weights SHA-256": found["weights_sha256"],
             "data SHA-256": found["data_digest"],
             "code SHA-256": found["code_digest"],
             "its code": found["code"],
-            "its graph": f"none: {found['not_exported']}" if found["not_exported"] else "exported",
         }
         emit(found, json_, lambda console: show_values(console, values))
+
+
+ExportOption = Annotated[
+    Literal["required", "try", "never"] | None, typer.Option("--export", help="in place of the job's `register.export`")
+]
+
+
+@app.command("register")
+def register_model(
+    run: Annotated[str, typer.Argument(help="the id of a finished run whose job says `register:`")],
+    export: ExportOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Register the model of a finished run again, such as one that could not be exported."""
+    with errors(json_):
+        from raymill.models.registration import register_run
+
+        made = register_run(run, export)
+        values = {"model": f"{made['name']}/{made['version']}", "alias": made["alias"], "not exported": made.get("not_exported")}
+        emit(made, json_, lambda console: show_values(console, values))
 
 
 SplitOption = Annotated[str, typer.Option("--split", help="the split of the job's pipeline whose rows are measured")]
@@ -60,6 +85,42 @@ def evaluate(model: ModelArgument, split: SplitOption = VALIDATION, json_: JsonO
             plain_console(stderr=True).print(for_people(line), soft_wrap=True)
         values = {"model": model, **result["metrics"], "rows": result["rows"]}
         emit(result, json_, lambda console: show_values(console, values))
+
+
+RowsOption = Annotated[str, typer.Option("--rows", help="a .parquet or .jsonl file; - for lines of JSON from stdin")]
+OutOption = Annotated[str, typer.Option("--out", help="a .parquet or .jsonl file; - for lines of JSON to stdout")]
+BatchRowsOption = Annotated[int | None, typer.Option("--batch-rows", min=1, help="rows that are asked about at once")]
+
+
+def predict(
+    model: ModelArgument, rows: RowsOption, out: OutOption = "-", batch_rows: BatchRowsOption = None, json_: JsonOption = False
+) -> None:
+    """Ask a model about rows as its job's sources give them, without labels; one answer per row, in their order."""
+    with errors(json_):
+        from raymill.models import tables
+        from raymill.models.predict import Predictor
+
+        # What the job's own code prints is no answer.
+        stdout = sys.stdout
+        with redirect_stdout(sys.stderr):
+            predictor = Predictor.load(model)
+            changed = predictor.trained.code_changes()
+            for line in _about_code(None if changed is None else [change.model_dump() for change in changed]):
+                plain_console(stderr=True).print(for_people(line), soft_wrap=True)
+            questions = tables.read(rows, predictor.takes, predictor.may_lack, batch_rows or predictor.batch_rows)
+            answers = predictor.predict_each(questions)
+            result: dict[str, Any] = {"model": predictor.trained.name}
+            if json_ and out == "-":
+                # One object holds all of them; so they have to be few.
+                result["predictions"] = [answer for batch in answers for answer in tables.as_json(batch)]
+                result["rows"] = len(result["predictions"])
+            else:
+                result |= {"rows": tables.write(out, answers, stdout), "out": out}
+        if json_:
+            # Not redacted: a column may well be called "tokens".
+            print(json.dumps(result))
+        elif out != "-":
+            show_values(plain_console(), result)
 
 
 def _about_code(changed: list[dict[str, Any]] | None) -> list[str]:

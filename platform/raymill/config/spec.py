@@ -276,12 +276,12 @@ class BadRowsSpec(StrictModel):
 
 
 class RegisterSpec(StrictModel):
-    """Under which name the best model is registered, and whether it must be a graph that runs without its code."""
+    """Under which name the best model is registered, and whether also as a graph that needs no code of the job."""
 
     model: Name = Field(description="registered model name")
     alias: Name = Field(default="candidate", description="alias that is moved to the new version")
     export: Literal["required", "try", "never"] = Field(
-        default="try", description="as a graph by torch.export; where that fails: no version, one without, or not tried"
+        default="try", description="torch.export: no model without it, with it where that works, or without"
     )
 
 

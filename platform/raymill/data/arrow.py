@@ -83,6 +83,20 @@ def describe(field: Field) -> str:
     return f"{what} in 0..{field.classes - 1}" if field.classes else what
 
 
+def schema_of(rows: Rows) -> Schema:
+    """The schema that rows have. Arrays in a list may be of any shape, whatever these are."""
+    return {name: _field_of(column) for name, column in rows.items()}
+
+
+def _field_of(column: Column) -> Field:
+    if isinstance(column, np.ndarray):
+        return Field(column.dtype.name, column.shape[1:])
+    first = column[0]
+    if isinstance(first, np.ndarray):
+        return Field(first.dtype.name, (None,) * first.ndim)
+    return Field("text" if isinstance(first, str) else "bytes")
+
+
 def schema_problems(rows: Rows, schema: Schema, where: str) -> list[Problem]:
     """Hold rows against the schema.
 

@@ -16,7 +16,7 @@ from itertools import chain, groupby, repeat
 from typing import Any
 
 from raymill.data.arrow import dtype_problems, schema_problems
-from raymill.errors import DataError, InputError, Problem
+from raymill.errors import DataError, InputError, Problem, did_you_mean
 from raymill.own_code import seams
 from raymill.own_code.seams import FRAGMENTS, READ, Seam
 from raymill.own_code.traces import culprit, own_frames
@@ -91,6 +91,10 @@ def take_manifest(pipeline: Pipeline, *, lenient: bool = False) -> Manifest:
             problems.append(_own_problem(FRAGMENTS, error, f"split {name!r}"))
         else:
             of_splits += [(name, problem) for problem in _first_rows_problems(name, source, splits[name], pipeline, lenient)]
+    for name in pipeline.targets or ():
+        if name not in pipeline.schema:
+            fix = did_you_mean(name, pipeline.schema)
+            problems.append(Problem("pipeline.targets", repr(name), "a column of the schema", fix))
     # One line of the job's own code may fail for several splits.
     found = [*problems, *_once_per_column(of_splits)]
     if once := {(one.where, one.expected, one.fix): one for one in reversed(found)}:

@@ -1,66 +1,85 @@
 """A finished run's best weights become a version of a registered model.
 
-A version holds the exported graph (pt2, batch size free) where torch can export it, and beside it what is needed to train on
-or to rebuild the model: weights, spec, plan and data manifest, with the checksums of all four. Nothing in it is a pickle.
+A version holds what is needed to train on, to rebuild the model or to ask it: weights, spec, plan, data manifest, and what it
+takes and gives, with the checksums of all; and the exported graph (pt2, batch size free) where there is one, see `artifact`.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from raymill.checkpoint.directory import WEIGHTS, file_sha256, read_state, verify, write_checksums
+from raymill.checkpoint.directory import WEIGHTS, read_state, verify, write_checksums
 from raymill.config.job_code import code_of
 from raymill.config.load import import_pipeline, import_task
 from raymill.config.spec import JobSpec
+from raymill.data.arrow import schema_of
 from raymill.data.bad_rows import read_good_rows
-from raymill.data.rows import ROW_ID, join, num_rows, take
-from raymill.errors import CheckpointError, InputError, Problem, RunError
-from raymill.files import read_record, write_record
-from raymill.models import exported
-from raymill.models.registry import CODE_TAG, DATA_TAG, MODEL_TAG, NOT_EXPORTED_TAG, WEIGHTS_TAG, metric_tags
+from raymill.data.rows import join, num_rows, take
+from raymill.errors import CheckpointError, InputError, Problem, RaymillError, RunError
+from raymill.files import read_record, waiting_lock, write_record
+from raymill.models.artifact import Artifact
+from raymill.models.registry import (
+    CODE_TAG,
+    DATA_TAG,
+    GIVES_TAG,
+    MODEL_TAG,
+    NOT_EXPORTED_TAG,
+    SIGNATURE,
+    TAKES_TAG,
+    WEIGHTS_TAG,
+    metric_tags,
+    registry_settings,
+)
+from raymill.models.signature import as_record, in_words
+from raymill.own_code import contracts
+from raymill.own_code.export import reason
+from raymill.own_code.traces import tell
 from raymill.record import kept_code
-from raymill.record.catalog import data_digest
+from raymill.record.catalog import data_digest, find_run
 from raymill.record.events import RunFinished, read_events
 from raymill.record.folder import RunFolder
-from raymill.task import TRAIN, VALIDATION, Pipeline, Task
+from raymill.redaction import redact_text
+from raymill.task import TRAIN, VALIDATION, Batch, Pipeline, Rows, Schema, Task
 from raymill.tracking import description
 from raymill.tracking.description import RUN_ID_TAG
-from raymill.tracking.mlflow_client import connect, store_failures
-from raymill.training.batch import default_collate
+from raymill.tracking.mlflow_client import connect
+from raymill.tracking.mlflow_sync import deliver_all
+from raymill.training.batch import asked_schema, prediction_batch
 
 if TYPE_CHECKING:
     import torch
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion
-    from mlflow.models import ModelSignature
 
 MAX_EXAMPLE_ROWS = 8
-MAX_REASON_LETTERS = 400
 
 VERSIONS_TAG = "mlflow.modelVersions"
 """What MLflow gives a logged model once it is registered."""
 
 
-def register(folder: RunFolder) -> dict[str, Any]:
+def register(folder: RunFolder, export: str | None = None) -> dict[str, Any]:
     """Register the best weights of a finished run, and move the job's alias to the version.
 
     Doing it again for the same weights finds the same version. The alias never moves back to an older version. To be called
     within `mlflow_settings`.
 
+    Args:
+        export: in place of the job's `register.export`.
+
     Returns:
-        name, version and alias; and not_exported, the reason, where it holds no graph.
+        name, version and alias; and not_exported, why the version has no exported graph, where it has none.
 
     Raises:
-        InputError: when the job does not say `register`.
-        RunError: when the run has no best checkpoint; or `register.export` is required, and its model cannot be exported, or
-            does not compute the same then.
+        InputError: when the job does not say `register`, or the task cannot be asked.
+        RunError: when the run has no best checkpoint, or an export is required and the model cannot be exported, or the exported
+            model does not compute what the original does.
         CheckpointError: when the checkpoint is damaged.
         MlflowException, SQLAlchemyError, OSError: when the store cannot be reached; calling again goes on.
     """
@@ -68,7 +87,7 @@ def register(folder: RunFolder) -> dict[str, Any]:
     if spec.register_ is None:
         fix = "Add `register: {model: NAME}` to the job."
         raise InputError([Problem("register", "nothing", "the name to register the model under", fix)])
-    name, alias = spec.register_.model, spec.register_.alias
+    name, alias, export = spec.register_.model, spec.register_.alias, export or spec.register_.export
     events, _ = read_events(folder.events)
     end = next((event for event in reversed(events) if isinstance(event, RunFinished)), None)
     if end is None or not end.best_checkpoint:
@@ -82,8 +101,10 @@ def register(folder: RunFolder) -> dict[str, Any]:
     }
     client = connect()
     same = " and ".join(f"tags.`{key}` = '{tags[key]}'" for key in (RUN_ID_TAG, WEIGHTS_TAG))
-    found = client.search_model_versions(f"name = '{name}' and {same}")
-    made = found[0] if found else _make_version(client, name, folder, spec, checkpoint, end.metrics, tags)
+    found: Sequence[MlflowVersion] = client.search_model_versions(f"name = '{name}' and {same}")
+    if export == "required":
+        found = [one for one in found if NOT_EXPORTED_TAG not in one.tags]
+    made = found[0] if found else _make_version(client, name, folder, spec, export, checkpoint, end.metrics, tags)
     # Each of these has the same effect when it is done again, after a kill between two of them.
     if not made.description:
         step, rows = read_state(checkpoint, "step")["step"], read_record(folder.plan)["train_rows"]
@@ -95,8 +116,25 @@ def register(folder: RunFolder) -> dict[str, Any]:
     current = registered.aliases.get(alias)
     if current is None or int(current) < int(made.version):
         client.set_registered_model_alias(name, alias, made.version)
-    found_export = {"not_exported": made.tags[NOT_EXPORTED_TAG]} if NOT_EXPORTED_TAG in made.tags else {}
-    return {"name": name, "version": int(made.version), "alias": alias, **found_export}
+    why_not = client.get_model_version(name, made.version).tags.get(NOT_EXPORTED_TAG)
+    return {"name": name, "version": int(made.version), "alias": alias, **({"not_exported": why_not} if why_not else {})}
+
+
+def register_run(run_id: str, export: str | None = None) -> dict[str, Any]:
+    """Register the model of a finished run by hand: again with other code or another `export`, or where it could not be before.
+
+    Raises:
+        InputError, RunError, CheckpointError: see `register`; or there is no such run.
+        TrackingError: the registry cannot be reached.
+    """
+    folder = find_run(run_id)
+    again = partial(register, export=export)
+    # What of the run's events is not delivered yet goes first; at their end the model is registered as well.
+    deliver_all(folder, again)
+    with waiting_lock(folder.delivery_lock), registry_settings():
+        made = again(folder)
+        write_record(folder.model_version, made)
+    return made
 
 
 def _make_version(
@@ -104,6 +142,7 @@ def _make_version(
     name: str,
     folder: RunFolder,
     spec: JobSpec,
+    export: str,
     checkpoint: Path,
     metrics: Mapping[str, float],
     tags: dict[str, str],
@@ -113,65 +152,42 @@ def _make_version(
     if (code := kept_code.read(folder.path)) is not None:
         kept_code.refuse_to_export(folder, code, code_of(spec))
         tags[CODE_TAG] = code.digest
-    model, inputs = rebuild(spec, checkpoint)
+    try:
+        rebuilt = rebuild(spec, checkpoint)
+    except (RaymillError, OSError):
+        raise
+    except Exception as error:  # the job's own code
+        raise RunError(f"the model of run {folder.run_id} was not registered: {tell(error)}") from error
+    takes, gives = rebuilt.takes, schema_of(rebuilt.answer)
+    inputs, why_not = _inputs(rebuilt, export)
     run = client.get_run(read_record(folder.delivery)["mlflow_run_id"])
-    step = read_state(checkpoint, "step")["step"]
+    logged = _new_logged_model(client, name, run, tags)
     with tempfile.TemporaryDirectory() as beside:
-        files = _files_beside(folder, checkpoint, Path(beside))
-        logged, reason = _new_logged_model(client, name, run, tags), _no_reason_to_export(spec, inputs)
-        if inputs is not None and not reason:
-            tags[MODEL_TAG], reason = _try_export(model, inputs, logged, step, files)
-        if reason:
-            tags.pop(MODEL_TAG, None)
-            client.delete_logged_model(logged.model_id)
-            if spec.register_ is not None and spec.register_.export == "required":
-                raise RunError(
-                    f"the model of run {folder.run_id} was not registered, since register.export is required: {reason}. Correct "
-                    f"its forward(), or register it without a graph: --resume {folder.run_id} --set register.export=try"
-                )
-            tags[NOT_EXPORTED_TAG] = reason
-            logged = _new_logged_model(client, name, run, tags)
-            _log_files(logged, step, files)
+        files = _files_beside(folder, checkpoint, Path(beside), {"takes": as_record(takes), "gives": as_record(gives)})
+        made = Artifact(rebuilt.model, inputs, files, why_not)
+        made.log(logged, read_state(checkpoint, "step")["step"])
+    if made.not_exported and export == "required":
+        client.delete_logged_model(logged.model_id)
+        raise RunError(
+            f"the model of run {folder.run_id} was not registered: no export: {made.not_exported}. Let forward() take tensors, "
+            "be free of the batch size and deterministic, and not branch on values; or register it as it is: "
+            f"raymill models register {folder.run_id} --export try"
+        )
+    tags[TAKES_TAG], tags[GIVES_TAG] = in_words(takes), in_words(gives)
+    tags |= {NOT_EXPORTED_TAG: redact_text(made.not_exported)} if made.not_exported else {MODEL_TAG: made.sha256}
     return mlflow.register_model(f"models:/{logged.model_id}", name, tags={**tags, **metric_tags(metrics)})
 
 
-def _no_reason_to_export(spec: JobSpec, inputs: tuple[torch.Tensor, ...] | None) -> str:
-    """Why no export is tried; "" where it is."""
-    if spec.register_ is not None and spec.register_.export == "never":
-        return "register.export is never"
-    return "the task has no inputs(batch), the arguments of the model's forward()" if inputs is None else ""
-
-
-def _try_export(
-    model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], logged: LoggedModel, step: int, files: list[str]
-) -> tuple[str, str]:
-    """Export, upload, load back and compare; returns the archive's SHA-256, and why there is no export after all, or ""."""
+def _inputs(rebuilt: Rebuilt, export: str) -> tuple[tuple[torch.Tensor, ...] | None, str]:
+    """An example for the forward pass, or why there is none."""
+    if export == "never":
+        return None, "the job says `register.export: never`"
     try:
-        sha256 = _log(model, inputs, logged, step, files)
-        difference = _difference(model, _load_back(logged, sha256), inputs)
-    except CheckpointError:
-        raise
-    except store_failures():
-        raise
-    except Exception as error:  # torch.export runs the user's code and may raise anything
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON_LETTERS]
-        return "", f"torch.export failed: {why}. forward() must take tensors and must not branch on their values"
-    if difference:
-        shown = " ".join(difference.split())[:MAX_REASON_LETTERS]
-        return (
-            "",
-            f"exported, it computes something else: {shown}. forward() must be deterministic in eval mode, at any batch size",
-        )
-    return sha256, ""
-
-
-def _log_files(logged: LoggedModel, step: int, files: list[str]) -> None:
-    """Upload a version that is no graph: weights, job and code, of which raymill builds the model."""
-    from mlflow.models import Model
-
-    Model.log(
-        None, _WithoutGraph(), name=logged.name, run_id=logged.source_run_id, model_id=logged.model_id, step=step, files=files
-    )
+        return contracts.inputs(rebuilt.task, rebuilt.batch), ""
+    except InputError as error:
+        return None, error.problems[0].found
+    except Exception as error:  # the job's own code
+        return None, reason(error)
 
 
 def _new_logged_model(client: MlflowClient, name: str, run: Run, tags: Mapping[str, str]) -> LoggedModel:
@@ -184,17 +200,32 @@ def _new_logged_model(client: MlflowClient, name: str, run: Run, tags: Mapping[s
     return client.create_logged_model(experiment, name, run_id, dict(tags), run.data.params)
 
 
-def _load_back(logged: LoggedModel, sha256: str) -> torch.nn.Module:
-    """The exported model as the store has it."""
-    from mlflow.artifacts import download_artifacts
+@dataclass(frozen=True)
+class Rebuilt:
+    """A model of a checkpoint, asked about a few rows of its own data.
 
-    with tempfile.TemporaryDirectory() as stored:
-        model_folder = download_artifacts(f"models:/{logged.model_id}", dst_path=stored)
-        return exported.load_exported(Path(model_folder) / exported.FILE, sha256)
+    Attributes:
+        task: the user's Task.
+        model: in eval mode, on the CPU.
+        takes: the columns of a question.
+        batch: the rows that it was asked about, as its task takes them.
+        answer: what it said.
+    """
+
+    task: Task
+    model: torch.nn.Module
+    takes: Schema
+    batch: Batch
+    answer: Rows
 
 
-def rebuild(spec: JobSpec, checkpoint: Path) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...] | None]:
-    """The model of a checkpoint, in eval mode, and the inputs of a few rows [num_rows, ...] of its own data, if it has any."""
+def rebuild(spec: JobSpec, checkpoint: Path) -> Rebuilt:
+    """The model of a checkpoint, with an example of what it takes and gives.
+
+    Raises:
+        CheckpointError: the weights are not those that were saved.
+        InputError: what the task says of the rows is no value for each.
+    """
     from safetensors.torch import load_file
 
     from raymill.checkpoint.snapshot import weights_sha256
@@ -208,11 +239,14 @@ def rebuild(spec: JobSpec, checkpoint: Path) -> tuple[torch.nn.Module, tuple[tor
             f"{checkpoint}: its weights are not those that were saved; they were changed. Nothing is registered."
         )
     model.load_state_dict(weights, strict=True)
-    return model.eval(), None if type(task).inputs is Task.inputs else example_inputs(task, pipeline)
+    model.eval()
+    rows = example_rows(pipeline)
+    batch = prediction_batch(pipeline, rows)
+    return Rebuilt(task, model, asked_schema(pipeline), batch, contracts.predict(task, model, batch, num_rows(rows)))
 
 
-def example_inputs(task: Task, pipeline: Pipeline) -> tuple[torch.Tensor, ...]:
-    """What the model takes for the first 2 to 8 rows of the validation split, or else of the training split."""
+def example_rows(pipeline: Pipeline) -> Rows:
+    """The first 2 to 8 rows of the validation split, or else of the training split."""
     split = VALIDATION if VALIDATION in pipeline.sources else TRAIN
     parts = []
     for fragment in pipeline.sources[split].fragments():
@@ -225,110 +259,15 @@ def example_inputs(task: Task, pipeline: Pipeline) -> tuple[torch.Tensor, ...]:
     if num_rows(rows) == 1:
         # torch.export takes an extent of 1 for a constant.
         rows = join([rows, rows])
-    rows = pipeline.transform(rows, split, np.random.default_rng(0))
-    rows[ROW_ID] = np.arange(num_rows(rows))
-    return task.inputs((pipeline.collate or default_collate)(rows))
+    return rows
 
 
-def _files_beside(folder: RunFolder, checkpoint: Path, beside: Path) -> list[str]:
+def _files_beside(folder: RunFolder, checkpoint: Path, beside: Path, signature: Mapping[str, Any]) -> list[Path]:
     """Lay out what a version holds beside the graph, `VERSION_FILES` and their checksums, in a folder; returns the paths."""
+    write_record(beside / SIGNATURE, signature)
     for path in (folder.spec, folder.plan, folder.data_manifest):
         write_record(beside / path.name, read_record(path))
     shutil.copyfile(checkpoint / WEIGHTS, beside / WEIGHTS)
     write_checksums(beside)
     kept_code.copy(folder.path, beside)
-    return [str(path) for path in sorted(beside.iterdir())]
-
-
-class _WithoutGraph:
-    """A flavor of MLflow's that holds files alone."""
-
-    def save_model(self, path: str, mlflow_model: Any, files: list[str]) -> None:
-        """Lay out the files as MLflow's PyTorch flavor lays out those beside a graph."""
-        import mlflow
-
-        beside = Path(path) / "extra_files"
-        beside.mkdir(parents=True)
-        for file in map(Path, files):
-            if file.is_dir():
-                shutil.copytree(file, beside / file.name)
-            else:
-                shutil.copyfile(file, beside / file.name)
-        mlflow_model.add_flavor("raymill", files=sorted(path.name for path in beside.iterdir()))
-        mlflow_model.save(str(Path(path) / mlflow.models.model.MLMODEL_FILE_NAME))
-
-
-class _PickleFree:
-    """MLflow's PyTorch flavor, with an archive that holds no pickle."""
-
-    sha256 = ""
-
-    def save_model(self, path: str, **arguments: Any) -> None:
-        """As `mlflow.pytorch.save_model`."""
-        import mlflow
-
-        mlflow.pytorch.save_model(path=path, **arguments)
-        archive = Path(path) / exported.FILE
-        exported.drop_example_inputs(archive)
-        exported.check_archive(archive)
-        self.sha256 = file_sha256(archive)
-
-
-def _log(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], logged: LoggedModel, step: int, files: list[str]) -> str:
-    """Export and upload; returns the archive's SHA-256."""
-    import mlflow
-    import torch
-    from mlflow.models import Model
-
-    flavor = _PickleFree()
-    arrays = tuple(value.numpy() for value in inputs)
-    # `mlflow.pytorch.log_model` without its active run: that belongs to whoever runs this process.
-    Model.log(
-        None,
-        flavor,
-        name=logged.name,
-        run_id=logged.source_run_id,
-        model_id=logged.model_id,
-        # MLflow gives the model the run's metrics of this step: points that the run has already, so none is doubled.
-        step=step,
-        pytorch_model=model,
-        input_example=arrays[0] if len(arrays) == 1 else arrays,
-        signature=_signature(model, inputs),
-        serialization_format="pt2",
-        pip_requirements=[
-            f"torch=={torch.__version__.partition('+')[0]}",
-            f"numpy=={np.__version__}",
-            f"mlflow=={mlflow.__version__}",
-        ],
-        extra_files=files,
-    )
-    return flavor.sha256
-
-
-def _signature(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> ModelSignature:
-    import torch
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    def spec(value: torch.Tensor, name: str | None) -> TensorSpec:
-        return TensorSpec(value.numpy().dtype, (-1, *value.shape[1:]), name)
-
-    with torch.no_grad():
-        output = model(*inputs)
-    names = [None] if len(inputs) == 1 else [f"input_{number}" for number in range(len(inputs))]
-    taken = Schema([spec(value, name) for value, name in zip(inputs, names, strict=True)])
-    return ModelSignature(taken, Schema([spec(output, None)]) if isinstance(output, torch.Tensor) else None)
-
-
-def _difference(model: torch.nn.Module, loaded: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> str:
-    """How the outputs differ, for the example and for a batch of another size; "" when they do not."""
-    import torch
-
-    for batch in (inputs, tuple(torch.cat([value, value]) for value in inputs)):
-        with torch.no_grad():
-            expected, got = model(*batch), loaded(*batch)
-        try:
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-        except AssertionError as error:
-            return str(error)
-    return ""
+    return sorted(beside.iterdir())

@@ -25,7 +25,10 @@ WEIGHTS_TAG, MODEL_TAG, DATA_TAG, CODE_TAG = (
 )
 
 NOT_EXPORTED_TAG = "raymill.not_exported"
-"""Why a version holds no exported graph; it is rebuilt from its code then."""
+"""Why a version has no exported graph; absent where it has one."""
+
+TAKES_TAG, GIVES_TAG = "raymill.takes", "raymill.gives"
+"""The columns of a question and of an answer, in words; `SIGNATURE` has them to be read."""
 
 METRIC_TAG = "raymill.metric."
 """Followed by a metric's name: its value."""
@@ -35,6 +38,9 @@ METRICS_TAG = "raymill.metrics"
 
 VERSION_FILES = (WEIGHTS, "spec.json", "plan.json", "data_manifest.json")
 """What a version holds beside the exported graph, all of it named in its `checksums.json`."""
+
+SIGNATURE = "signature.json"
+"""Likewise, in versions since raymill knows what a model takes and gives: name -> dtype and shape of one row's value."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def list_models() -> list[dict[str, Any]]:
     """
     if nothing_is_stored():
         return []
-    with _registry() as client:
+    with registry_settings() as client:
         return [
             {
                 "name": model.name,
@@ -95,15 +101,16 @@ def list_models() -> list[dict[str, Any]]:
 
 
 def show_model(reference: str) -> dict[str, Any]:
-    """What is known of one version: name, version, aliases, run_id, metrics, weights_sha256, data_digest, code_digest, code
-    (where MLflow keeps the code that trained it), not_exported (why it holds no exported graph, or None), created_s.
+    """What is known of one version: name, version, aliases, run_id, metrics, weights_sha256, data_digest, takes and gives (the
+    columns of a question and of an answer, in words), exported, not_exported (why), code_digest, code (where MLflow keeps the
+    code that trained it), created_s.
 
     Raises:
         InputError: when there is no such model.
         TrackingError: when the registry cannot be reached.
     """
     found = resolve(reference)
-    with _registry() as client:
+    with registry_settings() as client:
         version = client.get_model_version(found.name, str(found.version))
         return {
             "name": found.name,
@@ -113,9 +120,12 @@ def show_model(reference: str) -> dict[str, Any]:
             "metrics": dict(found.metrics),
             "weights_sha256": version.tags.get(WEIGHTS_TAG),
             "data_digest": version.tags.get(DATA_TAG),
+            "takes": version.tags.get(TAKES_TAG),
+            "gives": version.tags.get(GIVES_TAG),
+            "exported": NOT_EXPORTED_TAG not in version.tags,
+            "not_exported": version.tags.get(NOT_EXPORTED_TAG),
             "code": f"{found.uri}/extra_files/code" if version.tags.get(CODE_TAG) else None,
             "code_digest": version.tags.get(CODE_TAG),
-            "not_exported": version.tags.get(NOT_EXPORTED_TAG),
             "created_s": version.creation_timestamp / 1000,
         }
 
@@ -129,7 +139,7 @@ def resolve(reference: str) -> ModelVersion:
     """
     if nothing_is_stored():
         raise _no_model(reference, [])
-    with _registry() as client:
+    with registry_settings() as client:
         aliases = {model.name: model.aliases for model in client.search_registered_models()}
         name, at, alias = reference.partition("@")
         number = aliases.get(name, {}).get(alias) if at else None
@@ -167,7 +177,7 @@ def model_files(version: ModelVersion) -> Path:
     Raises:
         TrackingError: when the registry cannot be reached.
     """
-    with _registry():
+    with registry_settings():
         from mlflow.artifacts import download_artifacts
 
         return Path(download_artifacts(artifact_uri=version.uri)) / "extra_files"
@@ -179,7 +189,8 @@ def _versions(client: MlflowClient, where: str | None) -> list[MlflowVersion]:
 
 
 @contextmanager
-def _registry() -> Iterator[MlflowClient]:
+def registry_settings() -> Iterator[MlflowClient]:
+    """Within this, MLflow is the project's store, as the client that is given; where it cannot be reached, a TrackingError."""
     try:
         with mlflow_settings():
             yield connect()

@@ -111,7 +111,7 @@ def find_model(reference: str) -> Trained:
         return _trained(reference, reference, chosen, read_state(chosen, "weights_sha256")["weights_sha256"], folder.path)
     version = registry.resolve(reference)
     files = registry.model_files(version)
-    verify(files, registry.VERSION_FILES)
+    verify(files, registry.VERSION_FILES, may_have=(registry.SIGNATURE,))
     return _trained(f"{version.name}/{version.version}", version.run_id, files, version.weights_sha256, files)
 
 

@@ -63,13 +63,17 @@ def tracking_summary(folder: RunFolder, *, delivered: bool) -> dict[str, Any]:
     """What a run's summary says about MLflow.
 
     Returns:
-        delivered_to_mlflow, model (name, version, alias) where one was registered, and a note where something went wrong.
+        delivered_to_mlflow, model (name, version, alias, and why it is not exported where it is not) where one was registered,
+        not_registered where it was refused, and a note where something went wrong.
     """
     found: dict[str, Any] = {"delivered_to_mlflow": delivered}
     if folder.model_version.exists():
         found["model"] = read_record(folder.model_version)
     if not delivered:
-        why = read_record(folder.tracking_failure)["message"] if folder.tracking_failure.exists() else "it did not say why"
+        failure = read_record(folder.tracking_failure) if folder.tracking_failure.exists() else {}
+        why = failure.get("message", "it did not say why")
+        if failure.get("refused"):
+            found["not_registered"] = why
         again = f"python -m raymill.orchestration.tracker {folder.path}"
         found["note"] = f"MLflow did not take everything: {why}. The rest is kept; deliver it with `{again}`"
     return found

@@ -17,7 +17,7 @@ from raymill.errors import InputError
 from raymill.own_code import seams
 from raymill.own_code.seams import calling, wrong
 from raymill.own_code.traces import describe
-from raymill.task import Batch, Features, Kept, Loss, Now, Objective, OwnOptimizer, Picture, Rows, Task, Total
+from raymill.task import Batch, Column, Features, Kept, Loss, Now, Objective, OwnOptimizer, Picture, Rows, Task, Total
 
 
 def build(task: Task) -> nn.Module:
@@ -314,25 +314,6 @@ def pictures(task: Task, model: nn.Module, now: Now) -> dict[str, Picture]:
     return dict(found)
 
 
-def predict(task: Task, model: nn.Module, batch: Batch, num_rows: int) -> dict[str, Any] | None:
-    """What the task says of `num_rows` rows; None: it has no `predict`, so that the model's answer to `inputs` is meant.
-
-    Raises:
-        InputError: something of it has not one value for each row.
-    """
-    if type(task).predict is Task.predict:
-        return None
-    with calling(seams.PREDICT, batch):
-        found = task.predict(model, batch)
-    if not isinstance(found, Mapping) or not found:
-        raise wrong(seams.PREDICT, task.predict, describe(found), "Return a dict of names and values.", batch)
-    for name, values in found.items():
-        if not isinstance(values, torch.Tensor | np.ndarray | list) or not np.ndim(values) or len(values) != num_rows:
-            found_values = f"{name!r}: {describe(values)} for {num_rows} rows"
-            raise wrong(seams.PREDICT, task.predict, found_values, "Give one value for each row, in their order.", batch)
-    return dict(found)
-
-
 def inputs(task: Task, batch: Batch) -> tuple[torch.Tensor, ...]:
     """The arguments of the model's forward pass.
 
@@ -340,10 +321,75 @@ def inputs(task: Task, batch: Batch) -> tuple[torch.Tensor, ...]:
         InputError: there are none, or something else than tensors.
     """
     if type(task).inputs is Task.inputs:
-        raise wrong(seams.INPUTS, type(task), "a task that registers its model and has no inputs(batch)")
+        fix = "Define inputs(batch) in the task, or let the job say `register.export: try`."
+        raise wrong(seams.INPUTS, type(task), "a task that exports its model and has no inputs(batch)", fix)
     with calling(seams.INPUTS, batch):
         given: Any = task.inputs(batch)
     if not isinstance(given, tuple) or not given or not all(isinstance(value, torch.Tensor) for value in given):
         fix = "Return a tuple, such as (batch['image'],)."
         raise wrong(seams.INPUTS, task.inputs, describe(given), fix, batch)
     return given
+
+
+def predict(task: Task, model: nn.Module, batch: Batch, num_rows: int) -> Rows:
+    """What the task says of a batch of `num_rows` rows, as columns: `predict`, or else `forward` on `inputs`.
+
+    Returns:
+        name -> an array [num_rows, ...], or a list with an array of any shape, a `str` or `bytes` per row.
+
+    Raises:
+        InputError: the task defines neither, or something of it has no value for each row.
+    """
+    own = type(task).predict is not Task.predict
+    if not own and type(task).inputs is Task.inputs:
+        fix = "Define predict(model, batch) or inputs(batch) in the task, or leave out `register:`."
+        raise wrong(
+            seams.PREDICT, type(task), "a task that is to be asked and has neither predict(model, batch) nor inputs(batch)", fix
+        )
+    given = batch if own else inputs(task, batch)
+    with torch.no_grad(), calling(seams.PREDICT if own else seams.FORWARD, given):
+        said: Any = task.predict(model, batch) if own else _named(model(*given))
+    function, fix = (task.predict, "") if own else (type(model), "Define predict(model, batch) in the task.")
+    if not isinstance(said, Mapping) or not said or not all(isinstance(name, str) for name in said):
+        raise wrong(seams.PREDICT, function, describe(said), fix or "Return a dict of names and values.", batch)
+    rows: Rows = {}
+    for name, value in said.items():
+        column = _column(value)
+        if column is None or len(column) != num_rows:
+            found = f"{name!r}: {describe(value)} for {num_rows} rows"
+            raise wrong(seams.PREDICT, function, found, fix or "Give one value for each row, in their order.", batch)
+        rows[name] = column
+    return rows
+
+
+def _named(output: Any) -> Any:
+    """What a forward pass returns, by name."""
+    if isinstance(output, Mapping):
+        return output
+    if isinstance(output, list | tuple):
+        return {f"output_{number}": value for number, value in enumerate(output)}
+    return {"output": output}
+
+
+def _column(value: Any) -> Column | None:
+    """The values of all rows as they travel; None where they cannot be."""
+    if not isinstance(value, list | tuple):
+        array = _array(value)
+        return array if array is not None and array.ndim else None
+    if all(isinstance(one, str) for one in value) or all(isinstance(one, bytes) for one in value):
+        return list(value)
+    arrays = [array for one in value if (array := _array(one)) is not None]
+    if len(arrays) < len(value):
+        return None
+    if not any(array.ndim for array in arrays):
+        return np.array(arrays)
+    return arrays if len({(array.dtype, array.ndim) for array in arrays}) == 1 else None
+
+
+def _array(value: Any) -> np.ndarray | None:
+    """Numbers as an array; None where there are others, or none."""
+    if isinstance(value, torch.Tensor):
+        # numpy has no bfloat16.
+        value = (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
+    array = np.asarray(value) if isinstance(value, np.ndarray | np.generic | int | float) else None
+    return array if array is not None and array.dtype.kind in "biuf" else None

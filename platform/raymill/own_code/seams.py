@@ -65,16 +65,12 @@ EVALUATE = Seam(
 )
 CONCLUDE = Seam("conclude(kept, totals)", "name -> a number or a raymill.task.Picture", "Correct conclude().")
 PICTURES = Seam("pictures(model, now)", "name -> a raymill.task.Picture", "Correct pictures().")
-INPUTS = Seam(
-    "inputs(batch)",
-    "a tuple of tensors, the arguments of the model's forward()",
-    "Define inputs(batch) or predict(model, batch) in the task, or leave out `register:`.",
-)
 PREDICT = Seam(
     "predict(model, batch)",
-    "name -> a tensor or a list with one value for each of the batch's rows",
+    "name -> a value for each of the batch's rows: a tensor, or a list of tensors, numbers, str or bytes",
     "Correct predict().",
 )
+INPUTS = Seam("inputs(batch)", "a tuple of tensors, the arguments of the model's forward()", "Correct inputs().")
 FORWARD = Seam("the model's forward()", "an answer to what inputs(batch) gives", "Correct inputs() or the model.")
 
 _SEAM = "raymill_seam"

@@ -7,6 +7,7 @@ where the few fail, it is tried with as many rows as the job's batches really ha
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from raymill.config.evaluations import deciding_metrics
+from raymill.data.arrow import digest_rows
 from raymill.data.bad_rows import read_good_rows
 from raymill.data.order import BatchSharding, Item, key, num_batches, shard_bounds
 from raymill.data.reader import Packet, transformed
@@ -33,14 +35,15 @@ from raymill.evaluation.pictures import as_png
 from raymill.evaluation.sums import Evaluation
 from raymill.optim.optimizers import make_optimizers
 from raymill.own_code import contracts, seams
+from raymill.own_code.export import why_not
 from raymill.own_code.seams import Seam, problem
 from raymill.own_code.traces import definition, headline, row_ids
 from raymill.parallel.ddp import DistributedObjective
 from raymill.parallel.gradients import gradient_norm
 from raymill.parallel.precision import autocast
-from raymill.task import TRAIN, Batch, Kept, Now, Objective, OwnOptimizer, Picture, Rows, Task, Total
+from raymill.task import PREDICT, TRAIN, Batch, Kept, Now, Objective, OwnOptimizer, Picture, Rows, Task, Total
 from raymill.training.assembly import Job
-from raymill.training.batch import to_device
+from raymill.training.batch import prediction_batch, prediction_rows, to_device
 
 MOST_ROWS = 64
 """Rows of a split that are looked at, spread over its first fragment."""
@@ -104,6 +107,7 @@ class _Trial:
         self.own_optimizers: Mapping[str, Sequence[OwnOptimizer]] | None = None
         self.parts: dict[str, Collection[str]] = {}
         self.logged: dict[str, str] = {}
+        self.asked: Rows | None = None  # as a source gave them
 
     def run(self) -> None:
         """Try all parts, in the order of a run."""
@@ -122,8 +126,8 @@ class _Trial:
         self.look_for_metrics(task, {split: names for split, names in measured.items() if names is not None})
         if measured:
             self.draw(task, model)
-        if self.job.spec.register_ is not None and (example := next((some for some in reversed(rows.values()) if some), None)):
-            self.answer(task, model, example)
+        if self.job.spec.register_ is not None and self.asked is not None:
+            self.answer(task, model, self.asked, self.job.spec.register_.export)
 
     # ------------------------------------------------------------ one call
 
@@ -177,6 +181,7 @@ class _Trial:
         if read is None:
             return None
         rows, ids = read
+        self.asked = copy.deepcopy(take(rows, np.resize(np.arange(num_rows(rows)), FEW_ROWS)))
         before = len(self.found)
         changed = self.transformed(split, rows, ids)
         if changed is None and (changed := self._window(split)) is not None:
@@ -315,6 +320,9 @@ class _Trial:
     def _use(self, rows: Rows, count: int, use: Callable[[Batch, int], Any]) -> bool:
         before = len(self.found)
         chosen = take(rows, np.resize(np.arange(num_rows(rows)), count))
+        for column in chosen.values():
+            if isinstance(column, np.ndarray):
+                column.flags.writeable = False  # as it is in a run
         collate = self.job.pipeline.collate
         at = f"rows {row_ids(chosen[ROW_ID])}"
         batch = self.tried(seams.COLLATE, lambda: to_device(self.job.collate(chosen), CPU), collate, chosen, at)
@@ -440,27 +448,33 @@ class _Trial:
             )
             self.note([Problem(field, found, f"{expected}, or that conclude() gives", did_you_mean(metric, metrics))])
 
-    def answer(self, task: Task, model: nn.Module, rows: Rows) -> None:
-        """What a registered model takes, and whether it answers."""
-        chosen = take(rows, slice(0, FEW_ROWS))
-        batch = self.tried(seams.COLLATE, lambda: self.job.collate(chosen), self.job.pipeline.collate, chosen)
+    def answer(self, task: Task, model: nn.Module, rows: Rows, export: str) -> None:
+        """What a registered model says of rows, and whether it can be exported where it must be."""
+        pipeline, at = self.job.pipeline, f"split {PREDICT!r}"
+        count = num_rows(rows)
+
+        def twice() -> tuple[str, str]:
+            # Each time a copy, since a transform may work in place.
+            one, two = (prediction_rows(pipeline, copy.deepcopy(rows), seed) for seed in (0, 1))
+            return digest_rows(one), digest_rows(two)
+
+        digests = self.tried(seams.TRANSFORM, twice, pipeline.transform, rows, at)
+        if digests is None:
+            return
+        if digests[0] != digests[1]:
+            fix = f"Let it draw at random only if split == {TRAIN!r}."
+            self.note(seams.wrong(seams.TRANSFORM, pipeline.transform, f"other rows at each call ({at})", fix, rows).problems)
+        batch = self.tried(seams.COLLATE, lambda: prediction_batch(pipeline, copy.deepcopy(rows)), pipeline.collate, rows, at)
         if batch is None:
             return
-        if type(task).predict is not Task.predict:
-            with torch.no_grad():
-                self.tried(seams.PREDICT, lambda: contracts.predict(task, model, batch, num_rows(chosen)), task.predict, batch)
-            if type(task).inputs is Task.inputs:
-                return
-        inputs = self.tried(seams.INPUTS, lambda: contracts.inputs(task, batch), task.inputs, batch)
-        if inputs is None:
+        function = type(model) if type(task).predict is Task.predict else task.predict
+        self.tried(seams.PREDICT, lambda: contracts.predict(task, model, batch, count), function, batch)
+        if export != "required":
             return
-
-        def ask() -> bool:
-            with torch.no_grad():
-                model(*inputs)
-            return True
-
-        self.tried(seams.FORWARD, ask, type(model), inputs)
+        inputs = self.tried(seams.INPUTS, lambda: contracts.inputs(task, batch), task.inputs, batch)
+        if inputs is not None and (found := why_not(model, inputs)):
+            fix = "Change forward(), or let the job say `register.export: try`, which registers it as it is."
+            self.note([Problem("register.export", found, "a model that torch.export can export", fix)])
 
 
 def batch_sizes(sharding: BatchSharding) -> Sequence[int]:

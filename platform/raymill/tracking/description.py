@@ -132,7 +132,7 @@ class RunFacts:
         folder: where its files are.
         machine: the record of what it runs with.
         summary: its summary; empty until there is one.
-        model: name, version and alias of its registered model; empty: there is none.
+        model: name, version and alias of its registered model, and why it is not exported where it is not; empty: there is none.
         not_registered: why its model could not be registered.
         pictures: paths of pictures among its artifacts, to be shown.
     """
@@ -151,6 +151,8 @@ def describe_run(facts: RunFacts) -> str:
     parts = [_headline(facts), _code_block(_commands(facts))]
     if facts.not_registered:
         parts.append(f"Its model was **not registered**:\n\n{_code_block([facts.not_registered])}")
+    if why := facts.model.get("not_exported"):
+        parts.append(f"Its model is **not exported**: raymill loads it, MLflow alone does not.\n\n{_code_block([why])}")
     if facts.known["status"] == "failed":
         parts.append(_code_block([str(facts.known["message"])]))
         parts.append(f"What Ray and the workers printed is in `{facts.folder}/ray.log`.")

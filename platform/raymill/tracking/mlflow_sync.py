@@ -386,7 +386,7 @@ def _note_failure(folder: RunFolder, failure: Exception | None) -> bool:
     if failure is not None:
         message = redact_text(str(failure))
         log.error("%s", message)
-        write_record(folder.tracking_failure, {"message": message})
+        write_record(folder.tracking_failure, {"message": message, "refused": isinstance(failure, RaymillError)})
     return failure is not None
 
 

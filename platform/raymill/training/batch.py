@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from raymill.task import Batch, Column, Rows
+from raymill.data.reader import transformed
+from raymill.data.rows import ROW_ID, num_rows
+from raymill.data.seeds import COLLATE, TRANSFORM, seed_everything
+from raymill.own_code import contracts
+from raymill.task import PREDICT, Batch, Column, Pipeline, Rows, Schema
 
 
 def default_collate(rows: Rows) -> dict[str, Any]:
@@ -24,6 +28,26 @@ def _as_tensors(column: Column) -> Any:
     if isinstance(column, np.ndarray):
         return tensor(column)
     return [tensor(value) if isinstance(value, np.ndarray) else value for value in column]
+
+
+def asked_schema(pipeline: Pipeline) -> Schema:
+    """The columns of rows that a model is asked about."""
+    return {name: field for name, field in pipeline.schema.items() if name not in (pipeline.targets or ())}
+
+
+def prediction_rows(pipeline: Pipeline, rows: Rows, seed: int = 0) -> Rows:
+    """Rows that a model is asked about, as collate sees them: without the answer, transformed. Seeds every generator."""
+    asked = {name: column for name, column in rows.items() if name not in (pipeline.targets or ())}
+    seed_everything(seed, TRANSFORM)
+    changed = transformed(pipeline.transform, asked, PREDICT, np.random.Generator(np.random.Philox(key=seed)))
+    return {**changed, ROW_ID: np.arange(num_rows(changed))}
+
+
+def prediction_batch(pipeline: Pipeline, rows: Rows) -> Batch:
+    """The same as a batch."""
+    changed = prediction_rows(pipeline, rows)
+    seed_everything(0, COLLATE)
+    return contracts.collated(pipeline.collate or default_collate, changed)
 
 
 ALIGNMENT_BYTES = 64
