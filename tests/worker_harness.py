@@ -17,6 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from raymill.checkpoint import directory
 from raymill.config.spec import JobSpec
 from raymill.task import Pipeline, Schema, Task
@@ -238,6 +240,14 @@ class TrainingRun:
             if position > begun[0]:
                 continue  # rank 0 died before it got there
             assert self.batches.setdefault(position, rows) == rows, "a step that was done again had other rows"
+
+
+def interrupted(run: TrainingRun, *world_sizes: int) -> Attempt:
+    """Stop after a step, crash some steps after the last save, and train to the end; at these numbers of workers."""
+    run.go(world_sizes[0], stop_after=1)
+    with pytest.raises(Crash):
+        run.go(world_sizes[1], crash_after=7)
+    return run.go(world_sizes[2])
 
 
 def run_rank(rank: int, world_size: int, port: int, experiment: Experiment, start: Start) -> tuple[Outcome, list[dict[str, Any]]]:

@@ -13,7 +13,7 @@ from probes import critic, gan, layers, masked, mixed, transfer
 from raymill.checkpoint import directory
 from raymill.checkpoint.snapshot import Tensors, load
 from raymill.errors import InputError
-from worker_harness import Attempt, Crash, Experiment, TrainingRun
+from worker_harness import Experiment, TrainingRun, interrupted
 
 NewRun = Callable[[Experiment], TrainingRun]
 
@@ -23,14 +23,6 @@ PROBES: Mapping[str, Experiment] = {
     "layers of all kinds": Experiment(layers.Layers, mixed.pipeline, layers.VALUES),
     "masks drawn in collate": Experiment(masked.FillIn, masked.pipeline, masked.VALUES),
 }
-
-
-def interrupted(run: TrainingRun, *world_sizes: int) -> Attempt:
-    """Stop after a step, crash some steps after the last save, and train to the end; at these numbers of workers."""
-    run.go(world_sizes[0], stop_after=1)
-    with pytest.raises(Crash):
-        run.go(world_sizes[1], crash_after=7)
-    return run.go(world_sizes[2])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
