@@ -8,7 +8,7 @@ a second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -123,6 +123,9 @@ class Pipeline:
         transform: runs in Ray Data, on whole windows.
         collate: rows -> batch, on the worker; None makes a tensor of each array column.
         check: names the bad rows of a fragment, before the transform; what becomes of them is the job's `bad_rows`.
+        fit: given the training rows, fragment by fragment and before the transform, it makes what is fitted to them, as bytes by
+            name. That is done once for a run and kept with it and its model: the function that makes the pipeline is called again
+            with it, if it has a parameter `fitted`, and so is the task. Without it, or before, `fitted` is empty.
         get: fetches the data set when it is not there yet; returns the folder. None: the user brings the data.
         targets: the columns that are the answer, such as labels: in the split "predict", transform and collate do not see them.
             None: not said; then only a column with `classes` may be left out of a question, and is zeros.
@@ -133,6 +136,7 @@ class Pipeline:
     transform: Transform = unchanged
     collate: Callable[[Rows], Batch] | None = None
     check: Check | None = None
+    fit: Callable[[Iterator[Rows]], Mapping[str, bytes]] | None = None
     get: Callable[[], Path] | None = None
     targets: Sequence[str] | None = None
 
@@ -260,7 +264,8 @@ class OwnOptimizer:
 class Task(Protocol):
     """What is learned. Subclass it, give `__init__` typed parameters (the job file's `model:`), and fill in.
 
-    A parameter named `schema` is filled with the pipeline's schema, so that a head can take its size from the data.
+    A parameter named `schema` is filled with the pipeline's schema, so that a head can take its size from the data; one named
+    `fitted` with what the pipeline has fitted.
 
     State that changes while a run goes on lives in buffers of the model, which are saved; an attribute of the Task is not.
     """

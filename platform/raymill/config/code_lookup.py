@@ -46,6 +46,9 @@ MARKS = {
 }
 """What code must say of itself before a job may name it: a class derives from one of these, a function returns a Pipeline."""
 
+FILLED = {"class": {"schema", "fitted"}, "function": {"fitted"}}
+"""Arguments of a task and of the function that makes a pipeline that do not come from the job."""
+
 MARK_PROBLEMS = {
     "class": ("a subclass of raymill.task.Task", "Write `class {name}(Task):`."),
     "optimizer": ("a subclass of torch.optim.Optimizer", "Write `class {name}(torch.optim.Optimizer):`."),
@@ -266,7 +269,7 @@ def _check_code(field: str, kind: str, values: Mapping[str, Any], arguments_fiel
         return list(error.problems)
     if not isinstance(arguments, dict):
         return []
-    return check_arguments(signature, arguments, arguments_field, ignore={"schema"} if kind == "class" else ())
+    return check_arguments(signature, arguments, arguments_field, ignore=FILLED[kind])
 
 
 def argument_names(values: Mapping[str, Any], packages: Packages) -> dict[str, set[str]]:
@@ -277,7 +280,7 @@ def argument_names(values: Mapping[str, Any], packages: Packages) -> dict[str, s
             signature = find_code(str(values.get(field)), field, kind, packages)
         except InputError:
             continue
-        names[arguments_field] = {*signature.parameters} - {"schema"}
+        names[arguments_field] = {*signature.parameters} - FILLED[kind]
     for field, torch_kind in (("optimizer", _OPTIMIZER), ("schedule", _SCHEDULE)):
         given = values.get(field)
         module = read_module(torch_kind.module, _TORCH.locate)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 MAX_INDEX_DIGITS = 9
 MAX_SHOWN_LETTERS = 200
+
+NOTHING_FITTED: Mapping[str, bytes] = MappingProxyType({})
 
 UNKNOWN_FIELD = "a known field"
 """What is expected where there is none of this name."""
@@ -188,8 +191,10 @@ def examine_job(job: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
     return LoadedJob(spec, path, lines, overridden, placed, faults)
 
 
-def import_pipeline(spec: JobSpec) -> Pipeline:
-    """Import the job's pipeline function and call it with `spec.data`. The job's own exceptions pass through.
+def import_pipeline(spec: JobSpec, fitted: Mapping[str, bytes] = NOTHING_FITTED) -> Pipeline:
+    """Import the job's pipeline function and call it with `spec.data`, and with `fitted` if it has such a parameter.
+
+    The job's own exceptions pass through.
 
     Raises:
         InputError: when it may not be imported, cannot be, or returns something else.
@@ -198,15 +203,15 @@ def import_pipeline(spec: JobSpec) -> Pipeline:
 
     function = _import_code(spec.pipeline, "pipeline", "function")
     with calling(PIPELINE, spec.data):
-        made = function(**spec.data)
+        made = function(**spec.data, **_wanted(function, fitted=fitted))
     if not isinstance(made, Pipeline):
         fix = f"Let {spec.pipeline} return raymill.task.Pipeline(...)."
         raise InputError([Problem("pipeline", f"a function that returned {shortened(made)}", "a Pipeline", fix)])
     return made
 
 
-def import_task(spec: JobSpec, schema: Schema) -> Task:
-    """Import the job's task class and make it from `spec.model`, and from `schema` if it has such a parameter.
+def import_task(spec: JobSpec, schema: Schema, fitted: Mapping[str, bytes] = NOTHING_FITTED) -> Task:
+    """Import the job's task class and make it from `spec.model`, and from `schema` and `fitted` if it has such parameters.
 
     Raises:
         InputError: when it may not be imported, cannot be, or lacks `build` or `evaluate`.
@@ -219,9 +224,13 @@ def import_task(spec: JobSpec, schema: Schema) -> Task:
         raise InputError(
             [Problem(definition(task_class), f"a task without {name}", f"a method {name}", f"Define {name}.") for name in missing]
         )
-    given = {"schema": schema} if "schema" in inspect.signature(task_class).parameters else {}
     with calling(TASK, spec.model):
-        return cast("Task", task_class(**spec.model, **given))
+        return cast("Task", task_class(**spec.model, **_wanted(task_class, schema=schema, fitted=fitted)))
+
+
+def _wanted(function: Any, **given: Any) -> dict[str, Any]:
+    """What of these a function has a parameter for."""
+    return {name: value for name, value in given.items() if name in inspect.signature(function).parameters}
 
 
 def import_class(import_path: str, field: str, kind: Literal["optimizer", "schedule"]) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from raymill.config import load
 from raymill.config.spec import EvaluationSpec
 from raymill.data.feed import Feed
 from raymill.data.manifest import take_manifest
@@ -20,6 +19,7 @@ from raymill.data.seeds import unchanged_caller
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.evaluation.sums import Evaluation, as_numbers
 from raymill.models.trained import Trained, find_model
+from raymill.record import fitted
 from raymill.record.folder import RunFolder
 from raymill.record.store import LocalRunStore
 from raymill.task import TRAIN, VALIDATION
@@ -60,14 +60,14 @@ def evaluate(reference: str, split: str = VALIDATION) -> dict[str, Any]:
 def evaluate_all(trained: Trained, split: str = VALIDATION) -> Concluded:
     """Read, transform and measure every row of a split once."""
     spec = trained.spec.model_copy(update={"evaluate": [EvaluationSpec(split=split)]})
-    pipeline = load.import_pipeline(spec)
+    pipeline = trained.pipeline()
     taken = take_manifest(pipeline, lenient=spec.bad_rows.lenient)
     if split not in taken.splits:
         fix = did_you_mean(split, taken.splits)
         raise InputError([Problem(spec.pipeline, f"splits {sorted(taken.splits)}", f"a split {split!r}", fix)])
     planned = replace(trained.plan, train_rows=taken.splits[TRAIN].num_rows)
     # The shards of the run's workers, all in this process: microbatches of other sizes would be rounded otherwise.
-    job = assemble(spec, planned, taken, pipeline, world_size=1)
+    job = assemble(spec, planned, taken, pipeline, world_size=1, fitted=fitted.read(trained.records))
     reader, sharding = job.reader(trained.name), job.shardings[split]
     num_windows = job.order.evaluation(split).num_windows
     feed = Feed(reader.read(Item(split, 0, window, 0))[0] for window in range(num_windows))

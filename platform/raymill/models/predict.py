@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from raymill.config import load
 from raymill.data.arrow import schema_of, schema_problems
 from raymill.data.rows import join, take
 from raymill.data.seeds import unchanged_generators
@@ -45,8 +44,8 @@ class Predictor:
             InputError, CheckpointError, TrackingError: see `find_model`.
         """
         trained = find_model(reference)
-        pipeline = load.import_pipeline(trained.spec)
-        task = load.import_task(trained.spec, pipeline.schema)
+        pipeline = trained.pipeline()
+        task = trained.task(pipeline)
         on_gpu = trained.spec.scale.gpus_per_worker and torch.cuda.is_available()
         device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         return cls(trained, pipeline, task, trained.build(task).to(device), device)

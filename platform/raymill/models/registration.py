@@ -40,7 +40,7 @@ from raymill.models.signature import as_record, in_words
 from raymill.own_code import contracts
 from raymill.own_code.export import reason
 from raymill.own_code.traces import tell
-from raymill.record import kept_code
+from raymill.record import fitted, kept_code
 from raymill.record.catalog import data_digest, find_run
 from raymill.record.events import RunFinished, read_events
 from raymill.record.folder import RunFolder
@@ -153,7 +153,7 @@ def _make_version(
         kept_code.refuse_to_export(folder, code, code_of(spec))
         tags[CODE_TAG] = code.digest
     try:
-        rebuilt = rebuild(spec, checkpoint)
+        rebuilt = rebuild(folder, spec, checkpoint)
     except (RaymillError, OSError):
         raise
     except Exception as error:  # the job's own code
@@ -219,7 +219,7 @@ class Rebuilt:
     answer: Rows
 
 
-def rebuild(spec: JobSpec, checkpoint: Path) -> Rebuilt:
+def rebuild(folder: RunFolder, spec: JobSpec, checkpoint: Path) -> Rebuilt:
     """The model of a checkpoint, with an example of what it takes and gives.
 
     Raises:
@@ -230,8 +230,9 @@ def rebuild(spec: JobSpec, checkpoint: Path) -> Rebuilt:
 
     from raymill.checkpoint.snapshot import weights_sha256
 
-    pipeline = import_pipeline(spec)
-    task = import_task(spec, pipeline.schema)
+    kept = fitted.read(folder.path)
+    pipeline = import_pipeline(spec, kept)
+    task = import_task(spec, pipeline.schema, kept)
     model = task.build()
     weights = load_file(checkpoint / WEIGHTS)
     if weights_sha256(weights) != read_state(checkpoint)["weights_sha256"]:
@@ -268,6 +269,7 @@ def _files_beside(folder: RunFolder, checkpoint: Path, beside: Path, signature: 
     for path in (folder.spec, folder.plan, folder.data_manifest):
         write_record(beside / path.name, read_record(path))
     shutil.copyfile(checkpoint / WEIGHTS, beside / WEIGHTS)
+    fitted.keep(beside, fitted.read(folder.path))
     write_checksums(beside)
     kept_code.copy(folder.path, beside)
     return sorted(beside.iterdir())

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raymill.checkpoint.directory import WEIGHTS, read_pointer, read_state, verify
+from raymill.config import load
 from raymill.config.job_code import code_of
 from raymill.config.plan import Plan
 from raymill.config.spec import JobSpec
 from raymill.errors import CheckpointError, InputError, Problem
 from raymill.files import read_record
 from raymill.models import registry
-from raymill.record import kept_code
+from raymill.record import fitted, kept_code
 from raymill.record.folder import RunFolder, is_run_id, run_folder
-from raymill.task import Task
+from raymill.task import Pipeline, Task
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,18 @@ class Trained:
         """
         record = kept_code.read(self.records)
         return None if record is None else kept_code.changes_since(self.records, record, code_of(self.spec))
+
+    def pipeline(self) -> Pipeline:
+        """The data of its job, with what was fitted for it.
+
+        Raises:
+            CheckpointError: what was fitted is damaged.
+        """
+        return load.import_pipeline(self.spec, fitted.read(self.records))
+
+    def task(self, pipeline: Pipeline) -> Task:
+        """Its task, for this pipeline's schema and with what was fitted."""
+        return load.import_task(self.spec, pipeline.schema, fitted.read(self.records))
 
     def load_weights(self) -> Mapping[str, torch.Tensor]:
         """The weights, on the CPU.
@@ -111,7 +124,7 @@ def find_model(reference: str) -> Trained:
         return _trained(reference, reference, chosen, read_state(chosen, "weights_sha256")["weights_sha256"], folder.path)
     version = registry.resolve(reference)
     files = registry.model_files(version)
-    verify(files, registry.VERSION_FILES, may_have=(registry.SIGNATURE,))
+    verify(files, registry.VERSION_FILES, may_have=(registry.SIGNATURE, fitted.FILE))
     return _trained(f"{version.name}/{version.version}", version.run_id, files, version.weights_sha256, files)
 
 

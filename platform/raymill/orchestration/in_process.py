@@ -16,7 +16,7 @@ from raymill.data.reader import read_locally
 from raymill.errors import Interrupted, RaymillError
 from raymill.files import read_record, run_lock
 from raymill.orchestration.attempts import Show, committed_step, run_attempts, stop_on_signal
-from raymill.orchestration.prepare import Prepared
+from raymill.orchestration.prepare import Prepared, assembled
 from raymill.orchestration.summary import conclude
 from raymill.orchestration.tracker import tracking_summary
 from raymill.own_code.traces import tell
@@ -25,12 +25,12 @@ from raymill.record.events import DeliveryStarted, Event, RunStopped, StageReach
 from raymill.record.folder import RunFolder
 from raymill.record.processes import ProcessId
 from raymill.record.store import LocalRunStore
-from raymill.training.assembly import Job, WorkerContext, assemble, attempt_started
+from raymill.training.assembly import Job, WorkerContext, attempt_started
 
 
 def preflight(folder: RunFolder, prepared: Prepared) -> AbstractContextManager[Look]:
     """Try the job's own code in this process, which has to import torch anyway, before anything else."""
-    job = assemble(prepared.spec, prepared.plan, prepared.manifest, prepared.pipeline, world_size=1)
+    job = assembled(prepared, world_size=1)
     return nullcontext(here(job, prepared.where))
 
 
@@ -44,7 +44,7 @@ def execute(folder: RunFolder, prepared: Prepared, show: Show, look: Look) -> di
         Exception: whatever the job's code raises.
     """
     look(False)
-    job = assemble(prepared.spec, prepared.plan, prepared.manifest, prepared.pipeline, world_size=1)
+    job = assembled(prepared, world_size=1)
     try:
         with run_lock(folder.driver_lock), stop_on_signal(folder):
             run_attempts(folder, prepared.spec, partial(_attempt, folder, job, show), show)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raymill.config import load, plan, resumed
 from raymill.config.job_code import code_of
 from raymill.config.plan import ClusterFacts, Plan
 from raymill.config.spec import JobSpec
-from raymill.data import manifest
+from raymill.data import fit, manifest
 from raymill.data.manifest import Manifest
-from raymill.errors import InputError, Problem
+from raymill.errors import DataError, InputError, Problem
 from raymill.files import read_record
 from raymill.orchestration.cluster_facts import unsafe_variables
-from raymill.own_code.seams import PIPELINE, problem
+from raymill.own_code.seams import FIT, PIPELINE, problem
+from raymill.record import fitted as record_fitted
 from raymill.record import kept_code
 from raymill.record.catalog import find_run, show_run
 from raymill.record.folder import RunFolder
-from raymill.task import Pipeline
+from raymill.task import TRAIN, Pipeline
 from raymill.tracking.mlflow_client import store_problems
+from raymill.training.assembly import Job, assemble
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Prepared:
         manifest: what the data hold now.
         plan: every derived number.
         code: the job's own code, as it is now; see `job_code`.
+        fitted: what the pipeline has fitted, by name.
         where: dotted field of the job -> where its user wrote it.
     """
 
@@ -42,6 +45,7 @@ class Prepared:
     manifest: Manifest
     plan: Plan
     code: Mapping[str, bytes]
+    fitted: Mapping[str, bytes] = field(default_factory=dict)
     where: Callable[[str], str] = str
 
 
@@ -68,7 +72,29 @@ def prepare(job: load.LoadedJob, facts: ClusterFacts) -> Prepared:
     if problems or pipeline is None or taken is None:
         raise InputError(problems)
     planned = plan.make_plan(job.spec, taken, facts, job.where)
-    return Prepared(job.spec, pipeline, taken, planned, code_of(job.spec), job.where)
+    return Prepared(job.spec, pipeline, taken, planned, code_of(job.spec), where=job.where)
+
+
+def fitted(prepared: Prepared) -> Prepared:
+    """The same with its pipeline fitted, where that has something to fit: it reads all training rows.
+
+    Raises:
+        InputError, DataError: the pipeline's `fit` is wrong, or rows cannot be read.
+    """
+    spec, fragments = prepared.spec, prepared.manifest.splits[TRAIN].fragments
+    try:
+        made = fit.fit(prepared.pipeline, fragments, spec.loop.seed, lenient=spec.bad_rows.lenient)
+    except (InputError, DataError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError([problem(FIT, error, prepared.pipeline.fit)]) from error
+    return replace(prepared, fitted=made, pipeline=_pipeline(spec, made)) if made else prepared
+
+
+def assembled(prepared: Prepared, world_size: int) -> Job:
+    """The job for this many ranks."""
+    parts = prepared.spec, prepared.plan, prepared.manifest, prepared.pipeline
+    return assemble(*parts, world_size, fitted=prepared.fitted)
 
 
 def prepare_resume(
@@ -106,22 +132,26 @@ def prepare_resume(
     code, recorded_code = code_of(spec), kept_code.read(folder.path)
     if recorded_code and not accept_code_changes and (other := kept_code.changes_since(folder.path, recorded_code, code)):
         raise InputError(kept_code.problems(run_id, other))
-    pipeline = _pipeline(spec)
+    kept = record_fitted.read(folder.path)
+    pipeline = _pipeline(spec, kept)
+    if pipeline.fit is not None and not kept:
+        fix = "Restore the file from the run's folder, or start a new run."
+        raise InputError([Problem(f"--resume {run_id}", f"no {record_fitted.FILE}", "what the pipeline fitted for the run", fix)])
     taken = manifest.take_manifest(pipeline, lenient=spec.bad_rows.lenient)
     if changed := manifest.differences(recorded_manifest, taken):
         raise InputError(changed)
     planned = plan.make_plan(spec, taken, facts, where)
-    return folder, Prepared(spec, pipeline, taken, planned, code, where)
+    return folder, Prepared(spec, pipeline, taken, planned, code, kept, where)
 
 
-def _pipeline(spec: JobSpec) -> Pipeline:
+def _pipeline(spec: JobSpec, fitted: Mapping[str, bytes] = load.NOTHING_FITTED) -> Pipeline:
     """The job's pipeline.
 
     Raises:
         InputError: it cannot be imported, or the function that makes it raises or returns something else.
     """
     try:
-        return load.import_pipeline(spec)
+        return load.import_pipeline(spec, fitted)
     except InputError:
         raise
     except (Exception, SystemExit) as error:

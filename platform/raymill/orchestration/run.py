@@ -15,12 +15,12 @@ from raymill.errors import InputError, Interrupted
 from raymill.files import make_private_folder, replace_file, run_lock, write_record
 from raymill.orchestration.attempts import Show, committed_step
 from raymill.orchestration.executors import Executor
-from raymill.orchestration.prepare import Prepared, prepare_resume
+from raymill.orchestration.prepare import Prepared, assembled, fitted, prepare_resume
 from raymill.preflight.process import Refusal, here, no_look
+from raymill.record import fitted as record_fitted
 from raymill.record import kept_code
 from raymill.record.environment import environment
 from raymill.record.folder import RunFolder, run_folder
-from raymill.training.assembly import assemble
 
 Watch = Callable[[RunFolder], Show]
 """Is given a run's folder before anything starts; what it returns is given every event as it happens."""
@@ -44,11 +44,13 @@ def train(prepared: Prepared, executor: Executor, watch: Watch, started_s: float
         Interrupted: stopped on request, to be resumed.
         RunError: the run could not go on.
     """
+    prepared = fitted(prepared)
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     folder = run_folder(f"{prepared.spec.name}-{stamp}-{secrets.token_hex(3)}")
     make_private_folder(folder.path)
     write_record(folder.data_manifest, manifest.as_record(prepared.manifest))
     write_record(folder.environment, environment())
+    record_fitted.keep(folder.path, prepared.fitted)
     try:
         return _execute(folder, prepared, executor, watch, started_s, preflight)
     except Refusal as refusal:
@@ -63,8 +65,7 @@ def try_code(prepared: Prepared) -> None:
     Raises:
         InputError: with what is wrong.
     """
-    workers = prepared.plan.num_workers
-    job = assemble(prepared.spec, prepared.plan, prepared.manifest, prepared.pipeline, workers)
+    job = assembled(fitted(prepared), prepared.plan.num_workers)
     try:
         here(job, prepared.where)(False)
     except Refusal as refusal:

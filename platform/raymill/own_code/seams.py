@@ -35,6 +35,7 @@ PIPELINE = Seam("the pipeline's function", "a Pipeline", "Correct it, or the job
 FRAGMENTS = Seam("fragments()", "the source's pieces, as raymill.task.Fragment", "Correct the source.")
 READ = Seam("read(fragment)", "the rows of a fragment", "Correct the source, or the data that it reads.")
 CHECK = Seam("check(rows)", "index -> reason, for the bad rows of a fragment", "Correct the pipeline's check.")
+FIT = Seam("fit(rows)", "name -> bytes, for what is fitted on the training rows", "Correct the pipeline's fit.")
 TRANSFORM = Seam(
     "transform(rows, split, generator)", "a dict of as many rows as it was given", "Correct the pipeline's transform."
 )

@@ -24,6 +24,7 @@ from raymill.data import manifest
 from raymill.errors import Problem
 from raymill.files import private, read_record
 from raymill.paths import project_root
+from raymill.record import fitted
 from raymill.record.folder import RunFolder
 from raymill.training.assembly import Job, assemble
 
@@ -112,7 +113,8 @@ def main(arguments: list[str]) -> int:
     spec = JobSpec.model_validate(read_record(folder.spec))
     planned = Plan.from_record(read_record(folder.plan))
     taken = manifest.from_record(read_record(folder.data_manifest))
-    job = assemble(spec, planned, taken, load.import_pipeline(spec), planned.num_workers)
+    kept = fitted.read(folder.path)
+    job = assemble(spec, planned, taken, load.import_pipeline(spec, kept), planned.num_workers, fitted=kept)
     json.dump([problem.as_dict() for problem in find_problems(job)], told)
     told.close()
     return 0

@@ -103,11 +103,13 @@ def assemble(
     world_size: int,
     make_task: Callable[[], Task] | None = None,
     check_code: Callable[[], None] = lambda: None,
+    fitted: Mapping[str, bytes] = load.NOTHING_FITTED,
 ) -> Job:
     """Put a job together for this many ranks.
 
     Args:
         make_task: makes the Task; None: the one that the spec names.
+        fitted: what the pipeline has fitted, for the task.
         check_code: see `Job`; not needed where one process imports the code once and does all.
     """
     order = job_order(spec, plan, manifest)
@@ -115,7 +117,7 @@ def assemble(
         spec=spec,
         plan=plan,
         pipeline=pipeline,
-        make_task=make_task or (lambda: load.import_task(spec, pipeline.schema)),
+        make_task=make_task or (lambda: load.import_task(spec, pipeline.schema, fitted)),
         order=order,
         shardings=batch_shardings(plan, order, world_size),
         fragments={split: part.fragments for split, part in manifest.splits.items()},

@@ -23,6 +23,7 @@ from raymill.orchestration.on_ray import drain, session_folder
 from raymill.orchestration.on_ray.root_cause import root_cause
 from raymill.orchestration.on_ray.worker import WorkerConfig, work
 from raymill.orchestration.retry import Cause
+from raymill.record import fitted
 from raymill.record.events import ResizeStarted, append_event
 from raymill.record.folder import RunFolder
 from raymill.record.processes import ProcessId
@@ -79,6 +80,7 @@ def _trainer(folder: RunFolder, planned: Plan, spec: JobSpec, each: dict[str, fl
         plan=planned,
         manifest=manifest.from_record(read_record(folder.data_manifest)),
         code=read_record(folder.code)["files"],
+        fitted=fitted.read(folder.path),
         driver=ProcessId.of_this(),
         driver_node=ray.get_runtime_context().get_node_id(),
         store_actor=start_store_actor(folder, variables) if on_cluster else None,

@@ -54,6 +54,7 @@ class WorkerConfig:
         plan: every derived number.
         manifest: the input when the run began.
         code: name -> SHA-256 of each file of the run's code.
+        fitted: what the pipeline has fitted.
         driver: the process that drives the run.
         driver_node: the Ray node where the folder is.
         store_actor: does what workers on other nodes ask of the folder; None: there are no other nodes.
@@ -65,6 +66,7 @@ class WorkerConfig:
     plan: Plan
     manifest: Manifest
     code: Mapping[str, str]
+    fitted: Mapping[str, bytes]
     driver: ProcessId
     driver_node: str
     store_actor: Any
@@ -108,8 +110,8 @@ def work(config: dict[str, WorkerConfig]) -> Outcome:
         store.report(StageReached(stage="opening the stream"))
     try:
         check_code = partial(refuse_other_code, worker.run_id, worker.code, worker.spec)
-        pipeline = load.import_pipeline(worker.spec)
-        job = assemble(worker.spec, worker.plan, worker.manifest, pipeline, world_size, check_code=check_code)
+        pipeline, parts = load.import_pipeline(worker.spec, worker.fitted), (worker.spec, worker.plan, worker.manifest)
+        job = assemble(*parts, pipeline, world_size, check_code=check_code, fitted=worker.fitted)
         listener = socket.create_server((_own_address(), 0)) if rank == 0 else None
         start = _start_together(worker, job, store, world_size, listener)
         # Packets are on their way while torch is still being imported.
@@ -132,7 +134,7 @@ def _import_all(worker: WorkerConfig, rank: int) -> None:
     # The last is what DistributedDataParallel imports when the first one is made.
     for name in ("raymill.training.loop", "ray.data", "torch._dynamo"):
         importlib.import_module(name)
-    load.import_task(worker.spec, load.import_pipeline(worker.spec).schema)
+    load.import_task(worker.spec, load.import_pipeline(worker.spec, worker.fitted).schema, worker.fitted)
     code_when_imported(worker.spec)
     if rank == 0:
         ray.get(imported)
