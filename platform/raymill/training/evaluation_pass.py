@@ -20,9 +20,10 @@ from raymill.evaluation.kept import gathered
 from raymill.evaluation.pictures import as_png
 from raymill.evaluation.sums import Evaluation, as_numbers
 from raymill.own_code import contracts, seams
+from raymill.parallel.buffers import SavedBuffers
 from raymill.parallel.clock import Clock, RankTime, held_up_s
 from raymill.parallel.precision import autocast
-from raymill.parallel.process_group import all_gather, all_gather_lines, broadcast_buffers, rank_and_world_size
+from raymill.parallel.process_group import all_gather, all_gather_lines, rank_and_world_size
 from raymill.record.events import EvaluationDone, EvaluationGoesOn
 from raymill.record.store import Report
 from raymill.task import Picture, Task
@@ -41,13 +42,14 @@ class EvaluationPass:
         self.job, self.context, self.state = job, context, state
         self.feed, self.clock, self.report = feed, clock, report
         self.evaluation = Evaluation()
+        self.buffers = SavedBuffers([])
 
     def measure(self, step: EvalStep) -> None:
         """Measure this rank's part of one batch, and give a sign of life."""
         start_s = time.perf_counter()
         if step.batch == 0:
             # Each rank has its own running statistics since the last forward pass; the model is rank 0's.
-            broadcast_buffers(self.state.model)
+            self.buffers = SavedBuffers.of_rank_zero(self.state.model)
             if self.state.average:
                 self.state.average.exchange()
             self.clock.gather(self.feed.wait_s)
@@ -71,6 +73,8 @@ class EvaluationPass:
         pictures = found.pictures | self.pictures_of_model(step)
         if self.state.average:
             self.state.average.exchange()
+        # An evaluation leaves no trace: an observer goes on observing in eval mode, and each rank has other rows there.
+        self.buffers.restore()
         metrics = {f"{step.split}/{name}": value for name, value in found.metrics.items()}
         others = {name: value for name, value in self.state.metrics.items() if not name.startswith(f"{step.split}/")}
         self.state.metrics = others | metrics
