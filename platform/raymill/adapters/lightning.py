@@ -68,7 +68,7 @@ class LightningTask(Task):
         module = self.module()
         _refuse_what_is_not_honoured(module)
         self._module, self._log, self._metrics = module, Log(), dict[str, Any]()
-        module.trainer = self._trainer = _Trainer()
+        module.trainer = _Trainer()
         module.log = self._log.add
         module.setup("fit")
         module.configure_model()
@@ -100,6 +100,11 @@ class LightningTask(Task):
             found = "schedulers beside manual optimization, which steps them itself"
             raise _refusal("configure_optimizers", found, "optimizers alone there")
         return {f"optimizer_{number}": [one] for number, one in enumerate(made)}
+
+    @property
+    def _trainer(self) -> _Trainer:
+        trainer: _Trainer = self._module.trainer
+        return trainer
 
     def _configured(self) -> list[OwnOptimizer]:
         return configured(self._module.configure_optimizers(), self.max_grad_norm)

@@ -30,8 +30,8 @@ from raymill.config.signature import (
     read_signature,
     shortened,
 )
-from raymill.config.spec import OptimizerSpec, ScheduleSpec
-from raymill.errors import InputError, Problem, did_you_mean
+from raymill.config.spec import JobSpec, OptimizerSpec, ScheduleSpec
+from raymill.errors import InputError, Problem, did_you_mean, nearest
 
 ALLOWED = frozenset({"jobs", "pipelines"})
 
@@ -226,7 +226,8 @@ def check_names(values: Mapping[str, Any], packages: Packages) -> list[Problem]:
     problems = _check_code("task", "class", values, "model", packages)
     problems += _check_code("pipeline", "function", values, "data", packages)
     optimizer = values.get("optimizer")
-    if optimizer is None and not _makes_optimizers(values, packages):
+    misspelled = any(nearest(str(name), JobSpec.model_fields) == "optimizer" for name in values.keys() - {*JobSpec.model_fields})
+    if optimizer is None and not misspelled and not _makes_optimizers(values, packages):
         fix = "Add optimizer, or define optimizers(model, total_steps) in the task."
         problems.append(Problem("optimizer", "nothing", "an optimizer, such as {kind: AdamW, lr: 1e-3}", fix))
     schedules = {"schedule": values.get("schedule")}
@@ -248,6 +249,8 @@ def check_names(values: Mapping[str, Any], packages: Packages) -> list[Problem]:
 
 def _makes_optimizers(values: Mapping[str, Any], packages: Packages) -> bool:
     """Whether the task makes its own optimizers, or cannot be looked at."""
+    if values.get("task") is None:
+        return False
     try:
         find_code(str(values.get("task")), "task", "class", packages)
     except InputError:
