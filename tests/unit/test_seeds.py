@@ -7,8 +7,14 @@ import subprocess
 import sys
 
 import numpy as np
+import torch
 
+from raymill.data.order import BatchSharding, Item, JobOrder, SplitOrder
+from raymill.data.reader import Reader
+from raymill.data.rows import ROW_ID
 from raymill.data.seeds import seed_everything, unchanged_generators
+from raymill.data.sources import MapStyleSource
+from raymill.task import Pipeline
 
 READ_TWICE = """
 import random, sys
@@ -39,6 +45,44 @@ assert reader.read(Stream(order, 0)[1])[0].rows["value"].tolist() != first
 def test_a_source_that_imports_torch_while_it_reads_draws_the_same_the_first_time() -> None:
     done = subprocess.run([sys.executable, "-c", READ_TWICE], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+class Augmented:
+    """Three numbers at random for each item, from the three generators that code draws from."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, number: int) -> tuple[float, ...]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def augmented(fragment_rows: int, epoch: int) -> dict[int, list[float]]:
+    """Row id -> what was drawn for it."""
+    source = MapStyleSource("augmented", Augmented, lambda item: {"drawn": np.array(item)}, fragment_rows)
+    fragments = source.fragments()
+    rows = np.array([fragment.num_rows for fragment in fragments], np.int64)
+    order = JobOrder(SplitOrder("train", rows, 2, 0, True), (), 4, 4)
+    pipeline = Pipeline(sources={"train": source}, schema={})
+    reader = Reader("run", order, {"train": BatchSharding(8, 4, 1, 1)}, {"train": fragments}, pipeline)
+    packets = [reader.read(Item("train", epoch, window, 0))[0] for window in range(2)]
+    return {
+        int(row): drawn
+        for packet in packets
+        for row, drawn in zip(packet.rows[ROW_ID], packet.rows["drawn"].tolist(), strict=True)
+    }
+
+
+def test_what_an_item_draws_depends_on_its_number_and_the_epoch_and_not_on_what_it_is_read_with() -> None:
+    first = augmented(3, 0)
+    assert len({tuple(drawn) for drawn in first.values()}) == 8
+    assert augmented(5, 0) == first
+    assert augmented(3, 1) != first
+    random.seed(1)
+    expected = random.random()
+    random.seed(1)
+    MapStyleSource("augmented", Augmented, lambda item: {"drawn": np.array(item)}, 3).fragments()
+    assert random.random() == expected, "who lists the fragments keeps his own"
 
 
 def test_generators_are_given_back_as_they_were() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from raymill.data import seeds
 from raymill.data.bad_rows import read_good_rows
 from raymill.data.rows import num_rows
-from raymill.data.seeds import seed_everything
+from raymill.data.seeds import seed_everything, unchanged_generators
 from raymill.own_code.seams import FIT, calling, wrong
 from raymill.own_code.traces import describe
 from raymill.task import TRAIN, Fragment, Pipeline, Rows
@@ -30,7 +30,7 @@ def fit(pipeline: Pipeline, fragments: Sequence[Fragment], seed: int, *, lenient
     """
     if pipeline.fit is None:
         return {}
-    with calling(FIT):
+    with calling(FIT), unchanged_generators():
         fitted = pipeline.fit(_training_rows(pipeline, fragments, seed, lenient))
     if not isinstance(fitted, Mapping) or not all(
         isinstance(name, str) and isinstance(data, bytes) for name, data in fitted.items()
@@ -45,6 +45,7 @@ def fit(pipeline: Pipeline, fragments: Sequence[Fragment], seed: int, *, lenient
 def _training_rows(pipeline: Pipeline, fragments: Sequence[Fragment], seed: int, lenient: bool) -> Iterator[Rows]:
     for number, fragment in enumerate(fragments):
         seed_everything(seed, 0, number, seeds.READ)
-        rows, _ = read_good_rows(pipeline, TRAIN, fragment, lenient=lenient)
+        with seeds.reading(seed, 0):
+            rows, _ = read_good_rows(pipeline, TRAIN, fragment, lenient=lenient)
         if num_rows(rows):
             yield rows

@@ -128,7 +128,8 @@ class Reader:
         for number in fragments:
             fragment = self.fragments[item.split][int(number)]
             seed_everything(self.order.train.seed, _draw_of(item), int(number), seeds.READ)
-            rows, reasons = read_good_rows(self.pipeline, item.split, fragment, lenient=self.lenient)
+            with seeds.reading(self.order.train.seed, _draw_of(item)):
+                rows, reasons = read_good_rows(self.pipeline, item.split, fragment, lenient=self.lenient)
             if num_rows(rows):
                 parts.append(rows)
             for index, reason in reasons.items():

@@ -12,13 +12,14 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 
 from raymill.data.order import key
 
-TRANSFORM, FIRST_WEIGHTS, STEP, EVALUATION, COLLATE, READ, EVALUATION_COLLATE, MAKE, HOOK, CONCLUDE, PICTURES = range(3, 14)
+TRANSFORM, FIRST_WEIGHTS, STEP, EVALUATION, COLLATE, READ, EVALUATION_COLLATE, MAKE, HOOK, CONCLUDE, PICTURES, ROW = range(3, 15)
 """Keep the random numbers of different purposes apart."""
 
 
@@ -32,6 +33,24 @@ def seed_everything(*numbers: int) -> None:
         torch.default_generator.manual_seed(seed % 2**63)
         if torch.cuda.is_available():
             torch.cuda.manual_seed_all(seed % 2**63)
+
+
+_reading: ContextVar[tuple[int, ...]] = ContextVar("reading", default=())
+
+
+@contextmanager
+def reading(seed: int, epoch: int) -> Iterator[None]:
+    """Within this, sources are read for this epoch of a job with this seed."""
+    token = _reading.set((seed, epoch))
+    try:
+        yield
+    finally:
+        _reading.reset(token)
+
+
+def seed_row(number: int) -> None:
+    """Seed everything for one row of a source, whatever it is read together with."""
+    seed_everything(*_reading.get(), number, ROW)
 
 
 def imported_torch() -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from raymill.data.arrow import rows_bytes
+from raymill.data.seeds import seed_row, unchanged_generators
 from raymill.data.sources.once_per_process import made_once
 from raymill.errors import DataError, InputError, Problem
 from raymill.task import Column, Fragment, Rows
@@ -19,7 +20,8 @@ from raymill.task import Column, Fragment, Rows
 class MapStyleSource:
     """Any dataset with `__len__` and `__getitem__`, made once per process; a fragment is a range of indices.
 
-    Such a dataset has no index of its contents, so a fragment is known by the dataset's type and length alone.
+    Such a dataset has no index of its contents, so a fragment is known by the dataset's type and length alone. What it draws at
+    random for an item, as torchvision's transforms do, follows from the job's seed, the epoch and the item's number.
 
     Attributes:
         name: what messages call it.
@@ -48,7 +50,8 @@ class MapStyleSource:
         if count == 0:
             return []
         try:
-            row_bytes = rows_bytes(self._rows(range(1)))
+            with unchanged_generators():
+                row_bytes = rows_bytes(self._rows(range(1)))
         except DataError as error:
             raise InputError([Problem(self.name, str(error), "readable items", "Correct the dataset.")]) from error
         identity = hashlib.sha256(f"{kind}:{count}".encode()).hexdigest()[:16]
@@ -68,6 +71,7 @@ class MapStyleSource:
         dataset = made_once(self.make)
         items: list[Mapping[str, Any]] = []
         for number in numbers:
+            seed_row(number)
             try:
                 item = self.to_row(dataset[number])
             except Exception as error:  # the user's own code may raise anything
