@@ -284,7 +284,9 @@ class _Loop:
         self.last_saved = place
         best = self.is_best()
         self.measured.clear()
-        self.state.worked_s = self.worked_s()
+        if self.job.spec.loop.max_hours is not None:
+            # Nothing else in a checkpoint differs between two runs of one job.
+            self.state.worked_s = self.worked_s()
         if self.context.rank == 0:
             self.checkpoint_writer.save(capture(self.state, self.job.order.step(self.state.position)), best=best)
 

@@ -35,7 +35,7 @@ class TrainState:
         position: rows trained on since the start of the job.
         evaluated: whether the evaluations that are due at the position are done too.
         ended: why the training ends there, before the job's last step; None: it does not.
-        worked_s: seconds of work, all attempts together, as of the last save.
+        worked_s: seconds of work, all attempts together, as of the last save; 0 where there is no limit to them.
         patience: how long the metric of early stopping has not improved.
         rows_used: the same, counted from what ranks really received, less what was skipped.
         rows_skipped: rows not trained on: bad ones, and those of batches that spoiled the numbers.
