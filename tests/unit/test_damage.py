@@ -21,6 +21,7 @@ from raymill.checkpoint.weights_digest import TORCH_TYPES, file_weights_sha256
 from raymill.config.load import load_job
 from raymill.data.manifest import from_record
 from raymill.data.rows import pack, unpack
+from raymill.data.sources import ParquetSource, write_parquet
 from raymill.errors import CheckpointError, DataError, InputError, Problem
 from raymill.files import read_record
 from raymill.orchestration.attempts import committed_step
@@ -28,6 +29,7 @@ from raymill.orchestration.prepare import store_problems
 from raymill.record.events import read_events
 from raymill.record.folder import RunFolder
 from raymill.record.store import begin_attempt
+from raymill.task import Field, Schema
 from raymill.tracking.mlflow_client import tracking_uri
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -325,3 +327,19 @@ def test_links_are_refused_in_the_files_of_a_model_version_too(run: RunFolder, t
     a_link(version / "weights.safetensors")
     with pytest.raises(CheckpointError, match="no regular file"):
         verify(version)
+
+
+def test_a_page_that_has_lost_its_checksum_is_damaged(tmp_path: Path) -> None:
+    """Two bits: one makes a header's checksum a field that nobody knows, so that Arrow verifies nothing; one changes a value."""
+    schema: Schema = {"a": Field("int64")}
+    write_parquet(tmp_path, {"a": np.array([0, 220959, -326, 0])}, schema, num_shards=1, row_group_rows=3)
+    source = ParquetSource(str(tmp_path), schema)
+    fragment = source.fragments()[0]
+    assert source.read(fragment)["a"].tolist() == [0, 220959, -326]
+    path = tmp_path / "part-00000.parquet"
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    content[32] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="a page of it has lost its checksum"):
+        source.read(fragment)

@@ -29,7 +29,7 @@ from raymill.data.arrow import (
     table_from_rows,
 )
 from raymill.data.rows import num_rows, take
-from raymill.data.sources.parquet_index import ColumnChunk, read_index
+from raymill.data.sources.parquet_index import ColumnChunk, all_pages_have_checksums, read_index
 from raymill.errors import DataError, InputError, Problem, did_you_mean
 from raymill.task import Field, Fragment, Rows, Schema
 
@@ -122,6 +122,9 @@ DAMAGE = (OSError, pa.ArrowException, ValueError)
 """What opening or decoding a damaged file raises."""
 
 
+DIGEST_KEY = "raymill.digest"
+"""Of a file that raymill wrote: what its rows hash to."""
+
 MOST_ROWS_OF_A_GROUP = 2**31 - 1
 """A row group is read at once, and its values are counted in 32 bits."""
 
@@ -183,9 +186,17 @@ def _parse_footer(path: str, size_bytes: int, mtime_ns: int) -> Footer:
 def read_group(path: str, footer: Footer, group: int, columns: list[str]) -> pa.Table:
     """One row group with these columns, page checksums verified.
 
+    Arrow verifies those that are there. In a file of raymill's own each page has one, so that damage to a header hides no other.
+
     Raises:
-        OSError, pa.ArrowException: a page is damaged.
+        OSError, pa.ArrowException, ValueError: a page is damaged.
     """
+    if DIGEST_KEY.encode() in (footer.metadata.metadata or {}):
+        with open(path, "rb") as raw:
+            for chunk in read_index(footer.index)[group]:
+                num_bytes = min(max(chunk.compressed_bytes, 0), footer.size_bytes)
+                if not all_pages_have_checksums(os.pread(raw.fileno(), num_bytes, max(chunk.start, 0))):
+                    raise ValueError("a page of it has lost its checksum")
     with pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True) as file:
         return file.read_row_group(group, columns=columns)
 
@@ -360,5 +371,5 @@ def _write_file(path: Path, rows: Rows, schema: Schema, row_group_rows: int) -> 
             for start in range(0, count, row_group_rows):
                 writer.write_table(table_from_rows(take(rows, slice(start, start + row_group_rows)), schema))
             # Equal footers do not prove equal pages; with this entry they do.
-            writer.add_key_value_metadata({"raymill.digest": digest_rows(rows)})
+            writer.add_key_value_metadata({DIGEST_KEY: digest_rows(rows)})
         os.fsync(raw.fileno())

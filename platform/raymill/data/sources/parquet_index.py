@@ -17,19 +17,22 @@ _MOST_LEVELS = 32
 
 # Field numbers of parquet.thrift, down to the statistics of a column.
 _ROW_GROUPS, _COLUMNS, _META = 4, 1, 3
-_TYPE, _NUM_VALUES, _COMPRESSED_BYTES, _STATISTICS = 1, 5, 7, 12
+_TYPE, _NUM_VALUES, _COMPRESSED_BYTES, _DATA_AT, _DICTIONARY_AT, _STATISTICS = 1, 5, 7, 9, 11, 12
 _OLD_MAX, _OLD_MIN, _NULL_COUNT, _MAX, _MIN = 1, 2, 3, 5, 6
 _LEAF: dict[int, Any] = {}
 _WANTED = {
     _ROW_GROUPS: {
         _COLUMNS: {
             _META: {
-                **dict.fromkeys((_TYPE, _NUM_VALUES, _COMPRESSED_BYTES), _LEAF),
+                **dict.fromkeys((_TYPE, _NUM_VALUES, _COMPRESSED_BYTES, _DATA_AT, _DICTIONARY_AT), _LEAF),
                 _STATISTICS: dict.fromkeys((_OLD_MAX, _OLD_MIN, _NULL_COUNT, _MAX, _MIN), _LEAF),
             }
         }
     }
 }
+
+# Of a page's header.
+_PAGE_BYTES, _CHECKSUM = 3, 4
 
 _WIDTHS_BYTES = {0: 1, 1: 4, 2: 8}
 """Of the physical types that hold whole numbers: BOOLEAN, INT32, INT64."""
@@ -41,12 +44,14 @@ class ColumnChunk:
 
     Attributes:
         num_values: values, nulls among them; -1: not said.
+        start: where its first page is in the file; -1: not said.
         compressed_bytes: bytes in the file; -1: not said.
         num_nulls: 0: none, or not said.
         low, high: the encoded smallest and largest number; None: not said, not whole numbers, or not as long as its type.
     """
 
     num_values: int
+    start: int
     compressed_bytes: int
     num_nulls: int
     low: bytes | None
@@ -89,7 +94,29 @@ def _chunk(column: dict[int, Any]) -> ColumnChunk:
         return value if isinstance(value, int) else otherwise
 
     num_values, compressed_bytes = number(column, _NUM_VALUES, -1), number(column, _COMPRESSED_BYTES, -1)
-    return ColumnChunk(num_values, compressed_bytes, number(found, _NULL_COUNT, 0), limit(_MIN, _OLD_MIN), limit(_MAX, _OLD_MAX))
+    data_at = number(column, _DATA_AT, -1)
+    start = min(data_at, number(column, _DICTIONARY_AT, data_at))
+    return ColumnChunk(
+        num_values, start, compressed_bytes, number(found, _NULL_COUNT, 0), limit(_MIN, _OLD_MIN), limit(_MAX, _OLD_MAX)
+    )
+
+
+def all_pages_have_checksums(chunk: bytes) -> bool:
+    """Whether each page of a column chunk says what its bytes hash to. Where one does not, Arrow does not look.
+
+    Raises:
+        ValueError: a page's header is not what Thrift writes.
+    """
+    scan = _Scan(chunk)
+    try:
+        while scan.at < len(chunk):
+            header = scan.integers()
+            if _CHECKSUM not in header:
+                return False
+            scan.bytes(header[_PAGE_BYTES])
+    except (IndexError, KeyError) as error:
+        raise ValueError(f"a page's header is damaged: {type(error).__name__}") from error
+    return True
 
 
 class _Scan:
@@ -111,6 +138,17 @@ class _Scan:
             if inner is not None:
                 kept[field] = value
         return kept
+
+    def integers(self) -> dict[int, int]:
+        """The 32-bit numbers of a struct, by field: one of another width is none of these, as for whoever reads by the format."""
+        found: dict[int, int] = {}
+        field = 0
+        while head := self.byte():
+            field = field + (head >> 4) if head >> 4 else self.number()
+            value = self.value(head & 15, None, 0)
+            if head & 15 == _I32:
+                found[field] = value
+        return found
 
     def value(self, kind: int, wanted: dict[int, Any] | None, level: int) -> Any:
         if kind in (_TRUE, _FALSE):
@@ -150,7 +188,7 @@ class _Scan:
         return self.data[self.at - 1]
 
     def bytes(self, count: int) -> bytes:
-        self.at += count
+        self.at += max(0, count)
         if self.at > len(self.data):
             raise ValueError("its index ends too early")
         return self.data[self.at - count : self.at]
