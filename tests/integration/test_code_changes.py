@@ -11,6 +11,7 @@ import pytest
 
 from integration.commands import PROJECT, Home
 from raymill.files import read_record
+from raymill.orchestration.attempts import committed_step
 from raymill.record.events import AttemptStarted, read_events
 
 pytestmark = pytest.mark.integration
@@ -64,6 +65,9 @@ def killed(project: Project) -> str:
 
 def test_a_run_goes_on_with_other_code_only_where_that_is_accepted_and_says_so(project: Project) -> None:
     home, run_id = project.home, killed(project)
+    # A save goes on while training does: that of the step before may not have been whole.
+    saved = committed_step(home.folder())
+    assert saved > 0
     project.edit()
     code, stdout, stderr = home.run("train", "--json", "--resume", run_id, "--in-process")
     assert code == 2
@@ -75,9 +79,9 @@ def test_a_run_goes_on_with_other_code_only_where_that_is_accepted_and_says_so(p
     summary = home.json("train", "--json", "--resume", run_id, "--in-process", "--accept-code-changes")
     assert summary["status"] == "finished"
     [change] = summary["code_changed"]
-    assert (change["file"], change["after_step"]) == ("jobs/smoke/task.py", 6)
+    assert (change["file"], change["after_step"]) == ("jobs/smoke/task.py", saved)
     start = [event for event in read_events(home.folder().events)[0] if isinstance(event, AttemptStarted)][-1]
-    assert "the code was changed after step 6, which was accepted: jobs/smoke/task.py changed (+1 -1 lines)" in start.notes
+    assert f"the code was changed after step {saved}, which was accepted: jobs/smoke/task.py changed (+1 -1 lines)" in start.notes
     shown = home.json("runs", "show", run_id, "--json")
     assert "nn.Tanh()" in Path(shown["code"], "jobs/smoke/task.py").read_text()
 
