@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 MAX_KEY_LENGTH = 250
 
-SETTINGS = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+SETTINGS = {
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # Where tqdm is installed, its bars leave a thread behind in whoever called.
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
 """Environment variables under which raymill uses MLflow."""
 
 SQLITE = "sqlite:///"
