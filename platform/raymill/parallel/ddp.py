@@ -227,7 +227,7 @@ class DistributedObjective:
             told = [json.loads(line) for line in all_gather_lines(json.dumps(first))]
             self._parts = next((names for names in told if names is not None), None)
         names = self._parts or []
-        if other := next((one.parts for one in own if one.parts.keys() != set(names)), None):
+        if (other := next((one.parts for one in own if one.parts.keys() != set(names)), None)) is not None:
             raise other_parts(self.objective, other, names)
         return names
 
