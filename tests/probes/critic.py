@@ -1,4 +1,4 @@
-"""WGAN-GP on points of a line: a critic in every step, the generator in every third, both weighed by where the run is."""
+"""WGAN-GP on points of a line: a critic in every step, the generator in every fifth, both weighed by where the run is."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Wasserstein(Task):
     def objectives(self) -> Sequence[Objective]:
         return [
             Objective("critic", self.criticise, ("critic",)),
-            Objective("generator", self.please, ("generator",), every=3, from_step=4),
+            Objective("generator", self.please, ("generator",), every=5, from_step=4),
         ]
 
     def criticise(self, model: nn.Module, batch: Any, now: Now) -> torch.Tensor:
