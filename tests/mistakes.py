@@ -155,6 +155,29 @@ class Branching(nn.Module):
 DEF_CHANGE, DEF_INPUTS = "def change(rows, split, generator):", "def inputs(self, batch):"
 BATCH_NORM = "return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))"
 
+
+TWO_OBJECTIVES = """\
+    def objectives(self):
+        return [Objective("loss", self.loss), Objective("other", self.other)]
+
+    def other(self, model, batch):
+        return model(batch["x"]).square().mean()
+
+"""
+
+
+def _objective(name: str, arguments: str, shown: str, found: str, fix: str, body: str = LOSS) -> Mistake:
+    """A mistake in the arguments of the one objective."""
+    given = f"    def objectives(self):\n        return [Objective('loss', self.loss, {arguments})]\n\n    {DEF_LOSS}"
+    return Mistake(name, [(f"    {DEF_LOSS}", given), (LOSS, body)], shown, found, fix)
+
+
+def _behind(name: str, hook: str, line: str, found: str, fix: str, shown: str = "") -> Mistake:
+    """A mistake in what the task does behind a step or an epoch."""
+    given = f"    def {hook}(self, model, now):\n        {line}\n\n    {DEF_LOSS}"
+    return Mistake(name, [(f"    {DEF_LOSS}", given)], shown or line, found, fix)
+
+
 MISTAKES = [
     # ---- what is imported and made
     Mistake("a name that is not there", [("CALLS = ", "LIMIT = DEPTH * 2\nCALLS = ")], "LIMIT = DEPTH * 2", "NameError.*DEPTH"),
@@ -537,6 +560,65 @@ MISTAKES = [
         found="data-dependent.*in forward: if x.sum",
         fix="register.export: try",
     ),
+    # ---- what a loss is over, and what is done behind a step
+    _loss("a mapping without a loss", "return {'total': scores.mean()}", "total float32", "'loss'", DEF_LOSS),
+    _loss("a part of many numbers", "return {'loss': scores.mean(), 'each': scores}", "the part 'each'", "one number", DEF_LOSS),
+    _loss(
+        "a part named as what the engine logs",
+        "return {'loss': scores.mean(), 'gradient_norm': 1}",
+        "a part named 'gradient_norm'",
+        "that the engine does not log",
+        DEF_LOSS,
+    ),
+    _objective(
+        "a weight that is negative",
+        "weight=lambda batch: -1.0",
+        "return [Objective('loss', self.loss, weight=lambda batch: -1.0)]",
+        "-1.0",
+        "Correct what weighs",
+    ),
+    _objective(
+        "a weight for each row",
+        "weight=lambda batch: batch['label']",
+        "return [Objective('loss', self.loss, weight=lambda batch: batch['label'])]",
+        "int64 \\[8\\]",
+        "Correct what weighs",
+    ),
+    _objective(
+        "features without a gradient",
+        "features=lambda model, batch: model(batch['x']).detach()",
+        "return [Objective('loss', self.loss, features=lambda model, batch: model(batch['x']).detach())]",
+        "no weight has a gradient",
+        "without detach",
+    ),
+    _objective(
+        "features and a weight",
+        "features=abs, weight=len",
+        "def objectives(self):",
+        "with weight and features",
+        "Weigh the rows in the loss",
+    ),
+    Mistake(
+        "a part that another objective logs",
+        [
+            (f"    {DEF_LOSS}", TWO_OBJECTIVES + f"    {DEF_LOSS}"),
+            (LOSS, "        return {'loss': scores.mean(), 'other_loss': scores.std()}\n"),
+        ],
+        DEF_LOSS,
+        "logged as other_loss, as what objective 'other' logs",
+        "names of their own",
+        job=[("{kind: SGD, lr: 0.1, momentum: 0.9}", "{loss: {kind: SGD, lr: 0.1}, other: {kind: SGD, lr: 0.1}}")],
+    ),
+    _behind("a hook that fails", "after_step", "model[7].weight.zero_()", "IndexError", "Correct after_step"),
+    _behind(
+        "a buffer that is made behind a step",
+        "after_step",
+        "model.register_buffer('mask', torch.ones(2))",
+        "other parameters or buffers.*mask",
+        "in build",
+        "def after_step(self, model, now):",
+    ),
+    _behind("a hook at an epoch's end that fails", "after_epoch", "now.loss", "AttributeError", "Correct after_epoch"),
     Mistake(
         "inputs that are no tuple",
         [('return (batch["x"],)', 'return batch["x"]')],
