@@ -264,12 +264,55 @@ class TrainingRun:
             assert self.batches.setdefault(position, rows) == rows, "a step that was done again had other rows"
 
 
+NewRun = Callable[[Experiment], TrainingRun]
+"""Makes a run in a folder of its own."""
+
+
 def interrupted(run: TrainingRun, *world_sizes: int) -> Attempt:
     """Stop after a step, crash some steps after the last save, and train to the end; at these numbers of workers."""
     run.go(world_sizes[0], stop_after=1)
     with pytest.raises(Crash):
         run.go(world_sizes[1], crash_after=7)
     return run.go(world_sizes[2])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same experiment undisturbed, and stopped and killed on its way.
+
+    Attributes:
+        whole, run: the two runs.
+        expected, found: the attempt in which each of them ended.
+    """
+
+    whole: TrainingRun
+    run: TrainingRun
+    expected: Attempt
+    found: Attempt
+
+
+def stopped_and_killed(new_run: NewRun, experiment: Experiment, world_size: int, *, every_steps: int = 3) -> Pair:
+    """Hold a run that is stopped and killed against one that nothing disturbs: the same rows in each step, the same weights to
+    the bit, the same metrics.
+
+    Args:
+        every_steps: between two saves of the former.
+    """
+    whole, run = new_run(experiment), new_run(experiment.with_values(checkpoint={"every_steps": every_steps}))
+    pair = Pair(whole, run, whole.go(world_size), interrupted(run, world_size, world_size, world_size))
+    assert pair.found.sha256 == pair.expected.sha256
+    assert pair.found.first.metrics == pair.expected.first.metrics
+    assert run.batches == whole.batches
+    return pair
+
+
+def strict_at_other_numbers(new_run: NewRun, experiment: Experiment, *, every_steps: int = 3) -> Pair:
+    """As `stopped_and_killed`, under `strict` and at another number of workers in each attempt: the same weights to the bit."""
+    strict = experiment.with_values(loop={"strict": True, "gradient_accumulation_steps": 1, "shards": 6})
+    whole, run = new_run(strict), new_run(strict.with_values(checkpoint={"every_steps": every_steps}))
+    pair = Pair(whole, run, whole.go(2), interrupted(run, 1, 3, 2))
+    assert pair.found.sha256 == pair.expected.sha256
+    return pair
 
 
 def run_rank(rank: int, world_size: int, port: int, experiment: Experiment, start: Start) -> tuple[Outcome, list[dict[str, Any]]]:

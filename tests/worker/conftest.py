@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from worker_harness import Experiment, RankPool, TrainingRun
-
-NewRun = Callable[[Experiment], TrainingRun]
+from worker_harness import Experiment, NewRun, RankPool, TrainingRun
 
 
 @pytest.fixture(scope="session")

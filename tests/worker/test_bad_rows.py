@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,7 @@ import pytest
 
 from probes import broken, mixed
 from raymill.errors import DataError
-from worker_harness import Attempt, Crash, Experiment, TrainingRun
-
-NewRun = Callable[[Experiment], TrainingRun]
+from worker_harness import Attempt, Crash, Experiment, NewRun
 
 EPOCHS = 2
 SOME = frozenset({0, 3, *range(14, 21), 60, 97})

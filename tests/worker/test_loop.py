@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,7 @@ from raymill.checkpoint import directory
 from raymill.checkpoint.snapshot import Snapshot, load
 from raymill.errors import InputError, NumberError, RunError
 from raymill.task import Total
-from worker_harness import Attempt, Experiment, TrainingRun
-
-NewRun = Callable[[Experiment], TrainingRun]
+from worker_harness import Attempt, Experiment, NewRun, TrainingRun
 
 MIXED = Experiment(mixed.Mixed, mixed.pipeline, mixed.VALUES)
 PLAIN = Experiment(mixed.plain, mixed.pipeline, {**mixed.VALUES, "optimizer": {"kind": "SGD", "lr": 0.5}}).with_values(

@@ -8,7 +8,6 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,7 @@ from raymill.errors import InputError
 from raymill.preflight.trial import find_problems
 from raymill.task import Schema
 from raymill.training.assembly import Job, assemble
-from worker_harness import Experiment, Start, TrainingRun, run_rank
-
-NewRun = Callable[[Experiment], TrainingRun]
+from worker_harness import Experiment, NewRun, Start, run_rank
 
 
 @pytest.fixture

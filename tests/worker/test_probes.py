@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
 from probes import detector, gan, language
-from worker_harness import Attempt, Experiment, TrainingRun
-
-NewRun = Callable[[Experiment], TrainingRun]
+from worker_harness import Attempt, Experiment, NewRun
 
 GAN = Experiment(gan.Points, gan.pipeline, gan.VALUES)
 DETECTOR = Experiment(detector.Boxes, detector.pipeline, detector.VALUES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,7 @@ from raymill.optim.optimizers import make_optimizers
 from raymill.parallel.ddp import DistributedObjective
 from raymill.task import Objective
 from raymill.training.state import TrainState, capture, restore
-from worker_harness import Crash, Experiment, TrainingRun
-
-NewRun = Callable[[Experiment], TrainingRun]
+from worker_harness import Crash, Experiment, NewRun
 
 MIXED = Experiment(mixed.Mixed, mixed.pipeline, mixed.VALUES)
 JOB_ROWS = 3 * mixed.TRAIN_ROWS

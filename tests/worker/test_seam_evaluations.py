@@ -16,9 +16,7 @@ from raymill.checkpoint import directory
 from raymill.checkpoint.snapshot import load
 from raymill.errors import InputError
 from raymill.task import Kept, Schema
-from worker_harness import Attempt, Experiment, TrainingRun, interrupted
-
-NewRun = Callable[[Experiment], TrainingRun]
+from worker_harness import Attempt, Experiment, NewRun, TrainingRun, interrupted, stopped_and_killed, strict_at_other_numbers
 
 SEGMENT = Experiment(segment.Masks, segment.pipeline, segment.VALUES)
 PROBES: Mapping[str, Experiment] = {
@@ -47,23 +45,15 @@ def pictures(run: TrainingRun) -> dict[str, bytes]:
 def test_stopped_and_killed_it_ends_with_the_same_weights_metrics_and_pictures(
     new_run: NewRun, probe: str, world_size: int
 ) -> None:
-    whole, run = new_run(PROBES[probe]), new_run(PROBES[probe].with_values(checkpoint={"every_steps": 2}))
-    expected = whole.go(world_size)
-    found = interrupted(run, world_size, world_size, world_size)
-    assert found.sha256 == expected.sha256
-    assert found.first.metrics == expected.first.metrics
-    assert measured(found).items() <= measured(expected).items()
-    assert run.batches == whole.batches
-    assert pictures(run) == pictures(whole)
+    pair = stopped_and_killed(new_run, PROBES[probe], world_size, every_steps=2)
+    assert measured(pair.found).items() <= measured(pair.expected).items()
+    assert pictures(pair.run) == pictures(pair.whole)
 
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_strict_it_comes_to_the_same_at_any_number_of_workers(new_run: NewRun, probe: str) -> None:
-    strict = PROBES[probe].with_values(loop={"strict": True, "gradient_accumulation_steps": 1, "shards": 6})
-    whole, run = new_run(strict), new_run(strict.with_values(checkpoint={"every_steps": 2}))
-    expected, found = whole.go(2), interrupted(run, 1, 3, 2)
-    assert found.sha256 == expected.sha256
-    assert found.first.metrics == pytest.approx(expected.first.metrics, rel=1e-12)
+    pair = strict_at_other_numbers(new_run, PROBES[probe], every_steps=2)
+    assert pair.found.first.metrics == pytest.approx(pair.expected.first.metrics, rel=1e-12)
 
 
 def test_each_split_is_measured_when_it_is_due_over_the_rows_that_were_asked_for(new_run: NewRun) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,7 @@ from raymill.data.fit import MAX_BYTES, fit
 from raymill.errors import CheckpointError, InputError
 from raymill.record import fitted
 from raymill.task import Rows
-from worker_harness import Experiment, TrainingRun, interrupted
-
-NewRun = Callable[[Experiment], TrainingRun]
+from worker_harness import Experiment, NewRun, stopped_and_killed, strict_at_other_numbers
 
 
 def fit_texts() -> dict[str, bytes]:
@@ -44,16 +42,12 @@ def test_it_is_fitted_on_all_training_rows_and_on_no_other() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_stopped_and_killed_it_ends_with_the_same_weights(new_run: NewRun, experiment: Experiment, world_size: int) -> None:
-    whole, run = new_run(experiment), new_run(experiment.with_values(checkpoint={"every_steps": 3}))
-    expected = whole.go(world_size)
+    expected = stopped_and_killed(new_run, experiment, world_size).expected
     assert expected.metrics("evaluation")[-1]["validation/loss"] < 0.6, "it learned what the words mean"
-    assert interrupted(run, world_size, world_size, world_size).sha256 == expected.sha256
 
 
 def test_strict_it_ends_with_the_same_weights_at_any_number_of_workers(new_run: NewRun, experiment: Experiment) -> None:
-    strict = experiment.with_values(loop={"strict": True, "shards": 6})
-    expected = new_run(strict).go(2)
-    assert interrupted(new_run(strict.with_values(checkpoint={"every_steps": 3})), 1, 3, 2).sha256 == expected.sha256
+    strict_at_other_numbers(new_run, experiment)
 
 
 # ---------------------------------------------------------------- what is refused

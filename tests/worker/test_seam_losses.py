@@ -14,9 +14,15 @@ import torch
 from probes import compressed, contrastive, mixed, packed, variational
 from probes.one_step import Learned, OneStep, at_once, on_rank
 from raymill.errors import InputError
-from worker_harness import Experiment, RankPool, Start, TrainingRun, interrupted, run_rank
-
-NewRun = Callable[[Experiment], TrainingRun]
+from worker_harness import (
+    Experiment,
+    NewRun,
+    RankPool,
+    Start,
+    run_rank,
+    stopped_and_killed,
+    strict_at_other_numbers,
+)
 
 PROBES: Mapping[str, Experiment] = {
     "a divergence that comes in slowly": Experiment(variational.Autoencoder, mixed.pipeline, variational.VALUES),
@@ -30,20 +36,12 @@ PROBES: Mapping[str, Experiment] = {
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("probe", PROBES)
 def test_stopped_and_killed_it_ends_with_the_same_weights(new_run: NewRun, probe: str, world_size: int) -> None:
-    whole, run = new_run(PROBES[probe]), new_run(PROBES[probe].with_values(checkpoint={"every_steps": 3}))
-    expected = whole.go(world_size)
-    found = interrupted(run, world_size, world_size, world_size)
-    assert found.sha256 == expected.sha256
-    assert found.first.metrics == expected.first.metrics
-    assert run.batches == whole.batches
+    stopped_and_killed(new_run, PROBES[probe], world_size)
 
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_strict_it_ends_with_the_same_weights_at_any_number_of_workers(new_run: NewRun, probe: str) -> None:
-    strict = PROBES[probe].with_values(loop={"strict": True, "gradient_accumulation_steps": 1, "shards": 6})
-    expected = new_run(strict).go(2)
-    found = interrupted(new_run(strict.with_values(checkpoint={"every_steps": 3})), 1, 3, 2)
-    assert found.sha256 == expected.sha256
+    strict_at_other_numbers(new_run, PROBES[probe])
 
 
 # ---------------------------------------------------------------- held against one process over the whole batch

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 
 import pytest
 
 from probes import gan, mixed, plateau
 from raymill.config.spec import JobSpec
-from worker_harness import Attempt, Experiment, TrainingRun, interrupted
-
-NewRun = Callable[[Experiment], TrainingRun]
+from worker_harness import Attempt, Experiment, NewRun, stopped_and_killed, strict_at_other_numbers
 
 PROBES: Mapping[str, Experiment] = {
     "by a metric": Experiment(mixed.Mixed, mixed.pipeline, plateau.BY_METRIC),
@@ -28,18 +26,12 @@ def rates(attempt: Attempt, name: str = "learning_rate") -> list[float]:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("probe", PROBES)
 def test_stopped_and_killed_it_ends_with_the_same_weights(new_run: NewRun, probe: str, world_size: int) -> None:
-    whole, run = new_run(PROBES[probe]), new_run(PROBES[probe].with_values(checkpoint={"every_steps": 3}))
-    expected = whole.go(world_size)
-    found = interrupted(run, world_size, world_size, world_size)
-    assert found.sha256 == expected.sha256
-    assert found.first.metrics == expected.first.metrics
+    stopped_and_killed(new_run, PROBES[probe], world_size)
 
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_strict_it_ends_with_the_same_weights_at_any_number_of_workers(new_run: NewRun, probe: str) -> None:
-    strict = PROBES[probe].with_values(loop={"strict": True, "gradient_accumulation_steps": 1, "shards": 6})
-    expected = new_run(strict).go(2)
-    assert interrupted(new_run(strict.with_values(checkpoint={"every_steps": 3})), 1, 3, 2).sha256 == expected.sha256
+    strict_at_other_numbers(new_run, PROBES[probe])
 
 
 def test_a_rate_falls_when_the_metric_stands_still_and_rises_before(new_run: NewRun) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from probes import gan, mixed
 from raymill.errors import NumberError
-from worker_harness import Experiment, TrainingRun
-
-NewRun = Callable[[Experiment], TrainingRun]
+from worker_harness import Experiment, NewRun
 
 STRICT = Experiment(mixed.Mixed, mixed.pipeline, mixed.VALUES).with_values(
     loop={"strict": True, "gradient_accumulation_steps": 1}

@@ -345,25 +345,27 @@ class _Part:
     size: int
 
 
+def _windows_until(order: JobOrder, epoch: int, step: int) -> int:
+    """Training windows of an epoch, from its first on, that hold rows of its steps up to this one."""
+    offset = order.position(step) - epoch * order.train.num_rows
+    if offset in (0, order.train.num_rows):
+        return order.train.num_windows if offset else 0
+    return window_at(order.train, epoch, offset - 1) + 1
+
+
 @lru_cache(maxsize=4)
 def _part(order: JobOrder, epoch: int, first_window: int, step: int) -> _Part:
     """The rest of an epoch behind a step, from a window on. Rows are read once the window before is: an evaluation comes behind
     the window that holds the last row of its step."""
     first_step, last_step = epoch * order.steps_per_epoch, min((epoch + 1) * order.steps_per_epoch, order.total_steps)
-
-    def windows_until(step: int) -> int:
-        offset = order.position(step) - epoch * order.train.num_rows
-        whole = step == first_step + order.steps_per_epoch
-        return order.train.num_windows if whole else window_at(order.train, epoch, offset - 1) + 1
-
     due = {last_step} if order.due(last_step) else set()
     for every in {evaluation.every_steps for evaluation in order.evaluations} - {0}:
         due |= set(range(max(step, first_step) // every * every + every, last_step + 1, every))
     steps = np.array(sorted(one for one in due if one > step), np.int64)
-    windows = np.array([windows_until(int(one)) for one in steps], np.int64)
+    windows = np.array([_windows_until(order, epoch, int(one)) for one in steps], np.int64)
     sizes = np.array([sum(one.num_windows for one in order.due(int(at))) for at in steps], np.int64)
     starts = windows - first_window + np.cumsum(sizes) - sizes
-    size = max(0, windows_until(last_step) - first_window) + int(sizes.sum())
+    size = max(0, _windows_until(order, epoch, last_step) - first_window) + int(sizes.sum())
     return _Part(steps, starts, windows, first_window, size)
 
 
@@ -416,9 +418,8 @@ class Stream:
         """Windows of all epochs before this one, in a job that nothing interrupts."""
         order, step = self._order, min(epoch * self._order.steps_per_epoch, self._order.total_steps)
         evaluations = sum(one.num_due(step, order.total_steps) * one.num_windows for one in order.evaluations)
-        whole, batches = divmod(step, order.steps_per_epoch)
-        cut = window_at(order.train, whole, batches * order.batch_rows - 1) + 1 if batches else 0
-        return whole * order.train.num_windows + cut + evaluations
+        whole = step // order.steps_per_epoch
+        return whole * order.train.num_windows + _windows_until(order, whole, step) + evaluations
 
     def _item(self, number: int, index: int) -> Item:
         part, epoch = self._part(number), self._epoch + number

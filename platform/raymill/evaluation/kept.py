@@ -10,20 +10,16 @@ import torch
 import torch.distributed as dist
 
 from raymill.data.rows import ROW_ID, join, pack, take, unpack
+from raymill.own_code.contracts import as_array
 from raymill.parallel.process_group import all_gather_integers, all_gather_lines, rank_and_world_size
 from raymill.task import Column, Kept, Rows
 
 
 def as_column(kept: Kept) -> Column:
-    """The values of one batch on the CPU, as rows travel. Of a type that numpy lacks (bfloat16) they become float32."""
+    """The values of one batch on the CPU, as rows travel."""
     if isinstance(kept.value, torch.Tensor):
-        return _as_array(kept.value)
-    return [_as_array(value) if isinstance(value, torch.Tensor) else value for value in kept.value]
-
-
-def _as_array(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu()
-    return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
+        return as_array(kept.value)
+    return [as_array(value) if isinstance(value, torch.Tensor) else value for value in kept.value]
 
 
 def gathered(parts: Sequence[Rows]) -> dict[str, Any]:

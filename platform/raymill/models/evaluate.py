@@ -19,7 +19,6 @@ from raymill.data.seeds import unchanged_caller
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.evaluation.sums import Evaluation, as_numbers
 from raymill.models.trained import Trained, find_model
-from raymill.record import fitted
 from raymill.record.folder import RunFolder
 from raymill.record.store import LocalRunStore
 from raymill.task import TRAIN, VALIDATION
@@ -67,7 +66,7 @@ def evaluate_all(trained: Trained, split: str = VALIDATION) -> Concluded:
         raise InputError([Problem(spec.pipeline, f"splits {sorted(taken.splits)}", f"a split {split!r}", fix)])
     planned = replace(trained.plan, train_rows=taken.splits[TRAIN].num_rows)
     # The shards of the run's workers, all in this process: microbatches of other sizes would be rounded otherwise.
-    job = assemble(spec, planned, taken, pipeline, world_size=1, fitted=fitted.read(trained.records))
+    job = assemble(spec, planned, taken, pipeline, world_size=1, fitted=trained.fitted)
     reader, sharding = job.reader(trained.name), job.shardings[split]
     num_windows = job.order.evaluation(split).num_windows
     feed = Feed(reader.read(Item(split, 0, window, 0))[0] for window in range(num_windows))

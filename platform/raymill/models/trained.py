@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,8 @@ from raymill.config.spec import JobSpec
 from raymill.errors import CheckpointError, InputError, Problem
 from raymill.files import read_record
 from raymill.models import registry
-from raymill.record import fitted, kept_code
+from raymill.record import fitted as record_fitted
+from raymill.record import kept_code
 from raymill.record.folder import RunFolder, is_run_id, run_folder
 from raymill.task import Pipeline, Task
 
@@ -54,17 +56,22 @@ class Trained:
         record = kept_code.read(self.records)
         return None if record is None else kept_code.changes_since(self.records, record, code_of(self.spec))
 
-    def pipeline(self) -> Pipeline:
-        """The data of its job, with what was fitted for it.
+    @cached_property
+    def fitted(self) -> Mapping[str, bytes]:
+        """What was fitted for it.
 
         Raises:
-            CheckpointError: what was fitted is damaged.
+            CheckpointError: it is damaged.
         """
-        return load.import_pipeline(self.spec, fitted.read(self.records))
+        return record_fitted.read(self.records)
+
+    def pipeline(self) -> Pipeline:
+        """The data of its job, with what was fitted for it."""
+        return load.import_pipeline(self.spec, self.fitted)
 
     def task(self, pipeline: Pipeline) -> Task:
         """Its task, for this pipeline's schema and with what was fitted."""
-        return load.import_task(self.spec, pipeline.schema, fitted.read(self.records))
+        return load.import_task(self.spec, pipeline.schema, self.fitted)
 
     def load_weights(self) -> Mapping[str, torch.Tensor]:
         """The weights, on the CPU.
@@ -124,7 +131,7 @@ def find_model(reference: str) -> Trained:
         return _trained(reference, reference, chosen, read_state(chosen, "weights_sha256")["weights_sha256"], folder.path)
     version = registry.resolve(reference)
     files = registry.model_files(version)
-    verify(files, registry.VERSION_FILES, may_have=(registry.SIGNATURE, fitted.FILE))
+    verify(files, registry.VERSION_FILES, may_have=(registry.SIGNATURE, record_fitted.FILE))
     return _trained(f"{version.name}/{version.version}", version.run_id, files, version.weights_sha256, files)
 
 

@@ -166,8 +166,9 @@ def optimizer_specs(spec: JobSpec, objective: str, objectives: Sequence[str]) ->
         InputError: when the job names optimizers that are not the task's objectives.
     """
     given = spec.optimizer
-    if given is None or not isinstance(given, dict):
-        return given if isinstance(given, list) else [given] if given else []
+    assert given is not None
+    if not isinstance(given, dict):
+        return given if isinstance(given, list) else [given]
     if set(given) != set(objectives):
         raise InputError(
             [

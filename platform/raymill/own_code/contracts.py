@@ -214,8 +214,8 @@ HOOKS = {"after_step": seams.AFTER_STEP, "after_epoch": seams.AFTER_EPOCH}
 """What a task may do to its model between steps."""
 
 
-def has_hook(task: Task, name: str) -> bool:
-    """Whether the task has one of the HOOKS."""
+def overrides(task: Task, name: str) -> bool:
+    """Whether the task has a method of its own by this name, where `Task` has one already."""
     return getattr(type(task), name) is not getattr(Task, name)
 
 
@@ -225,7 +225,7 @@ def optimizers(task: Task, model: nn.Module, objectives: Sequence[str], total_st
     Raises:
         InputError: something of it is none, or they are of other objectives.
     """
-    if type(task).optimizers is Task.optimizers:
+    if not overrides(task, "optimizers"):
         return None
     with calling(seams.OPTIMIZERS):
         given = task.optimizers(model, total_steps)
@@ -320,7 +320,7 @@ def inputs(task: Task, batch: Batch) -> tuple[torch.Tensor, ...]:
     Raises:
         InputError: there are none, or something else than tensors.
     """
-    if type(task).inputs is Task.inputs:
+    if not overrides(task, "inputs"):
         fix = "Define inputs(batch) in the task, or let the job say `register.export: try`."
         raise wrong(seams.INPUTS, type(task), "a task that exports its model and has no inputs(batch)", fix)
     with calling(seams.INPUTS, batch):
@@ -340,8 +340,8 @@ def predict(task: Task, model: nn.Module, batch: Batch, num_rows: int) -> Rows:
     Raises:
         InputError: the task defines neither, or something of it has no value for each row.
     """
-    own = type(task).predict is not Task.predict
-    if not own and type(task).inputs is Task.inputs:
+    own = overrides(task, "predict")
+    if not own and not overrides(task, "inputs"):
         fix = "Define predict(model, batch) or inputs(batch) in the task, or leave out `register:`."
         raise wrong(
             seams.PREDICT, type(task), "a task that is to be asked and has neither predict(model, batch) nor inputs(batch)", fix
@@ -386,10 +386,14 @@ def _column(value: Any) -> Column | None:
     return arrays if len({(array.dtype, array.ndim) for array in arrays}) == 1 else None
 
 
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's values on the CPU, without its graph. Of a type that numpy lacks (bfloat16) they become float32."""
+    return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy())
+
+
 def _array(value: Any) -> np.ndarray | None:
     """Numbers as an array; None where there are others, or none."""
     if isinstance(value, torch.Tensor):
-        # numpy has no bfloat16.
-        value = (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
+        value = as_array(value)
     array = np.asarray(value) if isinstance(value, np.ndarray | np.generic | int | float) else None
     return array if array is not None and array.dtype.kind in "biuf" else None

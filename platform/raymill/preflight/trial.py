@@ -271,7 +271,7 @@ class _Trial:
         last = min(order.steps_per_epoch, self.job.plan.total_steps)
         moments = {"after_step": self._now(1), "after_epoch": self._now(last)}
         for name, seam in contracts.HOOKS.items():
-            if not contracts.has_hook(task, name):
+            if not contracts.overrides(task, name):
                 continue
             function = getattr(task, name)
             seed_everything(self.job.spec.loop.seed, HOOK, moments[name].position)
@@ -405,7 +405,7 @@ class _Trial:
 
     def conclude(self, task: Task, evaluation: Evaluation) -> dict[str, str] | None:
         """What the task concludes. Nothing is said of what may fail with few rows only, as a score that needs all classes."""
-        if type(task).conclude is Task.conclude:
+        if not contracts.overrides(task, "conclude"):
             return {}
         _, totals, _ = evaluation.reduce(lambda tensor: [tensor])
         try:
@@ -425,11 +425,9 @@ class _Trial:
 
     def draw(self, task: Task, model: nn.Module) -> None:
         """The task's pictures of its model."""
-        now = Now(1, 0, self.job.order.steps_per_epoch, self.job.plan.total_steps, self.job.plan.global_batch_rows)
         with torch.no_grad():
-            self.tried(
-                seams.PICTURES, lambda: [as_png(one) for one in contracts.pictures(task, model, now).values()], task.pictures
-            )
+            drawn = self.tried(seams.PICTURES, lambda: contracts.pictures(task, model, self._now(1)), task.pictures) or {}
+            self.tried(seams.PICTURES, lambda: [as_png(one) for one in drawn.values()], task.pictures)
 
     def look_for_metrics(self, task: Task, measured: Mapping[str, Mapping[str, str]]) -> None:
         """What decides something must be among what is measured.
@@ -467,7 +465,7 @@ class _Trial:
         batch = self.tried(seams.COLLATE, lambda: prediction_batch(pipeline, copy.deepcopy(rows)), pipeline.collate, rows, at)
         if batch is None:
             return
-        function = type(model) if type(task).predict is Task.predict else task.predict
+        function = task.predict if contracts.overrides(task, "predict") else type(model)
         self.tried(seams.PREDICT, lambda: contracts.predict(task, model, batch, count), function, batch)
         if export != "required":
             return

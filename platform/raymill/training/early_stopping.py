@@ -26,8 +26,8 @@ class Patience:
         value = measured.get(spec.metric)
         if value is None:
             return self
-        improvement = value - (self.best or 0.0) if spec.mode == "max" else (self.best or 0.0) - value
-        if not math.isnan(value) and (self.best is None or improvement > spec.min_delta):
+        sign = 1 if spec.mode == "max" else -1
+        if not math.isnan(value) and (self.best is None or sign * (value - self.best) > spec.min_delta):
             return Patience(value)
         return Patience(self.best, self.num_worse + 1)
 

@@ -26,7 +26,7 @@ from raymill.parallel.precision import autocast
 from raymill.parallel.process_group import all_gather, all_gather_lines, rank_and_world_size
 from raymill.record.events import EvaluationDone, EvaluationGoesOn
 from raymill.record.store import Report
-from raymill.task import Picture, Task
+from raymill.task import Picture
 from raymill.training.assembly import Job, WorkerContext
 from raymill.training.batch import to_device
 from raymill.training.state import TrainState
@@ -93,7 +93,7 @@ class EvaluationPass:
     def pictures_of_model(self, step: EvalEnd) -> dict[str, Picture]:
         """What the task draws of its model, on rank 0."""
         task, model, seed = self.job.task, self.state.model, self.job.spec.loop.seed
-        if self.context.rank or type(task).pictures is Task.pictures:
+        if self.context.rank or not contracts.overrides(task, "pictures"):
             return {}
         model.eval()
         seed_everything(seed, PICTURES)
@@ -138,7 +138,7 @@ def concluded(job: Job, evaluation: Evaluation) -> Concluded:
     means, totals, num_rows = evaluation.reduce(all_gather)
     numbers: dict[str, float] = {}
     pictures: dict[str, Picture] = {}
-    if type(job.task).conclude is not Task.conclude:
+    if contracts.overrides(job.task, "conclude"):
         kept = gathered(evaluation.kept)
         rank, _ = rank_and_world_size()
         if rank == 0:

@@ -43,9 +43,6 @@ from raymill.training.stragglers import StragglerDetector
 from raymill.training.task_attributes import AttributeWatch
 from raymill.training.train_step import StepTaker, call_hook
 
-MAX_SHOWN_ROWS = 5
-"""Of a batch, in a message."""
-
 
 def train(
     job: Job,

@@ -185,7 +185,7 @@ class StepTaker:
 
 def call_hook(job: Job, state: TrainState, name: Literal["after_step", "after_epoch"], now: Now) -> None:
     """Let the task change the model, if it wants to. Each rank has its own running statistics until then."""
-    if contracts.has_hook(job.task, name):
+    if contracts.overrides(job.task, name):
         broadcast_buffers(state.model)
         seed_everything(job.spec.loop.seed, HOOK, now.position, name == "after_epoch")
         contracts.hook(job.task, name, state.model, now)
