@@ -265,7 +265,8 @@ class Task(Protocol):
     """What is learned. Subclass it, give `__init__` typed parameters (the job file's `model:`), and fill in.
 
     A parameter named `schema` is filled with the pipeline's schema, so that a head can take its size from the data; one named
-    `fitted` with what the pipeline has fitted.
+    `fitted` with what the pipeline has fitted; one named `inputs` with the trained models that the job names, by name: see
+    `load_model` and `load_weights` of `raymill.trained.model.Trained`.
 
     State that changes while a run goes on lives in buffers of the model, which are saved; an attribute of the Task is not.
     """

@@ -22,7 +22,7 @@ from raymill.config.plan import Plan
 from raymill.config.spec import JobSpec
 from raymill.files import FORMAT_VERSION, READABLE_VERSIONS, read_record
 from raymill.models import registry
-from raymill.models.registry import VERSION_FILES
+from raymill.trained.model import VERSION_FILES
 
 pytestmark = pytest.mark.integration
 

@@ -25,12 +25,13 @@ from raymill.data.manifest import as_record, take_manifest
 from raymill.errors import CheckpointError, InputError, RunError
 from raymill.files import read_record, write_record
 from raymill.models import exported, registration, registry
+from raymill.models.find import find_model
 from raymill.models.registry import ModelVersion
-from raymill.models.trained import find_model
 from raymill.orchestration.tracker import tracking_summary
 from raymill.record.events import RunFinished, append_event
 from raymill.record.folder import RunFolder, run_folder
 from raymill.tracking.mlflow_client import connect, experiment_id, mlflow_settings, tracking_uri
+from raymill.trained.model import SIGNATURE, VERSION_FILES
 
 TRACKER = [sys.executable, "-m", "raymill.orchestration.tracker"]
 
@@ -203,7 +204,7 @@ def test_a_registered_model_is_found_loads_without_pickle_and_computes_the_same_
     assert {file.name for file in files.iterdir()} == {
         "weights.safetensors", "spec.json", "plan.json", "data_manifest.json", "signature.json", "checksums.json"
     }  # fmt: skip
-    directory.verify(files, registry.VERSION_FILES, may_have=[registry.SIGNATURE])
+    directory.verify(files, VERSION_FILES, may_have=[SIGNATURE])
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(files / "weights.safetensors").items())
     assert JobSpec.model_validate(read_record(files / "spec.json")).model == {"width": 2, "kind": "good"}
     assert read_record(files / "plan.json") == read_record(folder.plan)
@@ -386,7 +387,7 @@ def other_weights(files: Path) -> None:
     save_file({name: tensor + 1 for name, tensor in weights.items()}, files / "weights.safetensors")
 
 
-@pytest.mark.parametrize("name", [*registry.VERSION_FILES, registry.SIGNATURE, "checksums.json"])
+@pytest.mark.parametrize("name", [*VERSION_FILES, SIGNATURE, "checksums.json"])
 def test_a_version_with_a_file_that_was_changed_or_is_gone_is_refused(name: str) -> None:
     made = register(finished_run("run-1"))
     file = registry.model_files(made) / name

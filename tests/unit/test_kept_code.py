@@ -55,7 +55,7 @@ def test_each_file_that_differs_is_named_with_its_lines(folder: RunFolder) -> No
         "jobs/mine/net.py changed"
     ]
     with pytest.raises(RunError, match=r"not registered: .*jobs/mine/more.py added.*Undo that; it is kept in "):
-        kept_code.refuse_to_export(folder, record, now)
+        kept_code.refuse_to_export(folder, record, kept_code.changes_since(folder.path, record, now))
 
 
 def test_code_that_was_accepted_is_the_runs_from_then_on_and_what_was_before_stays(folder: RunFolder) -> None:

@@ -15,12 +15,13 @@ import pytest
 from typer.testing import CliRunner
 
 from raymill import errors
+from raymill.checkpoint.directory import WEIGHTS
 from raymill.cli.app import app
 from raymill.config.load import load_job
 from raymill.data.bad_rows import BadRow
 from raymill.errors import InputError, RunError, TrackingError
 from raymill.files import read_record, write_record
-from raymill.models import registration, registry
+from raymill.models import registry
 from raymill.orchestration.on_ray import driver
 from raymill.orchestration.on_ray.session_folder import VARIABLE
 from raymill.orchestration.on_ray.turn import Turn
@@ -30,6 +31,8 @@ from raymill.record.events import AttemptStarted, RunStopped, append_event
 from raymill.record.folder import RunFolder, run_folder
 from raymill.redaction import find_secrets, for_people, redact, redact_arguments, redact_text
 from raymill.tracking import mlflow_sync
+from raymill.trained.files import lay_out
+from raymill.trained.model import Trained
 
 SECRET = "canary-4711"
 
@@ -162,7 +165,7 @@ def test_the_records_beside_a_model_are_those_of_the_run(tmp_path: Path) -> None
     folder = run_folder("run-1")
     checkpoint = folder.checkpoints / "step-1.1"
     checkpoint.mkdir(parents=True)
-    (checkpoint / registration.WEIGHTS).write_bytes(b"weights")
+    (checkpoint / WEIGHTS).write_bytes(b"weights")
     records = {
         folder.spec: {"data": {"keys": ["image"], "access_token": "t"}},
         folder.plan: {"pwd": "x"},
@@ -171,8 +174,7 @@ def test_the_records_beside_a_model_are_those_of_the_run(tmp_path: Path) -> None
     for path, values in records.items():
         write_record(path, values)
     beside = tmp_path / "beside"
-    beside.mkdir()
-    registration._files_beside(folder, checkpoint, beside, {})
+    lay_out(Trained("-", "run-1", checkpoint / WEIGHTS, "-", None, None, folder.path), beside)  # type: ignore[arg-type]
     assert {path: read_record(beside / path.name) for path in records} == records
 
 

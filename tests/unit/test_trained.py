@@ -20,10 +20,11 @@ from raymill.data.manifest import Manifest, SplitManifest
 from raymill.errors import CheckpointError, InputError
 from raymill.files import write_record
 from raymill.models import registry
-from raymill.models.registry import VERSION_FILES, ModelVersion
-from raymill.models.trained import find_model
+from raymill.models.find import find_model
+from raymill.models.registry import ModelVersion
 from raymill.record.folder import run_folder
 from raymill.task import Fragment, Task
+from raymill.trained.model import VERSION_FILES
 
 SPEC = JobSpec.model_validate({"name": "job", "task": "a:B", "pipeline": "a:b", "optimizer": {"kind": "SGD"}})
 MANIFEST = Manifest({"train": SplitManifest((Fragment("file", 0, 100, 1000, ""),))})

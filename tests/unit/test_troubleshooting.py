@@ -29,7 +29,7 @@ from raymill.data.manifest import Manifest, SplitManifest
 from raymill.data.sources import ArraySource, ParquetSource, write_parquet
 from raymill.errors import InputError, WorkerError
 from raymill.models import registry
-from raymill.models.trained import find_model
+from raymill.models.find import find_model
 from raymill.orchestration.on_ray.root_cause import root_cause
 from raymill.orchestration.prepare import prepare_resume
 from raymill.own_code.traces import for_a_journey

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from probes import mixed
 from raymill.checkpoint import directory
 from raymill.checkpoint.snapshot import content, load, weights_sha256
-from raymill.config.spec import JobSpec
+from raymill.config.spec import PLATEAU, JobSpec
 from raymill.optim.optimizers import make_optimizers
 from raymill.parallel.ddp import DistributedObjective
 from raymill.task import Objective
@@ -167,6 +168,20 @@ def test_steps_before_and_after_a_restore_are_the_steps_without_one(tmp_path: Pa
     assert advance(first, 0, stop) == rates[: stop * num_groups]
     directory.save(tmp_path, "step-00000001.1", content(capture(first, stop), best=False))
     second, _ = fresh(values)
-    restore(second, load(tmp_path / "step-00000001.1"))
+    restore(second, load(tmp_path / "step-00000001.1"), STEPS_PER_EPOCH)
     assert advance(second, stop, NUM_STEPS) == rates[stop * num_groups :]
+    assert weights_sha256(second.model.state_dict()) == weights_sha256(whole.model.state_dict())
+
+
+@pytest.mark.parametrize("schedule", [one for one in SCHEDULES if PLATEAU not in str(one)], ids=str)
+def test_without_rates_in_the_checkpoint_they_are_the_jobs_at_its_step(tmp_path: Path, schedule: object) -> None:
+    values = {"optimizer": OPTIMIZERS[1], "schedule": schedule}
+    whole, _ = fresh(values)
+    rates = advance(whole, 0, NUM_STEPS)
+    first, _ = fresh(values)
+    advance(first, 0, 6)
+    taken = capture(first, 6)
+    second, _ = fresh(values)
+    restore(second, replace(taken, record={**taken.record, "optimizer_groups": {}, "schedules": {}}), STEPS_PER_EPOCH)
+    assert advance(second, 6, NUM_STEPS) == rates[6:]
     assert weights_sha256(second.model.state_dict()) == weights_sha256(whole.model.state_dict())

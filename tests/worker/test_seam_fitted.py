@@ -54,7 +54,13 @@ def test_strict_it_ends_with_the_same_weights_at_any_number_of_workers(new_run: 
 
 
 @pytest.mark.parametrize(
-    ("made", "found"), [({"words": "text"}, "fit"), ([b"words"], "fit"), ({"words": bytes(MAX_BYTES + 1)}, "bytes in all")]
+    ("made", "found"),
+    [
+        ({}, "nothing, by no name"),
+        ({"words": "text"}, "fit"),
+        ([b"words"], "fit"),
+        ({"words": bytes(MAX_BYTES + 1)}, "bytes in all"),
+    ],
 )
 def test_what_is_no_bytes_or_too_many_is_refused(made: Any, found: str) -> None:
     def gives(rows: Iterator[Rows]) -> Any:

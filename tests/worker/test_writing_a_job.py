@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from raymill.adapters.lightning import LightningTask
 from raymill.data.seeds import unchanged_caller
 from raymill.data.sources import ArraySource
 from raymill.own_code import contracts
-from raymill.task import Field, Pipeline, Rows, Task
+from raymill.task import Field, Pipeline, Rows, Schema, Task
 from raymill.training.batch import prediction_batch
 from worker_harness import Experiment, Start, run_rank
 
@@ -64,6 +65,18 @@ def _is_task(value: Any) -> bool:
     return isinstance(value, type) and Task in value.__mro__[1:] and value is not LightningTask
 
 
+class Teacher:
+    """In place of a model that was trained."""
+
+    def load_model(self) -> nn.Module:
+        return nn.Linear(3, 1).requires_grad_(False)
+
+
+def made(make_task: Any, schema: Schema) -> Task:
+    given = {"schema": schema, "inputs": {"teacher": Teacher()}}
+    return make_task(**{name: given[name] for name in inspect.signature(make_task).parameters if name in given})  # type: ignore[no-any-return]
+
+
 def test_the_document_has_examples() -> None:
     assert len(examples()) >= 6
 
@@ -72,7 +85,7 @@ def test_the_document_has_examples() -> None:
 def test_an_example_of_the_document_trains(tmp_path: Path, make_task: Any, values: dict[str, Any]) -> None:
     own = issubclass(make_task, LightningTask)
     merged = {**VALUES, **({"optimizer": None} if own else {}), **values, "loop": {**VALUES["loop"], **values.get("loop", {})}}
-    experiment = Experiment((lambda schema: make_task()) if own else make_task, pipeline, merged)
+    experiment = Experiment((lambda schema: make_task()) if own else partial(made, make_task), pipeline, merged)
     with unchanged_caller():
         outcome, events = run_rank(0, 1, 0, experiment, Start(tmp_path, 1, None, None, True))
     assert outcome.status == "finished"
@@ -81,7 +94,7 @@ def test_an_example_of_the_document_trains(tmp_path: Path, make_task: Any, value
 
 @pytest.mark.parametrize(("make_task", "values"), [one for one in examples() if "predict" in vars(one.values[0])])
 def test_an_example_of_the_document_answers_for_each_row(make_task: Any, values: dict[str, Any]) -> None:
-    made = make_task(pipeline().schema)
+    asked = made(make_task, pipeline().schema)
     batch = prediction_batch(replace(pipeline(), targets=["y"]), make_rows(3))
-    answer = contracts.predict(made, made.build(), batch, 3)
+    answer = contracts.predict(asked, asked.build(), batch, 3)
     assert (len(answer["sum"]), [said.partition(" ")[0] for said in answer["said"]]) == (3, ["about"] * 3)

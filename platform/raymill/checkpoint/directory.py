@@ -108,7 +108,7 @@ def write_checksums(folder: Path) -> None:
     sums = {
         path.name: {"num_bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.iterdir())
-        if path.name != CHECKSUMS
+        if path.name != CHECKSUMS and path.is_file()
     }
     (folder / CHECKSUMS).write_text(json.dumps(with_version({"files": sums}), indent=1))
 

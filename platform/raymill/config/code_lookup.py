@@ -46,7 +46,7 @@ MARKS = {
 }
 """What code must say of itself before a job may name it: a class derives from one of these, a function returns a Pipeline."""
 
-FILLED = {"class": {"schema", "fitted"}, "function": {"fitted"}}
+FILLED = {"class": {"schema", "fitted", "inputs"}, "function": {"fitted"}}
 """Arguments of a task and of the function that makes a pipeline that do not come from the job."""
 
 MARK_PROBLEMS = {

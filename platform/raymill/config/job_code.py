@@ -18,21 +18,21 @@ from raymill.config.spec import JobSpec
 from raymill.paths import project_root
 
 
-def code_of(spec: JobSpec) -> dict[str, bytes]:
-    """The code of a job as it stands in this project now; see `read_code`."""
-    return read_code(_modules(spec), project_packages(project_root()))
+def code_of(*specs: JobSpec) -> dict[str, bytes]:
+    """The code of a job as it stands in this project now, and of the models that it is given; see `read_code`."""
+    return read_code(_modules(specs), project_packages(project_root()))
 
 
-def code_when_imported(spec: JobSpec) -> dict[str, bytes]:
-    """The code of a job as it stood when this process first asked, which is to be right after importing it.
+def code_when_imported(*specs: JobSpec) -> dict[str, bytes]:
+    """The same as it stood when this process first asked, which is to be right after importing it.
 
     A process imports a module once. What is edited later is not what runs there, and a process may stand by for hours.
     """
-    return _first_seen(*_modules(spec))
+    return _first_seen(*_modules(specs))
 
 
-def _modules(spec: JobSpec) -> list[str]:
-    return [spec.task.partition(":")[0], spec.pipeline.partition(":")[0]]
+def _modules(specs: Sequence[JobSpec]) -> list[str]:
+    return [path.partition(":")[0] for spec in specs for path in (spec.task, spec.pipeline)]
 
 
 @cache

@@ -41,6 +41,7 @@ MAX_INDEX_DIGITS = 9
 MAX_SHOWN_LETTERS = 200
 
 NOTHING_FITTED: Mapping[str, bytes] = MappingProxyType({})
+NO_INPUTS: Mapping[str, Any] = MappingProxyType({})
 
 UNKNOWN_FIELD = "a known field"
 """What is expected where there is none of this name."""
@@ -210,8 +211,15 @@ def import_pipeline(spec: JobSpec, fitted: Mapping[str, bytes] = NOTHING_FITTED)
     return made
 
 
-def import_task(spec: JobSpec, schema: Schema, fitted: Mapping[str, bytes] = NOTHING_FITTED) -> Task:
-    """Import the job's task class and make it from `spec.model`, and from `schema` and `fitted` if it has such parameters.
+def import_task(
+    spec: JobSpec, schema: Schema, fitted: Mapping[str, bytes] = NOTHING_FITTED, inputs: Mapping[str, Any] = NO_INPUTS
+) -> Task:
+    """Import the job's task class and make it from `spec.model`, and from those of the rest that it has parameters for.
+
+    Args:
+        schema: of the pipeline.
+        fitted: what the pipeline has fitted.
+        inputs: the models that the job is given, see `trained.model.Trained`.
 
     Raises:
         InputError: when it may not be imported, cannot be, or lacks `build` or `evaluate`.
@@ -224,8 +232,11 @@ def import_task(spec: JobSpec, schema: Schema, fitted: Mapping[str, bytes] = NOT
         raise InputError(
             [Problem(definition(task_class), f"a task without {name}", f"a method {name}", f"Define {name}.") for name in missing]
         )
+    if spec.inputs and not _wanted(task_class, inputs=inputs):
+        fix = "Add a parameter `inputs` to __init__, or leave out `inputs:`."
+        raise InputError([Problem(definition(task_class), "no parameter `inputs`", "one, as the job has inputs", fix)])
     with calling(TASK, spec.model):
-        return cast("Task", task_class(**spec.model, **_wanted(task_class, schema=schema, fitted=fitted)))
+        return cast("Task", task_class(**spec.model, **_wanted(task_class, schema=schema, fitted=fitted, inputs=inputs)))
 
 
 def _wanted(function: Any, **given: Any) -> dict[str, Any]:

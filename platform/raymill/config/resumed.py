@@ -39,6 +39,8 @@ WHY_NOT = {
     "data": "it decides the rows",
     "optimizer": "it decides the weights",
     "schedule": "it decides the weights",
+    "inputs": "they decide the weights, and their files are kept with the run",
+    "init_from": "the run has begun",
     "loop.epochs": "the schedule was made for this number of steps",
     "loop.steps": "the schedule was made for this number of steps",
     "evaluate": "it decides when there are checkpoints, and what early stopping sees",

@@ -285,6 +285,25 @@ class RegisterSpec(StrictModel):
     )
 
 
+class InitFromSpec(StrictModel):
+    """Begin with what another run has learned, in place of first weights from the seed."""
+
+    model: str = Field(description="name@alias, name/version, or the id of a run")
+    take: Literal["weights", "all"] = Field(
+        default="weights",
+        description="weights and buffers of the best checkpoint; or all of a run's last one, and go on behind its step",
+    )
+    hyperparameters: Literal["checkpoint", "job"] = Field(
+        default="job", description="with take: all, whose rates, schedules and other arguments of the optimizers count"
+    )
+
+    @model_validator(mode="after")
+    def _hyperparameters_are_used(self) -> Self:
+        if self.take == "weights" and self.hyperparameters != "job":
+            raise ValueError("hyperparameters goes with take: all; with take: weights they are the job's")
+        return self
+
+
 class JobSpec(StrictModel):
     """A whole job."""
 
@@ -293,6 +312,10 @@ class JobSpec(StrictModel):
     pipeline: str = Field(description="import path of the function that makes the Pipeline, package.module:function")
     model: dict[str, Any] = Field(default_factory=dict, description="arguments of the task")
     data: dict[str, Any] = Field(default_factory=dict, description="arguments of the pipeline")
+    inputs: dict[Name, str] = Field(
+        default_factory=dict, description="trained models for the task: name@alias, name/version or the id of a run, by name"
+    )
+    init_from: InitFromSpec | None = Field(default=None, description="null: first weights as build() makes them, from the seed")
     optimizer: OneOrSeveralOptimizers | None = Field(
         default=None,
         description="one, several by parameters in a list, or either per objective by name; null: the task makes its own",

@@ -36,6 +36,9 @@ def fit(pipeline: Pipeline, fragments: Sequence[Fragment], seed: int, *, lenient
         isinstance(name, str) and isinstance(data, bytes) for name, data in fitted.items()
     ):
         raise wrong(FIT, pipeline.fit, describe(fitted))
+    if not fitted:
+        fix = "Return what was fitted, as bytes by name; or leave `fit` out of the pipeline."
+        raise wrong(FIT, pipeline.fit, "nothing, by no name", fix)
     if (size := sum(map(len, fitted.values()))) > MAX_BYTES:
         fix = "Keep less: what is larger is data, for a source of its own."
         raise wrong(FIT, pipeline.fit, f"{size} bytes in all, and at most {MAX_BYTES} are kept", fix)

@@ -18,10 +18,12 @@ from raymill.data.order import Item, num_batches
 from raymill.data.seeds import unchanged_caller
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.evaluation.sums import Evaluation, as_numbers
-from raymill.models.trained import Trained, find_model
+from raymill.models.find import find_model
+from raymill.own_code import contracts
 from raymill.record.folder import RunFolder
 from raymill.record.store import LocalRunStore
 from raymill.task import TRAIN, VALIDATION
+from raymill.trained.model import Trained
 from raymill.training.assembly import WorkerContext, assemble
 from raymill.training.evaluation_pass import Concluded, concluded, evaluate_batch
 
@@ -66,7 +68,7 @@ def evaluate_all(trained: Trained, split: str = VALIDATION) -> Concluded:
         raise InputError([Problem(spec.pipeline, f"splits {sorted(taken.splits)}", f"a split {split!r}", fix)])
     planned = replace(trained.plan, train_rows=taken.splits[TRAIN].num_rows)
     # The shards of the run's workers, all in this process: microbatches of other sizes would be rounded otherwise.
-    job = assemble(spec, planned, taken, pipeline, world_size=1, fitted=trained.fitted)
+    job = assemble(spec, planned, taken, pipeline, world_size=1, fitted=trained.fitted, inputs=trained.inputs)
     reader, sharding = job.reader(trained.name), job.shardings[split]
     num_windows = job.order.evaluation(split).num_windows
     feed = Feed(reader.read(Item(split, 0, window, 0))[0] for window in range(num_windows))
@@ -78,7 +80,7 @@ def evaluate_all(trained: Trained, split: str = VALIDATION) -> Concluded:
     evaluation = Evaluation()
     with unchanged_caller():
         torch.set_num_threads(planned.threads)
-        model = trained.build(job.task).to(device)
+        model = contracts.to_device(job.task, trained.build(job.task), device)
         for number in range(num_batches(sharding.num_rows, sharding.batch_rows)):
             evaluate_batch(job, context, model, feed, split, 0, number, evaluation)
         feed.finish(split, 0, num_windows)

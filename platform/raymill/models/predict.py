@@ -12,9 +12,10 @@ from raymill.data.arrow import schema_of, schema_problems
 from raymill.data.rows import join, take
 from raymill.data.seeds import unchanged_generators
 from raymill.errors import InputError, Problem
-from raymill.models.trained import Trained, find_model
+from raymill.models.find import find_model
 from raymill.own_code import contracts
 from raymill.task import Pipeline, Rows, Schema, Task
+from raymill.trained.model import Trained
 from raymill.training.batch import asked_schema, prediction_batch, to_device
 
 
@@ -48,7 +49,7 @@ class Predictor:
         task = trained.task(pipeline)
         on_gpu = trained.spec.scale.gpus_per_worker and torch.cuda.is_available()
         device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-        return cls(trained, pipeline, task, trained.build(task).to(device), device)
+        return cls(trained, pipeline, task, contracts.to_device(task, trained.build(task), device), device)
 
     @property
     def takes(self) -> Schema:

@@ -6,7 +6,6 @@ takes and gives, with the checksums of all; and the exported graph (pt2, batch s
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,23 +13,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymill.checkpoint.directory import WEIGHTS, read_state, verify, write_checksums
-from raymill.config.job_code import code_of
-from raymill.config.load import import_pipeline, import_task
+from raymill.checkpoint.directory import read_state, verify
 from raymill.config.spec import JobSpec
 from raymill.data.arrow import schema_of
 from raymill.data.bad_rows import read_good_rows
 from raymill.data.rows import join, num_rows, take
-from raymill.errors import CheckpointError, InputError, Problem, RaymillError, RunError
+from raymill.errors import InputError, Problem, RaymillError, RunError
 from raymill.files import read_record, waiting_lock, write_record
 from raymill.models.artifact import Artifact
+from raymill.models.find import at_checkpoint
 from raymill.models.registry import (
     CODE_TAG,
     DATA_TAG,
     GIVES_TAG,
     MODEL_TAG,
     NOT_EXPORTED_TAG,
-    SIGNATURE,
     TAKES_TAG,
     WEIGHTS_TAG,
     metric_tags,
@@ -40,7 +37,7 @@ from raymill.models.signature import as_record, in_words
 from raymill.own_code import contracts
 from raymill.own_code.export import reason
 from raymill.own_code.traces import tell
-from raymill.record import fitted, kept_code
+from raymill.record import kept_code
 from raymill.record.catalog import data_digest, find_run
 from raymill.record.events import RunFinished, read_events
 from raymill.record.folder import RunFolder
@@ -50,6 +47,8 @@ from raymill.tracking import description
 from raymill.tracking.description import RUN_ID_TAG
 from raymill.tracking.mlflow_client import connect
 from raymill.tracking.mlflow_sync import deliver_all
+from raymill.trained.files import lay_out
+from raymill.trained.model import Trained
 from raymill.training.batch import asked_schema, prediction_batch
 
 if TYPE_CHECKING:
@@ -149,11 +148,12 @@ def _make_version(
 ) -> MlflowVersion:
     import mlflow
 
+    trained = at_checkpoint(folder, checkpoint)
     if (code := kept_code.read(folder.path)) is not None:
-        kept_code.refuse_to_export(folder, code, code_of(spec))
+        kept_code.refuse_to_export(folder, code, trained.code_changes() or [])
         tags[CODE_TAG] = code.digest
     try:
-        rebuilt = rebuild(folder, spec, checkpoint)
+        rebuilt = rebuild(trained)
     except (RaymillError, OSError):
         raise
     except Exception as error:  # the job's own code
@@ -163,8 +163,8 @@ def _make_version(
     run = client.get_run(read_record(folder.delivery)["mlflow_run_id"])
     logged = _new_logged_model(client, name, run, tags)
     with tempfile.TemporaryDirectory() as beside:
-        files = _files_beside(folder, checkpoint, Path(beside), {"takes": as_record(takes), "gives": as_record(gives)})
-        made = Artifact(rebuilt.model, inputs, files, why_not)
+        lay_out(trained, Path(beside), {"takes": as_record(takes), "gives": as_record(gives)})
+        made = Artifact(rebuilt.model, inputs, sorted(Path(beside).iterdir()), why_not)
         made.log(logged, read_state(checkpoint, "step")["step"])
     if made.not_exported and export == "required":
         client.delete_logged_model(logged.model_id)
@@ -219,28 +219,16 @@ class Rebuilt:
     answer: Rows
 
 
-def rebuild(folder: RunFolder, spec: JobSpec, checkpoint: Path) -> Rebuilt:
-    """The model of a checkpoint, with an example of what it takes and gives.
+def rebuild(trained: Trained) -> Rebuilt:
+    """The model, with an example of what it takes and gives.
 
     Raises:
-        CheckpointError: the weights are not those that were saved.
+        CheckpointError: the weights are not those that were saved, or do not fit.
         InputError: what the task says of the rows is no value for each.
     """
-    from safetensors.torch import load_file
-
-    from raymill.checkpoint.snapshot import weights_sha256
-
-    kept = fitted.read(folder.path)
-    pipeline = import_pipeline(spec, kept)
-    task = import_task(spec, pipeline.schema, kept)
-    model = task.build()
-    weights = load_file(checkpoint / WEIGHTS)
-    if weights_sha256(weights) != read_state(checkpoint)["weights_sha256"]:
-        raise CheckpointError(
-            f"{checkpoint}: its weights are not those that were saved; they were changed. Nothing is registered."
-        )
-    model.load_state_dict(weights, strict=True)
-    model.eval()
+    pipeline = trained.pipeline()
+    task = trained.task(pipeline)
+    model = trained.build(task)
     rows = example_rows(pipeline)
     batch = prediction_batch(pipeline, rows)
     return Rebuilt(task, model, asked_schema(pipeline), batch, contracts.predict(task, model, batch, num_rows(rows)))
@@ -261,15 +249,3 @@ def example_rows(pipeline: Pipeline) -> Rows:
         # torch.export takes an extent of 1 for a constant.
         rows = join([rows, rows])
     return rows
-
-
-def _files_beside(folder: RunFolder, checkpoint: Path, beside: Path, signature: Mapping[str, Any]) -> list[Path]:
-    """Lay out what a version holds beside the graph, `VERSION_FILES` and their checksums, in a folder; returns the paths."""
-    write_record(beside / SIGNATURE, signature)
-    for path in (folder.spec, folder.plan, folder.data_manifest):
-        write_record(beside / path.name, read_record(path))
-    shutil.copyfile(checkpoint / WEIGHTS, beside / WEIGHTS)
-    fitted.keep(beside, fitted.read(folder.path))
-    write_checksums(beside)
-    kept_code.copy(folder.path, beside)
-    return sorted(beside.iterdir())

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymill.checkpoint.directory import WEIGHTS
 from raymill.errors import InputError, Problem, TrackingError, did_you_mean
 from raymill.record.folder import is_run_id
 from raymill.redaction import redact_text
@@ -28,19 +27,13 @@ NOT_EXPORTED_TAG = "raymill.not_exported"
 """Why a version has no exported graph; absent where it has one."""
 
 TAKES_TAG, GIVES_TAG = "raymill.takes", "raymill.gives"
-"""The columns of a question and of an answer, in words; `SIGNATURE` has them to be read."""
+"""The columns of a question and of an answer, in words; the version's signature.json has them to be read."""
 
 METRIC_TAG = "raymill.metric."
 """Followed by a metric's name: its value."""
 
 METRICS_TAG = "raymill.metrics"
 """All metrics as JSON, in versions that raymill 0.2 made."""
-
-VERSION_FILES = (WEIGHTS, "spec.json", "plan.json", "data_manifest.json")
-"""What a version holds beside the exported graph, all of it named in its `checksums.json`."""
-
-SIGNATURE = "signature.json"
-"""Likewise, in versions since raymill knows what a model takes and gives: name -> dtype and shape of one row's value."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +163,7 @@ def _no_model(reference: str, valid: list[str]) -> InputError:
 
 
 def model_files(version: ModelVersion) -> Path:
-    """The local folder with the files of a version, those of `VERSION_FILES`.
+    """The local folder with the files of a version, those of `trained.files.lay_out`.
 
     Downloads them when the store keeps its files elsewhere.
 

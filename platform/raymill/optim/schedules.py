@@ -38,6 +38,11 @@ class Schedule:
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
                 self.sequence.step()
 
+    def advance_to(self, step: int, epoch: int) -> None:
+        """From the start to where this many steps, and epochs, are done; evaluations count for nothing."""
+        for _ in range(0 if self.sequence is None else epoch if self.per_epoch else step):
+            self.advance(epoch_ended=True)
+
     def take_in(self, measured: Mapping[str, float]) -> None:
         """Evaluations have measured these metrics."""
         if self.plateau is not None and self.metric in measured:

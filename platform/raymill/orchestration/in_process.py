@@ -20,7 +20,7 @@ from raymill.orchestration.prepare import Prepared, assembled
 from raymill.orchestration.summary import conclude
 from raymill.orchestration.tracker import tracking_summary
 from raymill.own_code.traces import tell
-from raymill.preflight.process import Look, here
+from raymill.preflight.process import Look, here, newest_weights
 from raymill.record.events import DeliveryStarted, Event, RunStopped, StageReached, append_event
 from raymill.record.folder import RunFolder
 from raymill.record.processes import ProcessId
@@ -31,7 +31,7 @@ from raymill.training.assembly import Job, WorkerContext, attempt_started
 def preflight(folder: RunFolder, prepared: Prepared) -> AbstractContextManager[Look]:
     """Try the job's own code in this process, which has to import torch anyway, before anything else."""
     job = assembled(prepared, world_size=1)
-    return nullcontext(here(job, prepared.where))
+    return nullcontext(here(job, prepared.where, newest_weights(folder)))
 
 
 def execute(folder: RunFolder, prepared: Prepared, show: Show, look: Look) -> dict[str, Any]:

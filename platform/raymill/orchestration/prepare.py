@@ -16,6 +16,7 @@ from raymill.data.manifest import Manifest
 from raymill.errors import DataError, InputError, Problem
 from raymill.files import read_record
 from raymill.orchestration.cluster_facts import unsafe_variables
+from raymill.orchestration.given import Start, find_inputs, find_start
 from raymill.own_code.seams import FIT, PIPELINE, problem
 from raymill.record import fitted as record_fitted
 from raymill.record import kept_code
@@ -23,6 +24,7 @@ from raymill.record.catalog import find_run, show_run
 from raymill.record.folder import RunFolder
 from raymill.task import TRAIN, Pipeline
 from raymill.tracking.mlflow_client import store_problems
+from raymill.trained.model import Trained, read_inputs
 from raymill.training.assembly import Job, assemble
 
 
@@ -36,6 +38,8 @@ class Prepared:
         manifest: what the data hold now.
         plan: every derived number.
         code: the job's own code, as it is now; see `job_code`.
+        inputs: the models that the job is given, by name.
+        start: what the run begins with, where the job says `init_from`; None once it has begun.
         fitted: what the pipeline has fitted, by name.
         where: dotted field of the job -> where its user wrote it.
     """
@@ -45,6 +49,8 @@ class Prepared:
     manifest: Manifest
     plan: Plan
     code: Mapping[str, bytes]
+    inputs: Mapping[str, Trained] = field(default_factory=dict)
+    start: Start | None = None
     fitted: Mapping[str, bytes] = field(default_factory=dict)
     where: Callable[[str], str] = str
 
@@ -69,10 +75,13 @@ def prepare(job: load.LoadedJob, facts: ClusterFacts) -> Prepared:
             problems += error.problems
     if job.is_sound(*plan.JUDGED):
         problems += plan.find_problems(job.spec, taken, facts, job.where)
-    if problems or pipeline is None or taken is None:
-        raise InputError(problems)
+    inputs, of_inputs = find_inputs(job.spec, job.where) if job.is_sound("inputs") else ({}, [])
+    if problems or of_inputs or pipeline is None or taken is None:
+        raise InputError([*problems, *of_inputs])
     planned = plan.make_plan(job.spec, taken, facts, job.where)
-    return Prepared(job.spec, pipeline, taken, planned, code_of(job.spec), where=job.where)
+    start = find_start(job.spec, planned, taken, job.where) if job.spec.init_from else None
+    code = code_of(job.spec, *(one.spec for one in inputs.values()))
+    return Prepared(job.spec, pipeline, taken, planned, code, inputs, start, where=job.where)
 
 
 def fitted(prepared: Prepared) -> Prepared:
@@ -94,7 +103,7 @@ def fitted(prepared: Prepared) -> Prepared:
 def assembled(prepared: Prepared, world_size: int) -> Job:
     """The job for this many ranks."""
     parts = prepared.spec, prepared.plan, prepared.manifest, prepared.pipeline
-    return assemble(*parts, world_size, fitted=prepared.fitted)
+    return assemble(*parts, world_size, fitted=prepared.fitted, inputs=prepared.inputs)
 
 
 def prepare_resume(
@@ -129,7 +138,8 @@ def prepare_resume(
     def where(field: str) -> str:
         return f"--set {field}" if field in given else f"run {run_id} {field}"
 
-    code, recorded_code = code_of(spec), kept_code.read(folder.path)
+    inputs = read_inputs(folder.path)
+    code, recorded_code = code_of(spec, *(one.spec for one in inputs.values())), kept_code.read(folder.path)
     if recorded_code and not accept_code_changes and (other := kept_code.changes_since(folder.path, recorded_code, code)):
         raise InputError(kept_code.problems(run_id, other))
     kept = record_fitted.read(folder.path)
@@ -141,7 +151,7 @@ def prepare_resume(
     if changed := manifest.differences(recorded_manifest, taken):
         raise InputError(changed)
     planned = plan.make_plan(spec, taken, facts, where)
-    return folder, Prepared(spec, pipeline, taken, planned, code, kept, where)
+    return folder, Prepared(spec, pipeline, taken, planned, code, inputs, fitted=kept, where=where)
 
 
 def _pipeline(spec: JobSpec, fitted: Mapping[str, bytes] = load.NOTHING_FITTED) -> Pipeline:

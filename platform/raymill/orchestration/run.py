@@ -15,12 +15,14 @@ from raymill.errors import InputError, Interrupted
 from raymill.files import make_private_folder, replace_file, run_lock, write_record
 from raymill.orchestration.attempts import Show, committed_step
 from raymill.orchestration.executors import Executor
+from raymill.orchestration.given import lay_down
 from raymill.orchestration.prepare import Prepared, assembled, fitted, prepare_resume
 from raymill.preflight.process import Refusal, here, no_look
 from raymill.record import fitted as record_fitted
 from raymill.record import kept_code
 from raymill.record.environment import environment
 from raymill.record.folder import RunFolder, run_folder
+from raymill.trained.files import keep_inputs
 
 Watch = Callable[[RunFolder], Show]
 """Is given a run's folder before anything starts; what it returns is given every event as it happens."""
@@ -51,6 +53,9 @@ def train(prepared: Prepared, executor: Executor, watch: Watch, started_s: float
     write_record(folder.data_manifest, manifest.as_record(prepared.manifest))
     write_record(folder.environment, environment())
     record_fitted.keep(folder.path, prepared.fitted)
+    keep_inputs(folder.path, {name: (prepared.spec.inputs[name], one) for name, one in prepared.inputs.items()})
+    if prepared.start is not None:
+        lay_down(folder, prepared.start)
     try:
         return _execute(folder, prepared, executor, watch, started_s, preflight)
     except Refusal as refusal:
@@ -67,7 +72,7 @@ def try_code(prepared: Prepared) -> None:
     """
     job = assembled(fitted(prepared), prepared.plan.num_workers)
     try:
-        here(job, prepared.where)(False)
+        here(job, prepared.where, prepared.start.trained.weights if prepared.start else None)(False)
     except Refusal as refusal:
         raise InputError(refusal.problems) from refusal.__cause__
 

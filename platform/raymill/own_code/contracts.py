@@ -33,6 +33,14 @@ def build(task: Task) -> nn.Module:
     return model
 
 
+def to_device(task: Task, model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on a device, and with it what modules the task keeps beside it, such as a teacher."""
+    for beside in vars(task).values():
+        if isinstance(beside, nn.Module):
+            beside.to(device)
+    return model.to(device)
+
+
 def objectives(task: Task, model: nn.Module) -> list[Objective]:
     """The task's objectives for its model.
 

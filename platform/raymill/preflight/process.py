@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from raymill.checkpoint.directory import WEIGHTS, read_pointer
 from raymill.config import load
 from raymill.config.plan import Plan
 from raymill.config.spec import JobSpec
@@ -26,6 +27,7 @@ from raymill.files import private, read_record
 from raymill.paths import project_root
 from raymill.record import fitted
 from raymill.record.folder import RunFolder
+from raymill.trained.model import read_inputs
 from raymill.training.assembly import Job, assemble
 
 NICENESS = 5
@@ -53,13 +55,13 @@ def no_look(trained: bool) -> None:
     """A look that finds nothing."""
 
 
-def here(job: Job, where: Callable[[str], str]) -> Look:
-    """Try a job's code in this process, whenever the look is called."""
+def here(job: Job, where: Callable[[str], str], weights: Path | None) -> Look:
+    """Try a job's code in this process, whenever the look is called; `weights` as for `trial.find_problems`."""
 
     def look(trained: bool) -> None:
         from raymill.preflight.trial import find_problems
 
-        if not trained and (found := find_problems(job)):
+        if not trained and (found := find_problems(job, weights)):
             raise Refusal(placed(found, where))
 
     return look
@@ -94,6 +96,12 @@ def beside(folder: RunFolder, where: Callable[[str], str]) -> Iterator[Look]:
             process.wait(END_TIMEOUT_S)
 
 
+def newest_weights(folder: RunFolder) -> Path | None:
+    """The file with the weights that a run goes on with; None: it has no checkpoint."""
+    pointer = read_pointer(folder.checkpoints)
+    return None if pointer is None else folder.checkpoints / pointer.latest / WEIGHTS
+
+
 def placed(problems: Sequence[Problem], where: Callable[[str], str]) -> tuple[Problem, ...]:
     """The problems; those at a field of the job, where its user wrote it."""
     sections = {info.alias or name for name, info in JobSpec.model_fields.items()}
@@ -114,8 +122,9 @@ def main(arguments: list[str]) -> int:
     planned = Plan.from_record(read_record(folder.plan))
     taken = manifest.from_record(read_record(folder.data_manifest))
     kept = fitted.read(folder.path)
-    job = assemble(spec, planned, taken, load.import_pipeline(spec, kept), planned.num_workers, fitted=kept)
-    json.dump([problem.as_dict() for problem in find_problems(job)], told)
+    parts = spec, planned, taken, load.import_pipeline(spec, kept), planned.num_workers
+    job = assemble(*parts, fitted=kept, inputs=read_inputs(folder.path))
+    json.dump([problem.as_dict() for problem in find_problems(job, newest_weights(folder))], told)
     told.close()
     return 0
 

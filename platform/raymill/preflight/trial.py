@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch import nn
 from raymill.config.evaluations import deciding_metrics
 from raymill.data.arrow import digest_rows
 from raymill.data.bad_rows import read_good_rows
-from raymill.data.order import BatchSharding, Item, key, num_batches, shard_bounds
+from raymill.data.order import Item, key
 from raymill.data.reader import Packet, transformed
 from raymill.data.rows import ROW_ID, join, num_rows, take, unpack
 from raymill.data.seeds import EVALUATION, FIRST_WEIGHTS, HOOK, STEP, TRANSFORM, seed_everything, unchanged_caller
@@ -41,6 +42,7 @@ from raymill.own_code.traces import definition, headline, row_ids
 from raymill.parallel.ddp import DistributedObjective
 from raymill.parallel.gradients import gradient_norm
 from raymill.parallel.precision import autocast
+from raymill.preflight.shapes import all_finite, batch_sizes, misfit, tensors
 from raymill.task import PREDICT, TRAIN, Batch, Kept, Now, Objective, OwnOptimizer, Picture, Rows, Task, Total
 from raymill.training.assembly import Job
 from raymill.training.batch import prediction_batch, prediction_rows, to_device
@@ -62,14 +64,17 @@ CPU = torch.device("cpu")
 T = TypeVar("T")
 
 
-def find_problems(job: Job) -> list[Problem]:
+def find_problems(job: Job, weights: Path | None = None) -> list[Problem]:
     """Try the job's own code on a few of its rows, on the CPU. Nothing of this process is changed.
+
+    Args:
+        weights: the file of those that the run begins with, or goes on with; None: those that `build` makes.
 
     Returns:
         what would end a run: at a line of the code, or at a field of the job by its name. Each part of the code is tried that
         does not need one that failed.
     """
-    trial = _Trial(job)
+    trial = _Trial(job, weights)
     # What the code prints is not the result of the command.
     with unchanged_caller(), redirect_stdout(sys.stderr):
         os.environ["PYTHONBREAKPOINT"] = "0"
@@ -101,8 +106,8 @@ class _Trial:
         logged: metric of a step -> the objective that it is of.
     """
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, weights: Path | None) -> None:
+        self.job, self.weights = job, weights
         self.found: list[_Found] = []
         self.own_optimizers: Mapping[str, Sequence[OwnOptimizer]] | None = None
         self.parts: dict[str, Collection[str]] = {}
@@ -119,6 +124,9 @@ class _Trial:
         model = self.tried(seams.BUILD, lambda: contracts.build(task), task.build)
         if model is None:
             return
+        field = "init_from.model" if self.job.spec.init_from else "task"
+        if self.weights is not None and (found := misfit(model, self.weights, field)):
+            self.note([found])
         if train := rows.get(TRAIN):
             self.train(task, model, train)
         model.eval()
@@ -275,9 +283,9 @@ class _Trial:
                 continue
             function = getattr(task, name)
             seed_everything(self.job.spec.loop.seed, HOOK, moments[name].position)
-            before = _tensors(model)
+            before = tensors(model)
             self.tried(seam, partial(contracts.hook, task, name, model, moments[name]), function)
-            if changed := sorted({name for name, _, _ in {*before} ^ {*_tensors(model)}}):
+            if changed := sorted({name for name, _, _ in {*before} ^ {*tensors(model)}}):
                 fix = "Make all of them in build(), and change their values in place: tensor.copy_(...), tensor.mul_(...)."
                 found = f"other parameters or buffers than there were: {', '.join(changed)}"
                 self.note(seams.wrong(seam, function, found, fix).problems)
@@ -349,7 +357,7 @@ class _Trial:
             return float(measured.loss.detach()), float(gradient_norm(distributed.parameters))
 
         computed = self.tried(seams.LOSS, compute, checked.own, batch)
-        if computed is None or spec.loop.on_nan != "stop" or not _all_finite(batch):
+        if computed is None or spec.loop.on_nan != "stop" or not all_finite(batch):
             return
         if not np.isfinite(computed).all():
             found = "a loss of {}, with a gradient of norm {}, from rows whose numbers are all finite".format(*computed)
@@ -473,26 +481,3 @@ class _Trial:
         if inputs is not None and (found := why_not(model, inputs)):
             fix = "Change forward(), or let the job say `register.export: try`, which registers it as it is."
             self.note([Problem("register.export", found, "a model that torch.export can export", fix)])
-
-
-def batch_sizes(sharding: BatchSharding) -> Sequence[int]:
-    """Rows of the shards of a split's batches, each number once, most first: of the first batch and of the last."""
-    last = num_batches(sharding.num_rows, sharding.batch_rows) - 1
-    sizes: set[int] = set()
-    for batch in (0, last):
-        sizes |= {int(size) for size in np.diff(shard_bounds(sharding.batch_size(batch), sharding.num_shards)) if size}
-    return sorted(sizes, reverse=True)
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, nn.Parameter | None, torch.Size]]:
-    """What a checkpoint and the optimizers hold of a model: which parameters by name, and which buffers of which shape."""
-    parameters = [(name, parameter, parameter.shape) for name, parameter in model.named_parameters()]
-    return [*parameters, *((name, None, buffer.shape) for name, buffer in model.named_buffers())]
-
-
-def _all_finite(batch: Any) -> bool:
-    if isinstance(batch, torch.Tensor):
-        return not batch.is_floating_point() or bool(torch.isfinite(batch).all())
-    if isinstance(batch, dict):
-        return all(map(_all_finite, batch.values()))
-    return not isinstance(batch, list | tuple) or all(map(_all_finite, batch))

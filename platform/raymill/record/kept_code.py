@@ -220,13 +220,16 @@ def problems(run_id: str, found: list[FileChange]) -> list[Problem]:
     return [Problem(change.file, str(change).removeprefix(f"{change.file} "), expected, fix) for change in found]
 
 
-def refuse_to_export(folder: RunFolder, record: CodeRecord, now: Code) -> None:
+def refuse_to_export(folder: RunFolder, record: CodeRecord, found: list[FileChange]) -> None:
     """Of a run's weights and today's code no model is made if that is not the code that trained them.
+
+    Args:
+        found: how today's code differs.
 
     Raises:
         RunError: names each file that differs.
     """
-    if found := changes_since(folder.path, record, now):
+    if found:
         raise RunError(
             f"the model of run {folder.run_id} was not registered: its code was changed since: {', '.join(map(str, found))}. "
             f"Undo that{f'; it is kept in {folder.path / record.kept}' if record.kept else ''}."

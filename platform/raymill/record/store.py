@@ -16,7 +16,7 @@ from raymill.checkpoint import commit, directory
 from raymill.checkpoint.async_writer import CheckpointWriter
 from raymill.data.bad_rows import BadRow
 from raymill.errors import CheckpointError
-from raymill.record import kept_code, stacks
+from raymill.record import inputs, kept_code, stacks
 from raymill.record.bad_row_ledger import BadRowLedger
 from raymill.record.events import CheckpointSaved, Event, EventWriter, StepRefused, scan_events
 from raymill.record.folder import RunFolder
@@ -66,7 +66,7 @@ def begin_attempt(folder: RunFolder) -> ResumePoint:
     read = scan_events(folder.events)
     if read.num_damaged_lines:
         notes.append(f"{read.num_damaged_lines} damaged lines of {folder.events.name} were passed over")
-    notes += kept_code.notes(folder.path)
+    notes += [*kept_code.notes(folder.path), *inputs.notes(folder.path)]
     events = read.events
     refused = [event for event in events if isinstance(event, StepRefused) and event.policy == "rollback"]
     skipped_positions = frozenset(event.position for event in refused)

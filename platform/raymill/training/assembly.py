@@ -24,6 +24,7 @@ from raymill.record.events import AttemptStarted
 from raymill.record.processes import ProcessId
 from raymill.record.store import ResumePoint
 from raymill.task import Batch, Fragment, Pipeline, Rows, Task
+from raymill.trained.model import Trained
 
 if TYPE_CHECKING:
     import torch
@@ -104,12 +105,14 @@ def assemble(
     make_task: Callable[[], Task] | None = None,
     check_code: Callable[[], None] = lambda: None,
     fitted: Mapping[str, bytes] = load.NOTHING_FITTED,
+    inputs: Mapping[str, Trained] = load.NO_INPUTS,
 ) -> Job:
     """Put a job together for this many ranks.
 
     Args:
         make_task: makes the Task; None: the one that the spec names.
         fitted: what the pipeline has fitted, for the task.
+        inputs: the models that it is given.
         check_code: see `Job`; not needed where one process imports the code once and does all.
     """
     order = job_order(spec, plan, manifest)
@@ -117,7 +120,7 @@ def assemble(
         spec=spec,
         plan=plan,
         pipeline=pipeline,
-        make_task=make_task or (lambda: load.import_task(spec, pipeline.schema, fitted)),
+        make_task=make_task or (lambda: load.import_task(spec, pipeline.schema, fitted, inputs)),
         order=order,
         shardings=batch_shardings(plan, order, world_size),
         fragments={split: part.fragments for split, part in manifest.splits.items()},
@@ -125,16 +128,17 @@ def assemble(
     )
 
 
-def refuse_other_code(run_id: str, recorded: Mapping[str, str], spec: JobSpec) -> None:
+def refuse_other_code(run_id: str, recorded: Mapping[str, str], *specs: JobSpec) -> None:
     """The code that this process has imported must be the code that the run was trained with so far.
 
     Args:
         recorded: name -> SHA-256 of each file of the run's code.
+        specs: the job, and those of the models that it is given.
 
     Raises:
         InputError: names each file that differs.
     """
-    if found := kept_code.changes(recorded, code_when_imported(spec)):
+    if found := kept_code.changes(recorded, code_when_imported(*specs)):
         raise InputError(kept_code.problems(run_id, found))
 
 
@@ -145,7 +149,7 @@ def attempt_started(job: Job, point: ResumePoint, world_size: int, driver: Proce
         num_workers=world_size,
         step=job.order.step(point.position),
         num_total_steps=job.order.total_steps,
-        resumed=point.checkpoint is not None,
+        resumed=point.checkpoint is not None and point.position > 0,
         notes=point.notes,
         pid=driver.pid,
         process_started_s=driver.started_s,

@@ -68,7 +68,7 @@ def train(
     report(StageReached(stage="building the model"))
     state = build_state(job, context)
     if point.checkpoint is not None:
-        restore(state, context.store.load(point.checkpoint))
+        restore(state, context.store.load(point.checkpoint), job.order.steps_per_epoch)
     if state.position != point.position:
         raise CheckpointError(
             f"checkpoint {point.checkpoint} is of position {state.position}, but its stream was opened at {point.position}: a "

@@ -76,7 +76,7 @@ def build_state(job: Job, context: WorkerContext) -> TrainState:
     """The state before the first step: the same weights on every rank, from the seed alone."""
     torch.set_num_threads(job.plan.threads)
     seed_everything(job.spec.loop.seed, FIRST_WEIGHTS)
-    model = contracts.build(job.task).to(context.device)
+    model = contracts.to_device(job.task, contracts.build(job.task), context.device)
     objectives = contracts.objectives(job.task, model)
     names = [objective.name for objective in objectives]
     loop = job.spec.loop
@@ -153,8 +153,14 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def restore(state: TrainState, snapshot: Snapshot) -> None:
+def restore(state: TrainState, snapshot: Snapshot, steps_per_epoch: int) -> None:
     """Put a snapshot back into a freshly built state.
+
+    One that a run begins with may lack what the optimizers and the average have; there they are as they were built, and
+    schedules are taken to the step at which it was made.
+
+    Args:
+        steps_per_epoch: optimizer steps of an epoch.
 
     Raises:
         CheckpointError: when the model is not the one that was saved.
@@ -166,9 +172,12 @@ def restore(state: TrainState, snapshot: Snapshot) -> None:
             f"the checkpoint does not fit the model: {error}. Restore the code and the `model:` values of the run."
         ) from error
     record = snapshot.record
+    trained = {path.removeprefix(f"{TRAINED}/"): value for path, value in snapshot.optimizer.items() if path.startswith(TRAINED)}
     if state.average:
-        trained = {name: snapshot.optimizer[f"{TRAINED}/{name}"] for name, _ in state.model.named_parameters()}
-        state.average.restore(trained, record["num_averaged"])
+        weights = {name: weight.detach().clone() for name, weight in state.model.named_parameters()}
+        state.average.restore(weights | trained, record["num_averaged"])
+    elif trained:
+        state.model.load_state_dict(trained, strict=False)
     saved_groups = {name: iter(from_plain(groups)) for name, groups in record["optimizer_groups"].items()}
     for name, place, group in _groups(state):
         by_index: dict[int, dict[str, Any]] = {}
@@ -179,9 +188,14 @@ def restore(state: TrainState, snapshot: Snapshot) -> None:
             found |= {path.removeprefix(prefix): from_plain(plain[path]) for path in plain if path.startswith(prefix)}
             if found:
                 by_index[index] = found
-        own = [next(saved_groups[name]) for _ in group.optimizer.param_groups]
+        own = group.optimizer.state_dict()["param_groups"]
+        if name in saved_groups:
+            own = [next(saved_groups[name]) for _ in own]
         group.optimizer.load_state_dict({"state": by_index, "param_groups": own})
-        group.schedule.restore(place, record["schedules"])
+        if record["schedules"]:
+            group.schedule.restore(place, record["schedules"])
+        else:
+            group.schedule.advance_to(record["step"], record["step"] // steps_per_epoch)
     state.evaluated, state.ended = record.get("evaluated", True), record.get("ended")
     state.worked_s, state.patience = record.get("worked_s", 0.0), Patience(**record.get("patience", {}))
     state.position, state.rows_used, state.rows_skipped = record["position"], record["rows_used"], record["rows_skipped"]

@@ -23,7 +23,7 @@ from raymill.orchestration.on_ray import drain, session_folder
 from raymill.orchestration.on_ray.root_cause import root_cause
 from raymill.orchestration.on_ray.worker import WorkerConfig, work
 from raymill.orchestration.retry import Cause
-from raymill.record import fitted
+from raymill.record import fitted, inputs
 from raymill.record.events import ResizeStarted, append_event
 from raymill.record.folder import RunFolder
 from raymill.record.processes import ProcessId
@@ -81,6 +81,7 @@ def _trainer(folder: RunFolder, planned: Plan, spec: JobSpec, each: dict[str, fl
         manifest=manifest.from_record(read_record(folder.data_manifest)),
         code=read_record(folder.code)["files"],
         fitted=fitted.read(folder.path),
+        inputs=ray.put(inputs.pack(folder.path)) if on_cluster and spec.inputs else None,
         driver=ProcessId.of_this(),
         driver_node=ray.get_runtime_context().get_node_id(),
         store_actor=start_store_actor(folder, variables) if on_cluster else None,

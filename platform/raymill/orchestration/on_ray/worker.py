@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,11 +32,13 @@ from raymill.errors import RunError
 from raymill.orchestration.on_ray import turn
 from raymill.orchestration.on_ray.root_cause import ran_out_of
 from raymill.own_code.traces import for_a_journey
+from raymill.record import inputs as record_inputs
 from raymill.record.events import Event, FirstStepDone, StageReached
 from raymill.record.folder import RunFolder
 from raymill.record.processes import ProcessId
 from raymill.record.remote_store import RemoteRunStore, RunStore
 from raymill.record.store import LocalRunStore, ResumePoint
+from raymill.trained.model import Trained, read_inputs
 from raymill.training.assembly import Job, WorkerContext, assemble, attempt_started, refuse_other_code
 from raymill.training.outcome import Outcome
 
@@ -55,6 +59,8 @@ class WorkerConfig:
         manifest: the input when the run began.
         code: name -> SHA-256 of each file of the run's code.
         fitted: what the pipeline has fitted.
+        inputs: the models that the job is given, as `record.inputs.pack` has them, in Ray's object store; None: there are none,
+            or no other nodes.
         driver: the process that drives the run.
         driver_node: the Ray node where the folder is.
         store_actor: does what workers on other nodes ask of the folder; None: there are no other nodes.
@@ -67,6 +73,7 @@ class WorkerConfig:
     manifest: Manifest
     code: Mapping[str, str]
     fitted: Mapping[str, bytes]
+    inputs: ray.ObjectRef[dict[str, bytes]] | None
     driver: ProcessId
     driver_node: str
     store_actor: Any
@@ -108,10 +115,13 @@ def work(config: dict[str, WorkerConfig]) -> Outcome:
     store.announce()
     if rank == 0:
         store.report(StageReached(stage="opening the stream"))
+    files = ExitStack()
     try:
-        check_code = partial(refuse_other_code, worker.run_id, worker.code, worker.spec)
+        inputs = files.enter_context(_inputs(worker))
+        specs = worker.spec, *(one.spec for one in inputs.values())
+        check_code = partial(refuse_other_code, worker.run_id, worker.code, *specs)
         pipeline, parts = load.import_pipeline(worker.spec, worker.fitted), (worker.spec, worker.plan, worker.manifest)
-        job = assemble(*parts, pipeline, world_size, check_code=check_code, fitted=worker.fitted)
+        job = assemble(*parts, pipeline, world_size, check_code=check_code, fitted=worker.fitted, inputs=inputs)
         listener = socket.create_server((_own_address(), 0)) if rank == 0 else None
         start = _start_together(worker, job, store, world_size, listener)
         # Packets are on their way while torch is still being imported.
@@ -123,31 +133,51 @@ def work(config: dict[str, WorkerConfig]) -> Outcome:
             raise
         raise told from error
     finally:
+        files.close()
         store.close()
+
+
+@contextmanager
+def _inputs(worker: WorkerConfig) -> Iterator[Mapping[str, Trained]]:
+    """The models that the job is given: in the run's folder, or in one of this process where that is on another machine."""
+    if worker.inputs is None or _sees_folder(worker):
+        yield read_inputs(Path(worker.folder))
+        return
+    with tempfile.TemporaryDirectory(prefix="raymill-inputs-") as there:
+        packed: dict[str, bytes] = ray.get(worker.inputs)
+        record_inputs.unpack(packed, Path(there))
+        yield read_inputs(Path(there))
+
+
+def _sees_folder(worker: WorkerConfig) -> bool:
+    return bool(ray.get_runtime_context().get_node_id() == worker.driver_node)
 
 
 def _import_all(worker: WorkerConfig, rank: int) -> None:
     """Import what this worker will need, the job's own code too; on rank 0 let the processes that will read do so as well."""
+    inputs = read_inputs(Path(worker.folder))
+    specs = worker.spec, *(one.spec for one in inputs.values())
     if rank == 0:
         reading = ray.remote(num_cpus=worker.plan.read_task_cpus)(_import_reading)
-        imported = [reading.remote(worker.spec) for _ in range(max(1, int(worker.plan.data_cpus)))]
+        imported = [reading.remote(*specs) for _ in range(max(1, int(worker.plan.data_cpus)))]
     # The last is what DistributedDataParallel imports when the first one is made.
     for name in ("raymill.training.loop", "ray.data", "torch._dynamo"):
         importlib.import_module(name)
-    load.import_task(worker.spec, load.import_pipeline(worker.spec, worker.fitted).schema, worker.fitted)
-    code_when_imported(worker.spec)
+    pipeline = load.import_pipeline(worker.spec, worker.fitted)
+    load.import_task(worker.spec, pipeline.schema, worker.fitted, inputs)
+    code_when_imported(*specs)
     if rank == 0:
         ray.get(imported)
 
 
-def _import_reading(spec: JobSpec) -> None:
+def _import_reading(spec: JobSpec, *of_inputs: JobSpec) -> None:
     load.import_pipeline(spec)
-    code_when_imported(spec)
+    code_when_imported(spec, *of_inputs)
     importlib.import_module("ray.data")
 
 
 def _open_store(worker: WorkerConfig, rank: int) -> RunStore:
-    if ray.get_runtime_context().get_node_id() == worker.driver_node:
+    if _sees_folder(worker):
         return LocalRunStore(RunFolder(Path(worker.folder)), rank)
     return RemoteRunStore(worker.store_actor, rank)
 

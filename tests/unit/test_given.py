@@ -1,0 +1,60 @@
+"""What a run was given: written down, read back, carried to where its folder is not seen; and refused where it was changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raymill.errors import CheckpointError
+from raymill.files import read_record, write_record
+from raymill.record import inputs
+from raymill.record.inputs import Pinned
+
+TEACHER = Pinned(
+    reference="mnist@live", model="mnist/3", run_id="mnist-1", weights_sha256="a" * 64, code_changes=("x.py changed",)
+)
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    (inputs.place(folder, "teacher") / "code").mkdir(parents=True)
+    (inputs.place(folder, "teacher") / "weights.safetensors").write_bytes(b"weights")
+    (inputs.place(folder, "teacher") / "code" / "net.py").write_bytes(b"class Net: ...")
+    inputs.keep(folder, {"teacher": TEACHER})
+    return folder
+
+
+def test_it_is_read_back_as_it_was_given(records: Path, tmp_path: Path) -> None:
+    assert inputs.read(records) == {"teacher": TEACHER}
+    assert inputs.read(tmp_path) == {}
+    assert str(TEACHER) == "mnist@live, which was mnist/3 (weights aaaaaaaaaaaa)"
+    (note,) = inputs.notes(records)
+    assert "input teacher is mnist@live, which was mnist/3 (weights aaaaaaaaaaaa), whose code was changed" in note
+
+
+def test_all_of_it_is_carried_to_another_machine(records: Path, tmp_path: Path) -> None:
+    packed = inputs.pack(records)
+    assert sorted(packed) == ["inputs.json", "inputs/teacher/code/net.py", "inputs/teacher/weights.safetensors"]
+    inputs.unpack(packed, tmp_path / "there")
+    assert inputs.pack(tmp_path / "there") == packed
+    assert inputs.pack(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/etc", "a/b", ""])
+def test_a_record_that_was_changed_leads_nowhere_else(records: Path, name: str) -> None:
+    record = read_record(records / inputs.FILE)
+    write_record(records / inputs.FILE, {"inputs": {name: record["inputs"]["teacher"]}})
+    with pytest.raises(CheckpointError, match="no plain names"):
+        inputs.read(records)
+
+
+DAMAGED = ["", "{", '{"format_version": 2}', '{"format_version": 2, "inputs": {"teacher": {"model": 3}}}']
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_record_that_is_damaged_is_said_to_be(records: Path, content: str) -> None:
+    (records / inputs.FILE).write_text(content)
+    with pytest.raises(CheckpointError, match=r"inputs\.json: cannot be read"):
+        inputs.read(records)
