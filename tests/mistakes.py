@@ -84,6 +84,7 @@ BUILD = "        return nn.Sequential(nn.Linear(self.num_features, 4), nn.ReLU()
 MEASURED = (
     '        return {"accuracy": (scores.argmax(dim=1) == batch["label"]).float(), "rows": Total(torch.tensor(len(scores)))}\n'
 )
+LONG = "def long(rows):\n    return np.zeros(11, int)\n\n\n"
 CHANGE = "    return rows\n\n\ndef collate"
 INPUTS = "    def inputs(self, batch):\n"
 CONCLUDE = "    def conclude(self, kept, totals):\n"
@@ -260,6 +261,13 @@ MISTAKES = [
         DEF_CHANGE,
         "None",
         "return the rows",
+    ),
+    Mistake(
+        "lengths of other rows",
+        [("collate=collate, check=check)", "collate=collate, check=check, length=long)"), ("def rows()", LONG + "def rows()")],
+        "def long(rows):",
+        "11",
+        "Correct the pipeline's length",
     ),
     Mistake(
         "a column that is left out",

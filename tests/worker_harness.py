@@ -13,7 +13,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -148,16 +148,18 @@ class Experiment:
         make_task: schema -> Task; importable, as it is called in every rank.
         make_pipeline: makes the Pipeline, likewise.
         values: the job's values, as in a job file without names and import paths.
+        chunk_rows: rows of a window that are transformed together; 0: all of them.
     """
 
     make_task: Callable[[Schema], Task]
     make_pipeline: Callable[[], Pipeline]
     values: Mapping[str, Any]
+    chunk_rows: int = 0
 
     def with_values(self, **sections: Mapping[str, Any]) -> Experiment:
         """The same with some values changed, by section of the job file."""
         merged = {name: {**self.values.get(name, {}), **section} for name, section in sections.items()}
-        return Experiment(self.make_task, self.make_pipeline, {**self.values, **merged})
+        return replace(self, values={**self.values, **merged})
 
     def spec(self, world_size: int) -> JobSpec:
         """The job at this number of workers."""
@@ -332,6 +334,7 @@ def run_rank(rank: int, world_size: int, port: int, experiment: Experiment, star
     spec, pipeline = experiment.spec(world_size), experiment.make_pipeline()
     manifest = take_manifest(pipeline, lenient=spec.bad_rows.lenient)
     planned = plan.make_plan(spec, manifest, plan.ClusterFacts(num_cpus=8, num_gpus=0, memory_bytes=2**32))
+    planned = replace(planned, chunk_rows=experiment.chunk_rows)
     job = assemble(spec, planned, manifest, pipeline, world_size, lambda: experiment.make_task(pipeline.schema))
     name = directory.find_latest(start.folder / "checkpoints", print)
     state = directory.read_state(start.folder / "checkpoints" / name) if name else {"position": 0, "evaluated": True}

@@ -126,6 +126,8 @@ class Pipeline:
         fit: given the training rows, fragment by fragment and before the transform, it makes what is fitted to them, as bytes by
             name. That is done once for a run and kept with it and its model: the function that makes the pipeline is called again
             with it, if it has a parameter `fitted`, and so is the task. Without it, or before, `fitted` is empty.
+        length: rows before the transform -> a number for each, such as its words: training rows of like length come together in a
+            batch, as far as a window has them; which batch is where stays at random.
         get: fetches the data set when it is not there yet; returns the folder. None: the user brings the data.
         targets: the columns that are the answer, such as labels: in the split "predict", transform and collate do not see them.
             None: not said; then only a column with `classes` may be left out of a question, and is zeros.
@@ -137,6 +139,7 @@ class Pipeline:
     collate: Callable[[Rows], Batch] | None = None
     check: Check | None = None
     fit: Callable[[Iterator[Rows]], Mapping[str, bytes]] | None = None
+    length: Callable[[Rows], Sequence[int] | np.ndarray] | None = None
     get: Callable[[], Path] | None = None
     targets: Sequence[str] | None = None
 

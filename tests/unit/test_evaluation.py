@@ -134,7 +134,7 @@ class Run:
         evaluations = []
         for rank in range(2):
             windows = [Item("validation", epoch, window, 0) for window in range(self.plan.validation_windows)]
-            feed = Feed(reader.read(item)[rank] for item in windows)
+            feed = Feed(packet for item in windows for packet in reader.read(item) if packet.rank == rank)
             store = LocalRunStore(self.folder, rank)
             context = WorkerContext(rank=rank, world_size=2, device=torch.device("cpu"), store=store)
             evaluations.append(Evaluation())

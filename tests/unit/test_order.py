@@ -20,6 +20,7 @@ from raymill.data.order import (
     JobOrder,
     SplitOrder,
     Stream,
+    by_length,
     epoch_order,
     key,
     num_batches,
@@ -65,6 +66,7 @@ class Case:
         every_steps: steps between two evaluations of validation rows; 0: each epoch.
         measured: validation rows that are measured, if there are so many.
         missing_steps: steps by which the job is shorter than its epochs, if it has so many.
+        chunk_rows: rows of a window that are transformed together; 0: all.
     """
 
     train: tuple[int, ...]
@@ -78,6 +80,7 @@ class Case:
     every_steps: int = 0
     measured: int = 1000
     missing_steps: int = 0
+    chunk_rows: int = 0
 
     @property
     def rows(self) -> dict[str, tuple[int, ...]]:
@@ -129,6 +132,7 @@ any_cases = st.builds(
     every_steps=st.integers(0, 7),
     measured=st.integers(1, 60),
     missing_steps=st.integers(0, 9),
+    chunk_rows=st.integers(0, 12),
 )
 """Also with evaluations behind any step, of part of the rows, at the end, and epochs that are cut short."""
 
@@ -148,7 +152,7 @@ def deal(case: Case, position: int, world_size: int, *, evaluated: bool = True) 
     pipeline = Pipeline(sources={split: Counted(rows) for split, rows in case.rows.items()}, schema={})
     shardings = {split: replace(sharding, world_size=world_size) for split, sharding in case.shardings.items()}
     fragments = {split: source.fragments() for split, source in pipeline.sources.items()}
-    reader = Reader("", order, shardings, fragments, pipeline)
+    reader = Reader("", order, shardings, fragments, pipeline, chunk_rows=case.chunk_rows)
     dealt: dict[Batch, Shards] = {}
     for rank in range(world_size):
         packets = read_locally(reader, position, rank, evaluated=evaluated)
@@ -409,6 +413,22 @@ def test_a_stream_from_before_evaluations_is_that_from_behind_them_with_their_ro
 # ---------------------------------------------------------------- to the last bit
 
 
+@given(
+    lengths=st.lists(st.integers(0, 50), max_size=60),
+    start=st.integers(0, 40),
+    batch_rows=st.integers(1, 12),
+    seed=st.integers(0, 9),
+)
+def test_rows_of_like_length_come_together_in_a_batch(lengths: list[int], start: int, batch_rows: int, seed: int) -> None:
+    order = by_length(np.array(lengths, np.int64), start, batch_rows, seed)
+    assert sorted(order.tolist()) == list(range(len(lengths)))
+    # Of the batches that the window has for itself, no two overlap in their lengths, but for their ends.
+    first = -start % batch_rows
+    whole = [order[at : at + batch_rows] for at in range(first, len(lengths) - batch_rows + 1, batch_rows)]
+    ranges = sorted((min(lengths[row] for row in batch), max(lengths[row] for row in batch)) for batch in whole)
+    assert all(high <= low for (_, high), (low, _) in pairwise(ranges))
+
+
 def test_splitmix64_is_the_published_function() -> None:
     # The first outputs of the reference generator seeded with 0: its state grows by the same constant that is added here.
     states = np.array([0, 0x9E3779B97F4A7C15], np.uint64)
@@ -523,7 +543,7 @@ def test_a_transform_that_changes_the_number_of_rows_is_refused() -> None:
     order = JobOrder(SplitOrder(TRAIN, np.array([5, 5], np.int64), 1, 0, shuffle=True), (), 2, 5)
     reader = Reader("", order, {TRAIN: BatchSharding(10, 5, 1, 1)}, {TRAIN: Counted((5, 5)).fragments()}, pipeline)
     with pytest.raises(InputError, match=r"drop_one.*: found 9 rows, made of 10"):
-        reader.read(Item(TRAIN, 0, 0, 0))
+        list(reader.read(Item(TRAIN, 0, 0, 0)))
 
 
 def test_a_fragment_with_other_rows_than_the_manifest_says_is_refused() -> None:
@@ -532,9 +552,9 @@ def test_a_fragment_with_other_rows_than_the_manifest_says_is_refused() -> None:
     manifest = [Fragment("counted", 0, 5, 5, "")]
     longer = Pipeline(sources={TRAIN: Longer((5,))}, schema={})
     shardings = {TRAIN: BatchSharding(5, 5, 1, 1)}
-    assert len(Reader("", order, shardings, {TRAIN: manifest}, pipeline).read(Item(TRAIN, 0, 0, 0))[0].rows[ROW_ID]) == 5
+    assert len(next(Reader("", order, shardings, {TRAIN: manifest}, pipeline).read(Item(TRAIN, 0, 0, 0))).rows[ROW_ID]) == 5
     with pytest.raises(DataError, match="6 rows were read, 5 were there"):
-        Reader("", order, shardings, {TRAIN: manifest}, longer).read(Item(TRAIN, 0, 0, 0))
+        list(Reader("", order, shardings, {TRAIN: manifest}, longer).read(Item(TRAIN, 0, 0, 0)))
 
 
 class Longer(Counted):

@@ -120,6 +120,24 @@ def test_windows_are_of_16_mib_an_eighth_of_an_epoch_or_four_batches() -> None:
     assert plan_of(loop={"window_rows": 77}).window_rows == 77
 
 
+def test_a_window_is_at_most_256_mib_of_source_whatever_a_batch_is() -> None:
+    fragment = Fragment("large", 0, 100, 100 * 8 * MIB, "-")
+    plan = make_plan(job(loop={"global_batch_rows": 64}), Manifest({TRAIN: SplitManifest((fragment,) * 10)}), facts())
+    assert plan.window_rows == 256 // 8
+
+
+def test_what_becomes_large_by_the_transform_is_transformed_in_chunks_and_a_run_keeps_its_own() -> None:
+    spec, manifest = job(loop={"global_batch_rows": 64}), manifest_of(train=100_000)
+    small = make_plan(spec, manifest, facts(), row_bytes=128 * MIB // 12_500)
+    assert (small.window_rows, small.chunk_rows) == (12_500, 0)
+    large = make_plan(spec, manifest, facts(), row_bytes=12 * MIB)
+    assert (large.window_rows, large.chunk_rows) == (12_500, 5)
+    assert make_plan(spec, manifest, facts(), row_bytes=2**40).chunk_rows == 1
+    kept = make_plan(spec, manifest, facts(), row_bytes=MIB, before=dataclasses.replace(large, window_rows=777))
+    assert (kept.window_rows, kept.chunk_rows) == (777, 5)
+    assert make_plan(spec, manifest, facts()).chunk_rows == 0
+
+
 @pytest.mark.parametrize(("memory_bytes", "expected"), [(2**30, 256 * MIB), (8 * 2**30, int(0.8 * 2**30)), (2**40, 2 * 2**30)])
 def test_shared_memory_is_a_tenth_within_bounds(memory_bytes: int, expected: int) -> None:
     assert plan_of(facts(memory_bytes=memory_bytes)).object_store_bytes == expected

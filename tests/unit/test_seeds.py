@@ -36,9 +36,9 @@ order = JobOrder(SplitOrder("train", np.array([4, 4]), 2, 0, True), (), 2, 4)
 pipeline = Pipeline(sources={"train": Drawn()}, schema={"value": Field("float64")})
 reader = Reader("run", order, {"train": BatchSharding(8, 4, 1, 1)}, {"train": Drawn().fragments()}, pipeline)
 item = Stream(order, 0)[0]
-first, again = (reader.read(item)[0].rows["value"].tolist() for _ in range(2))
+first, again = (next(reader.read(item)).rows["value"].tolist() for _ in range(2))
 assert first == again, (first, again)
-assert reader.read(Stream(order, 0)[1])[0].rows["value"].tolist() != first
+assert next(reader.read(Stream(order, 0)[1])).rows["value"].tolist() != first
 """
 
 
@@ -65,7 +65,7 @@ def augmented(fragment_rows: int, epoch: int) -> dict[int, list[float]]:
     order = JobOrder(SplitOrder("train", rows, 2, 0, True), (), 4, 4)
     pipeline = Pipeline(sources={"train": source}, schema={})
     reader = Reader("run", order, {"train": BatchSharding(8, 4, 1, 1)}, {"train": fragments}, pipeline)
-    packets = [reader.read(Item("train", epoch, window, 0))[0] for window in range(2)]
+    packets = [next(reader.read(Item("train", epoch, window, 0))) for window in range(2)]
     return {
         int(row): drawn
         for packet in packets

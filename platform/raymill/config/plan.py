@@ -14,13 +14,19 @@ import numpy as np
 
 from raymill.config import evaluations
 from raymill.config.spec import EvaluationSpec, JobSpec
-from raymill.data.manifest import Manifest
+from raymill.data.manifest import Manifest, SplitManifest
 from raymill.data.order import BatchSharding, EvaluationOrder, JobOrder, SplitOrder, num_batches
 from raymill.errors import InputError, Problem
 from raymill.task import TRAIN, VALIDATION
 
 WINDOW_BYTES = 16 * 2**20
 """Aim for the source bytes of a window: large enough to read in one go, small enough to resume cheaply."""
+
+MOST_WINDOW_BYTES = 256 * 2**20
+"""Of source; a window is read at once, whatever a batch is."""
+
+CHUNK_BYTES = 128 * 2**20
+"""Behind the transform; a window that becomes larger is transformed in chunks of half of that."""
 
 MIN_WORKER_CPUS = 0.01
 """The smallest share of a CPU that can be reserved."""
@@ -85,6 +91,7 @@ class Plan:
         steps_per_epoch: optimizer steps of an epoch; the last may have fewer rows.
         total_steps: optimizer steps of the job.
         window_rows: rows read and shuffled together, about.
+        chunk_rows: rows of a window that are transformed together; 0: all of them.
         train_windows: windows of a training epoch.
         validation_windows: windows of the split "validation".
         checkpoint_every_steps: steps between checkpoints, beside the one at each epoch's end.
@@ -114,6 +121,7 @@ class Plan:
     bad_rows_budget: int
     reasons: Mapping[str, str]
     num_evaluations: int = 0
+    chunk_rows: int = 0
 
     @property
     def total_rows(self) -> int:
@@ -135,8 +143,20 @@ class Plan:
         return cls(**record)
 
 
-def make_plan(spec: JobSpec, manifest: Manifest, facts: ClusterFacts, where: Where = str) -> Plan:
+def make_plan(
+    spec: JobSpec,
+    manifest: Manifest,
+    facts: ClusterFacts,
+    where: Where = str,
+    *,
+    row_bytes: int | None = None,
+    before: Plan | None = None,
+) -> Plan:
     """Derive every number of a job.
+
+    Args:
+        row_bytes: of a training row behind the transform; None: it is not known.
+        before: the plan by which the run was begun, whose windows it keeps.
 
     Raises:
         InputError: with everything that does not fit together, numbers and ways out included.
@@ -148,25 +168,16 @@ def make_plan(spec: JobSpec, manifest: Manifest, facts: ClusterFacts, where: Whe
     workers = spec.scale.max_num_workers
     train, validation = manifest.splits[TRAIN], manifest.splits.get(VALIDATION)
     worker_cpus, data_cpus = _cpus(spec, facts, why)
-    window_rows = _window_rows(spec, train.num_rows, train.num_bytes, why)
+    window_rows, chunk_rows = _windows(spec, train, row_bytes, before, why)
     steps_per_epoch = num_batches(train.num_rows, spec.loop.global_batch_rows)
-    tail = train.num_rows % spec.loop.global_batch_rows
-    why["steps_per_epoch"] = f"{train.num_rows} rows / {spec.loop.global_batch_rows} per step" + (
-        f"; the last step has {tail} rows and counts by its true size" if tail else ""
-    )
-    why["total_steps"] = "loop.steps" if spec.loop.steps else f"{spec.loop.epochs} epochs x {steps_per_epoch} steps"
     total_steps = spec.loop.steps or spec.loop.epochs * steps_per_epoch
     split_rows = {split: known.num_rows for split, known in manifest.splits.items()}
     measured = spec.evaluations(split_rows)
     why["num_evaluations"] = evaluations.described(measured, split_rows)
     threads = _threads(spec, facts, why)
     _explain_counts(spec, manifest, why)
-    why["shards_per_worker"] = "loop.gradient_accumulation_steps"
-    why["strict_shards"] = "the same at any number of workers" if spec.loop.strict else "not strict: shards follow the workers"
     every = spec.checkpoint.every_steps or steps_per_epoch
-    why["checkpoint_every_steps"] = "given" if spec.checkpoint.every_steps else "once per epoch, after its evaluation"
     object_store_bytes = int(min(2 * 2**30, max(256 * 2**20, 0.1 * facts.memory_bytes)))
-    why["object_store_bytes"] = "a tenth of memory, between 256 MiB and 2 GiB; only for a Ray that raymill starts"
     return Plan(
         num_workers=workers,
         min_workers=spec.scale.min_num_workers,
@@ -189,6 +200,7 @@ def make_plan(spec: JobSpec, manifest: Manifest, facts: ClusterFacts, where: Whe
         object_store_bytes=object_store_bytes,
         bad_rows_budget=_bad_rows_budget(spec, train.num_rows, why),
         reasons=why,
+        chunk_rows=chunk_rows,
         num_evaluations=sum(evaluations.count(one, steps_per_epoch, total_steps) for one in measured),
     )
 
@@ -205,6 +217,17 @@ def _explain_counts(spec: JobSpec, manifest: Manifest, why: dict[str, str]) -> N
         else "1, or what is left for reading data if that is less"
     )
     why["global_batch_rows"] = "loop.global_batch_rows"
+    rows = manifest.splits[TRAIN].num_rows
+    steps = num_batches(rows, spec.loop.global_batch_rows)
+    tail = rows % spec.loop.global_batch_rows
+    why["steps_per_epoch"] = f"{rows} rows / {spec.loop.global_batch_rows} per step" + (
+        f"; the last step has {tail} rows and counts by its true size" if tail else ""
+    )
+    why["total_steps"] = "loop.steps" if spec.loop.steps else f"{spec.loop.epochs} epochs x {steps} steps"
+    why["shards_per_worker"] = "loop.gradient_accumulation_steps"
+    why["strict_shards"] = "the same at any number of workers" if spec.loop.strict else "not strict: shards follow the workers"
+    why["checkpoint_every_steps"] = "given" if spec.checkpoint.every_steps else "once per epoch, after its evaluation"
+    why["object_store_bytes"] = "a tenth of memory, between 256 MiB and 2 GiB; only for a Ray that raymill starts"
     for split in (TRAIN, VALIDATION):
         known = manifest.splits.get(split)
         why[f"{split}_rows"] = f"the manifest: {len(known.fragments)} fragments" if known else "the pipeline has no such split"
@@ -362,6 +385,17 @@ def _threads(spec: JobSpec, facts: ClusterFacts, why: dict[str, str]) -> int:
     return max(1, int(facts.num_cpus) // spec.scale.max_num_workers)
 
 
+def _windows(
+    spec: JobSpec, train: SplitManifest, row_bytes: int | None, before: Plan | None, why: dict[str, str]
+) -> tuple[int, int]:
+    """Rows of a window, and of a chunk of it."""
+    if before is not None:
+        why |= {name: before.reasons.get(name, "as the run began") for name in ("window_rows", "chunk_rows")}
+        return before.window_rows, before.chunk_rows
+    window_rows = _window_rows(spec, train.num_rows, train.num_bytes, why)
+    return window_rows, _chunk_rows(window_rows, row_bytes, why)
+
+
 def _window_rows(spec: JobSpec, num_rows: int, num_bytes: int, why: dict[str, str]) -> int:
     if spec.loop.window_rows is not None:
         why["window_rows"] = "given"
@@ -369,10 +403,23 @@ def _window_rows(spec: JobSpec, num_rows: int, num_bytes: int, why: dict[str, st
     by_bytes = max(1, WINDOW_BYTES * num_rows // max(1, num_bytes))
     by_share = num_batches(num_rows, MIN_WINDOWS_PER_EPOCH)
     by_batch = 4 * spec.loop.global_batch_rows
+    most = max(1, MOST_WINDOW_BYTES * num_rows // max(1, num_bytes))
     why["window_rows"] = (
         f"the least of {by_bytes} (16 MiB), {by_share} (an eighth of an epoch); but at least 4 batches: {by_batch}"
+        + (f"; and at most {most} (256 MiB)" if by_batch > most else "")
     )
-    return min(max(min(by_bytes, by_share), by_batch), num_rows)
+    return min(max(min(by_bytes, by_share), min(by_batch, most)), num_rows)
+
+
+def _chunk_rows(window_rows: int, row_bytes: int | None, why: dict[str, str]) -> int:
+    if row_bytes is None:
+        why["chunk_rows"] = "0, for whole windows: how large a row becomes by the transform could not be told"
+        return 0
+    if window_rows * row_bytes <= CHUNK_BYTES:
+        why["chunk_rows"] = f"0, for whole windows: rows of {row_bytes} bytes behind the transform fit into 128 MiB"
+        return 0
+    why["chunk_rows"] = f"rows of {row_bytes} bytes behind the transform, 64 MiB at a time"
+    return max(1, CHUNK_BYTES // 2 // row_bytes)
 
 
 def _bad_rows_budget(spec: JobSpec, num_rows: int, why: dict[str, str]) -> int:

@@ -70,7 +70,8 @@ class Feed:
         if packet.bad:
             self.note(packet.bad)
         at = (packet.item.split, packet.item.epoch)
-        self._last_windows[at] = packet.item.window
+        if packet.last:
+            self._last_windows[at] = packet.item.window
         if len(packet.present):
             self._waiting.setdefault(at, deque()).append((packet.rows, packet.present))
 

@@ -156,6 +156,32 @@ def window_rows(order: SplitOrder, epoch: int, fragments: Ints) -> tuple[Ints, I
     return ids[offsets], offsets
 
 
+def by_length(lengths: Ints, start: int, batch_rows: int, epoch_key: int) -> Ints:
+    """An order of a window's rows in which those of a batch are of like length.
+
+    The rows are put in the order of their lengths, those of one length as they were, and cut where batches end. The pieces are
+    shuffled, but for the first and the last one, which batches share with other windows; and so are the rows of each piece, since
+    who has the last shard of a batch shall not always have its longest rows.
+
+    Args:
+        lengths: of each row, int64 [num_rows].
+        start: offset of the first row in the epoch's sequence.
+        batch_rows: rows of a global batch.
+        epoch_key: of this shuffle.
+
+    Returns:
+        the numbers of the rows in their new order, int64 [num_rows].
+    """
+    sorted_rows = np.argsort(lengths, kind="stable").astype(np.int64)
+    first = min(len(lengths), -start % batch_rows)
+    pieces = np.split(sorted_rows, range(first, len(lengths), batch_rows))
+    whole = [piece for piece in pieces if len(piece) == batch_rows]
+    whole = [whole[number] for number in shuffled(len(whole), epoch_key)]
+    head = [pieces[0]] if first else []
+    tail = [pieces[-1]] if len(pieces[-1]) not in (0, batch_rows) and len(pieces) > 1 else []
+    return np.concatenate([piece[shuffled(len(piece), epoch_key)] for piece in [*head, *whole, *tail]] or [sorted_rows])
+
+
 # ---------------------------------------------------------------- cutting batches
 
 

@@ -53,6 +53,8 @@ def _read_block(block: pa.Table, reader: Reader, stream: Stream) -> Iterator[pa.
                 {
                     "rank": pa.array([packet.rank], pa.int32()),
                     "index": pa.array([index], pa.int64()),
+                    "chunk": pa.array([packet.chunk], pa.int64()),
+                    "last": pa.array([packet.last]),
                     "split": [item.split],
                     "epoch": pa.array([item.epoch], pa.int64()),
                     "window": pa.array([item.window], pa.int64()),
@@ -65,9 +67,10 @@ def _read_block(block: pa.Table, reader: Reader, stream: Stream) -> Iterator[pa.
             )
 
 
-def _packed(reader: Reader, item: Item) -> list[tuple[Packet, tuple[str, list[bytes | memoryview]]]]:
+def _packed(reader: Reader, item: Item) -> Iterator[tuple[Packet, tuple[str, list[bytes | memoryview]]]]:
     try:
-        return [(packet, reader.pack(packet)) for packet in reader.read(item)]
+        for packet in reader.read(item):
+            yield packet, reader.pack(packet)
     except Exception as error:
         told = for_a_journey(error, "reading the data")
         if told is error:
@@ -160,17 +163,18 @@ def receive(iterator: DataIterator, rank: int) -> Iterator[Packet]:
         batch_format="pyarrow",
         prefetch_batches=2,
     )
-    expected = 0
+    window, chunk = 0, 0
     for block in blocks:
         for index in range(block.num_rows):
             row = {name: block[name][index] for name in block.column_names if name not in ("present", "buffers")}
             values = {name: scalar.as_py() for name, scalar in row.items()}
-            if (values["rank"], values["index"]) != (rank, expected):
+            if (values["rank"], values["index"], values["chunk"]) != (rank, window, chunk):
+                dealt = f"packet {values['index']}.{values['chunk']} of rank {values['rank']}"
                 raise DataError(
-                    f"rank {rank} expected packet {expected} and was dealt packet {values['index']} of rank {values['rank']}. "
-                    "Ray Data changed how it deals blocks; the run cannot keep its order. Use the pinned version of Ray."
+                    f"rank {rank} expected packet {window}.{chunk} and was dealt {dealt}. Ray Data changed how it deals blocks; "
+                    "the run cannot keep its order. Use the pinned version of Ray."
                 )
-            expected += 1
+            window, chunk = (window + 1, 0) if values["last"] else (window, chunk + 1)
             try:
                 yield _packet(values, block["present"][index].as_buffer(), _buffers(block, index))
             except (ValueError, TypeError) as error:
@@ -188,7 +192,8 @@ def _packet(values: dict[str, Any], present: Any, buffers: list[Any]) -> Packet:
     marks = np.frombuffer(present, np.uint8)
     if marks.max(initial=0) > 1 or num_rows(rows) != marks.sum():
         raise ValueError(f"it holds {num_rows(rows)} rows, and marks {int(marks.sum())} of {len(marks)} as good")
-    return Packet(item, values["rank"], rows, marks.view(bool), [BadRow(**row) for row in json.loads(values["bad"])])
+    bad = [BadRow(**row) for row in json.loads(values["bad"])]
+    return Packet(item, values["rank"], rows, marks.view(bool), bad, values["chunk"], values["last"])
 
 
 def _buffers(block: pa.Table, index: int) -> list[Any]:

@@ -1,37 +1,41 @@
 """One window: read, shuffled, transformed, cut into one packet per rank. Knows no Ray.
 
-A window is read and transformed once, whatever the number of ranks. `ray_stream` reads windows in Ray Data's tasks,
-`read_locally` in this process.
+A window is read and transformed once, whatever the number of ranks; chunk by chunk, where the transform makes so much of its rows
+that all of them would not fit into memory. `ray_stream` reads windows in Ray Data's tasks, `read_locally` in this process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
 
 import numpy as np
 
 from raymill import faults
 from raymill.data import seeds
 from raymill.data.bad_rows import BadRow, read_good_rows
-from raymill.data.order import BatchSharding, Item, JobOrder, Stream, key, window, window_rows
+from raymill.data.order import BatchSharding, Item, JobOrder, Stream, by_length, key, window, window_rows
 from raymill.data.rows import ROW_ID, join, num_rows, pack, take, unpack
 from raymill.data.seeds import imported_torch, seed_everything
-from raymill.own_code.seams import TRANSFORM, calling, wrong
+from raymill.own_code.seams import LENGTH, TRANSFORM, calling, wrong
 from raymill.own_code.traces import describe, noting, row_ids
 from raymill.task import TRAIN, Fragment, Pipeline, Rows, Transform
 
 
 @dataclass(frozen=True)
 class Packet:
-    """What one rank gets of one window.
+    """What one rank gets of one window, or of a chunk of it.
 
     Attributes:
         item: the window.
         rank: for whom.
         rows: its good rows, in order, with ROW_ID; without any, perhaps no other column.
         present: for each of its rows in the order, whether the row there is good, bool [num_offsets].
-        bad: all bad rows of the window, in order; for rank 0 only.
+        bad: all bad rows of the window, in order; for rank 0 only, with its first chunk.
+        chunk: of the window, from 0 on, counted from the first that is read.
+        last: whether it is the window's last chunk.
     """
 
     item: Item
@@ -39,6 +43,8 @@ class Packet:
     rows: Rows
     present: np.ndarray
     bad: Sequence[BadRow] = ()
+    chunk: int = 0
+    last: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +59,7 @@ class Reader:
         pipeline: where rows come from.
         lenient: leave bad rows out, rather than raise.
         check_code: is called once in each process that reads, when the pipeline's code is imported; raises if it is another.
+        chunk_rows: rows that are transformed together, at most; 0: whole windows.
     """
 
     run: str
@@ -62,9 +69,10 @@ class Reader:
     pipeline: Pipeline
     lenient: bool = False
     check_code: Callable[[], None] = lambda: None
+    chunk_rows: int = 0
 
-    def read(self, item: Item) -> list[Packet]:
-        """Read one window and cut it into a packet for each rank.
+    def read(self, item: Item) -> Iterator[Packet]:
+        """Read one window and cut it into packets: chunk after chunk, and of each chunk one for each rank.
 
         Raises:
             DataError: when a row is bad (unless lenient).
@@ -72,32 +80,46 @@ class Reader:
         """
         faults.point("before_read")
         seeded_torch = imported_torch()
-        packets = self._read(item)
-        if imported_torch() is not seeded_torch:
-            # The job's code imported torch while it read: what it drew there could not be seeded before.
-            packets = self._read(item)
-        return packets
+        for done, packet in enumerate(self._read(item)):
+            if imported_torch() is not seeded_torch:
+                # The job's code imported torch while it read: what it drew there could not be seeded before.
+                yield from islice(self._read(item), done, None)
+                return
+            yield packet
 
-    def _read(self, item: Item) -> list[Packet]:
+    def _read(self, item: Item) -> Iterator[Packet]:
         split_order, cut = self.order.split(item.split), self.shardings[item.split]
         opened = window(split_order, item.epoch, item.window)
         ids, offsets = window_rows(split_order, item.epoch, opened.fragments)
         parts, good, reasons = self._read_good_rows(item, opened.fragments, len(ids))
         present = good[offsets]
-        kept = np.flatnonzero(present)
-        rows: Rows = {}
-        if parts:
-            # The good rows lie end to end: a row moves up by the bad ones before it.
-            rows = self._transformed(take(join(parts), (np.cumsum(good) - 1)[offsets[kept]]), item, ids[kept])
-        faults.point("after_transform")
-        rows[ROW_ID] = ids[kept]
+        # The good rows lie end to end: a row moves up by the bad ones before it.
+        good_rows, places = join(parts) if parts else {}, (np.cumsum(good) - 1)[offsets]
+        if self.pipeline.length is not None and item.split == TRAIN and parts:
+            at = np.flatnonzero(present)
+            lengths = lengths_of(self.pipeline.length, take(good_rows, places[at]))
+            like = by_length(
+                lengths, opened.start, self.order.batch_rows, key(split_order.seed, item.epoch, item.window, seeds.LENGTH)
+            )
+            ids[at], offsets[at], places[at] = ids[at][like], offsets[at][like], places[at][like]
+        bad = [BadRow(item.split, int(ids[at]), *reasons[int(offsets[at])]) for at in np.flatnonzero(~present)]
         sequence = np.arange(opened.start, opened.stop, dtype=np.int64)
         ranks = np.where(sequence < item.skip, -1, cut.ranks(sequence))
-        bad = [BadRow(item.split, int(ids[at]), *reasons[int(offsets[at])]) for at in np.flatnonzero(~present)]
-        return [
-            Packet(item, rank, take(rows, np.flatnonzero(ranks[kept] == rank)), present[ranks == rank], () if rank else bad)
-            for rank in range(cut.world_size)
-        ]
+        starts = range(0, max(1, len(ids)), self.chunk_rows or max(1, len(ids)))
+        # Chunks whose rows were all trained on before are left out.
+        first = next(
+            (chunk for chunk, start in enumerate(starts) if opened.start + start + starts.step > item.skip), len(starts) - 1
+        )
+        for chunk in range(first, len(starts)):
+            part = slice(starts[chunk], starts[chunk] + starts.step)
+            kept = np.flatnonzero(present[part]) + part.start
+            rows = self._transformed(take(good_rows, places[kept]), item, ids[kept], chunk) if len(kept) else {}
+            faults.point("after_transform")
+            rows[ROW_ID] = ids[kept]
+            for rank in range(cut.world_size):
+                own, marks = take(rows, np.flatnonzero(ranks[kept] == rank)), present[part][ranks[part] == rank]
+                noted = () if rank or chunk > first else bad
+                yield Packet(item, rank, own, marks, noted, chunk - first, chunk == len(starts) - 1)
 
     def pack(self, packet: Packet) -> tuple[str, list[bytes | memoryview]]:
         """A packet's rows as they travel.
@@ -138,13 +160,26 @@ class Reader:
             start += fragment.num_rows
         return parts, good, found
 
-    def _transformed(self, rows: Rows, item: Item, ids: np.ndarray) -> Rows:
-        # The seed depends on the window alone, never on who reads it, so a resume draws the same numbers.
-        numbers = (self.order.train.seed, _draw_of(item), item.window, seeds.TRANSFORM)
+    def _transformed(self, rows: Rows, item: Item, ids: np.ndarray, chunk: int) -> Rows:
+        # The seed depends on window and chunk alone, never on who reads it, so a resume draws the same numbers.
+        numbers = (self.order.train.seed, _draw_of(item), item.window, seeds.TRANSFORM, *([chunk] if chunk else []))
         seed_everything(*numbers)
         generator = np.random.Generator(np.random.Philox(key=key(*numbers)))
         with noting(lambda: f"split {item.split!r}, epoch {item.epoch}, window {item.window}, rows {row_ids(ids)}"):
             return transformed(self.pipeline.transform, rows, item.split, generator)
+
+
+def lengths_of(length: Callable[[Rows], Any], rows: Rows) -> np.ndarray:
+    """What the pipeline says of the rows' lengths.
+
+    Raises:
+        InputError: it is no number for each.
+    """
+    with calling(LENGTH, rows):
+        lengths = np.asarray(length(rows))
+    if lengths.shape != (num_rows(rows),) or lengths.dtype.kind not in "iuf":
+        raise wrong(LENGTH, length, describe(lengths), given=rows)
+    return lengths
 
 
 def transformed(transform: Transform, rows: Rows, split: str, generator: np.random.Generator) -> Rows:
@@ -178,5 +213,6 @@ def read_locally(reader: Reader, position: int, rank: int, *, evaluated: bool = 
     """
     stream = Stream(reader.order, position, evaluated=evaluated)
     for index in range(len(stream)):
-        packet = reader.read(stream[index])[rank]
-        yield replace(packet, rows=unpack(*reader.pack(packet)))
+        for packet in reader.read(stream[index]):
+            if packet.rank == rank:
+                yield replace(packet, rows=unpack(*reader.pack(packet)))

@@ -19,7 +19,9 @@ import numpy as np
 
 from raymill.data.order import key
 
-TRANSFORM, FIRST_WEIGHTS, STEP, EVALUATION, COLLATE, READ, EVALUATION_COLLATE, MAKE, HOOK, CONCLUDE, PICTURES, ROW = range(3, 15)
+TRANSFORM, FIRST_WEIGHTS, STEP, EVALUATION, COLLATE, READ, EVALUATION_COLLATE, MAKE, HOOK, CONCLUDE, PICTURES, ROW, LENGTH = (
+    range(3, 16)
+)
 """Keep the random numbers of different purposes apart."""
 
 

@@ -71,7 +71,7 @@ def evaluate_all(trained: Trained, split: str = VALIDATION) -> Concluded:
     job = assemble(spec, planned, taken, pipeline, world_size=1, fitted=trained.fitted, inputs=trained.inputs)
     reader, sharding = job.reader(trained.name), job.shardings[split]
     num_windows = job.order.evaluation(split).num_windows
-    feed = Feed(reader.read(Item(split, 0, window, 0))[0] for window in range(num_windows))
+    feed = Feed(packet for window in range(num_windows) for packet in reader.read(Item(split, 0, window, 0)))
 
     on_gpu = spec.scale.gpus_per_worker and torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")

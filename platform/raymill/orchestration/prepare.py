@@ -13,6 +13,7 @@ from raymill.config.plan import ClusterFacts, Plan
 from raymill.config.spec import JobSpec
 from raymill.data import fit, manifest
 from raymill.data.manifest import Manifest
+from raymill.data.row_size import transformed_row_bytes
 from raymill.errors import DataError, InputError, Problem
 from raymill.files import read_record
 from raymill.orchestration.cluster_facts import unsafe_variables
@@ -37,6 +38,7 @@ class Prepared:
         pipeline: its data.
         manifest: what the data hold now.
         plan: every derived number.
+        facts: what there is to run on.
         code: the job's own code, as it is now; see `job_code`.
         inputs: the models that the job is given, by name.
         start: what the run begins with, where the job says `init_from`; None once it has begun.
@@ -48,6 +50,7 @@ class Prepared:
     pipeline: Pipeline
     manifest: Manifest
     plan: Plan
+    facts: ClusterFacts
     code: Mapping[str, bytes]
     inputs: Mapping[str, Trained] = field(default_factory=dict)
     start: Start | None = None
@@ -78,10 +81,10 @@ def prepare(job: load.LoadedJob, facts: ClusterFacts) -> Prepared:
     inputs, of_inputs = find_inputs(job.spec, job.where) if job.is_sound("inputs") else ({}, [])
     if problems or of_inputs or pipeline is None or taken is None:
         raise InputError([*problems, *of_inputs])
-    planned = plan.make_plan(job.spec, taken, facts, job.where)
+    planned = _planned(job.spec, pipeline, taken, facts, job.where)
     start = find_start(job.spec, planned, taken, job.where) if job.spec.init_from else None
     code = code_of(job.spec, *(one.spec for one in inputs.values()))
-    return Prepared(job.spec, pipeline, taken, planned, code, inputs, start, where=job.where)
+    return Prepared(job.spec, pipeline, taken, planned, facts, code, inputs, start, where=job.where)
 
 
 def fitted(prepared: Prepared) -> Prepared:
@@ -97,7 +100,18 @@ def fitted(prepared: Prepared) -> Prepared:
         raise
     except (Exception, SystemExit) as error:
         raise InputError([problem(FIT, error, prepared.pipeline.fit)]) from error
-    return replace(prepared, fitted=made, pipeline=_pipeline(spec, made)) if made else prepared
+    if not made:
+        return prepared
+    pipeline = _pipeline(spec, made)
+    planned = _planned(spec, pipeline, prepared.manifest, prepared.facts, prepared.where)
+    return replace(prepared, fitted=made, pipeline=pipeline, plan=planned)
+
+
+def _planned(spec: JobSpec, pipeline: Pipeline, taken: Manifest, facts: ClusterFacts, where: Callable[[str], str]) -> Plan:
+    """The plan of a job that begins."""
+    fragments = taken.splits[TRAIN].fragments
+    row_bytes = transformed_row_bytes(pipeline, fragments, spec.loop.seed, lenient=spec.bad_rows.lenient)
+    return plan.make_plan(spec, taken, facts, where, row_bytes=row_bytes)
 
 
 def assembled(prepared: Prepared, world_size: int) -> Job:
@@ -131,7 +145,7 @@ def prepare_resume(
     if known["status"] in ("finished", "damaged"):
         found = "a run that is finished" if known["status"] == "finished" else known["message"]
         raise InputError([Problem(f"--resume {run_id}", found, "an interrupted or failed run", "Start a new run.")])
-    recorded, recorded_manifest = _read_records(folder, num_workers)
+    recorded, recorded_manifest, before = _read_records(folder, num_workers)
     spec = resumed.changed(recorded, overrides)
     given = {text.partition("=")[0] for text in overrides}
 
@@ -150,8 +164,8 @@ def prepare_resume(
     taken = manifest.take_manifest(pipeline, lenient=spec.bad_rows.lenient)
     if changed := manifest.differences(recorded_manifest, taken):
         raise InputError(changed)
-    planned = plan.make_plan(spec, taken, facts, where)
-    return folder, Prepared(spec, pipeline, taken, planned, code, inputs, fitted=kept, where=where)
+    planned = plan.make_plan(spec, taken, facts, where, before=before)
+    return folder, Prepared(spec, pipeline, taken, planned, facts, code, inputs, fitted=kept, where=where)
 
 
 def _pipeline(spec: JobSpec, fitted: Mapping[str, bytes] = load.NOTHING_FITTED) -> Pipeline:
@@ -168,14 +182,15 @@ def _pipeline(spec: JobSpec, fitted: Mapping[str, bytes] = load.NOTHING_FITTED) 
         raise InputError([problem(PIPELINE, error, spec.pipeline)]) from error
 
 
-def _read_records(folder: RunFolder, num_workers: int | None) -> tuple[dict[str, Any], Manifest]:
-    """The job, with another number of workers where one is given, and the input of a run as they were written down."""
+def _read_records(folder: RunFolder, num_workers: int | None) -> tuple[dict[str, Any], Manifest, Plan]:
+    """The job, with another number of workers where one is given, the input and the plan of a run as they were written down."""
     try:
         recorded = read_record(folder.spec)
         if num_workers is not None:
             recorded["scale"] |= {"workers": num_workers, "min_workers": None, "max_workers": None}
         JobSpec.model_validate(recorded)
-        return recorded, manifest.from_record(read_record(folder.data_manifest))
+        planned = Plan.from_record(read_record(folder.plan))
+        return recorded, manifest.from_record(read_record(folder.data_manifest)), planned
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = f"records that cannot be read: {type(error).__name__}: {error}"
         fix = "Restore the run's folder, or start a new run."

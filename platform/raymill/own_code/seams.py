@@ -39,6 +39,7 @@ FIT = Seam("fit(rows)", "name -> bytes, for what is fitted on the training rows"
 TRANSFORM = Seam(
     "transform(rows, split, generator)", "a dict of as many rows as it was given", "Correct the pipeline's transform."
 )
+LENGTH = Seam("length(rows)", "a number for each of the rows, before the transform", "Correct the pipeline's length.")
 COLLATE = Seam("collate(rows)", "a batch of the rows", "Correct the pipeline's collate, or leave it out: a tensor per column.")
 TASK = Seam("the task's __init__", "a Task made of the job's `model:`", "Correct it, or the job's `model:`.")
 BUILD = Seam("build()", "a torch.nn.Module with its first weights", "Correct build().")

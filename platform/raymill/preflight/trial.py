@@ -27,7 +27,7 @@ from raymill.config.evaluations import deciding_metrics
 from raymill.data.arrow import digest_rows
 from raymill.data.bad_rows import read_good_rows
 from raymill.data.order import Item, key
-from raymill.data.reader import Packet, transformed
+from raymill.data.reader import Packet, lengths_of, transformed
 from raymill.data.rows import ROW_ID, join, num_rows, take, unpack
 from raymill.data.seeds import EVALUATION, FIRST_WEIGHTS, HOOK, STEP, TRANSFORM, seed_everything, unchanged_caller
 from raymill.errors import DataError, InputError, Problem, did_you_mean
@@ -238,6 +238,8 @@ class _Trial:
         generator = np.random.Generator(np.random.Philox(key=seed))
         transform = self.job.pipeline.transform
         at = f"split {split!r}, rows {row_ids(ids)}"
+        if (length := self.job.pipeline.length) is not None and split == TRAIN:
+            self.tried(seams.LENGTH, lambda: lengths_of(length, rows), length, rows, at)
         return self.tried(seams.TRANSFORM, lambda: transformed(transform, rows, split, generator), transform, rows, at)
 
     def _window(self, split: str) -> Rows | None:

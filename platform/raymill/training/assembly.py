@@ -93,7 +93,8 @@ class Job:
     def reader(self, name: str) -> Reader:
         """Reads the windows of the job's stream; `name` tells readers of different runs and attempts apart."""
         lenient = self.spec.bad_rows.lenient
-        return Reader(name, self.order, self.shardings, self.fragments, self.pipeline, lenient, self.check_code)
+        parts = self.order, self.shardings, self.fragments, self.pipeline
+        return Reader(name, *parts, lenient, self.check_code, self.plan.chunk_rows)
 
 
 def assemble(
