@@ -159,7 +159,9 @@ class LoopSpec(StrictModel):
     early_stopping: EarlyStoppingSpec | None = Field(default=None, description="null: train to the end")
     global_batch_rows: BatchRows = Field(default=64, description="rows between optimizer steps, all workers together")
     gradient_accumulation_steps: Pieces = Field(default=1, description="backward passes per optimizer step on each worker")
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="type of the forward pass")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="type of the forward pass; with fp16, losses are scaled so that small gradients are not lost"
+    )
     seed: int = Field(default=0, ge=0, description="seed of first weights, order, transforms and dropout")
     window_rows: BatchRows | None = Field(default=None, description="rows that are read and shuffled together")
     threads: Threads | None = Field(default=None, description="CPU threads per worker for tensor operations")

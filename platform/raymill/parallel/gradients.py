@@ -39,7 +39,14 @@ class StepLoss:
 
 
 def compute_gradients(
-    distributed: DistributedObjective, microbatches: Sequence[Microbatch], rows: int, num_shards: int, seed: Seed, *, strict: bool
+    distributed: DistributedObjective,
+    microbatches: Sequence[Microbatch],
+    rows: int,
+    num_shards: int,
+    seed: Seed,
+    *,
+    strict: bool,
+    scale: float = 1.0,
 ) -> StepLoss:
     """Leave the gradient of the mean loss over a global batch on the parameters. Nothing is waited for but other ranks.
 
@@ -49,20 +56,23 @@ def compute_gradients(
         num_shards: of the global batch.
         seed: seeds all generators for a shard; number `num_shards` is for a loss over the global batch.
         strict: the same to the bit at any number of ranks.
+        scale: of the loss while gradients are computed; they are left without it.
     """
     objective, compute = distributed.objective, ordered_gradients if strict else averaged_gradients
     total: float = rows
     if objective.weight is not None:
         microbatches, total = weighed(objective, microbatches, num_shards)
     if objective.features is None:
-        measured = compute(distributed, microbatches, total, seed)
+        measured = compute(distributed, microbatches, total, seed, scale)
+        _unscale(distributed.parameters, scale)
         names = [MAIN, *distributed.agree_on_parts(measured)]
         sums = torch.zeros(len(names), dtype=torch.float64, device=distributed.device)
         for microbatch, one in zip(microbatches, measured, strict=True):
             sums += one.values(names[1:]) * microbatch.weight
         return StepLoss(names, sums, total)
     whole = over_the_global_batch(distributed, microbatches, rows, num_shards, seed, strict=strict)
-    compute(distributed, whole.microbatches, rows, seed)
+    compute(distributed, whole.microbatches, rows, seed, scale)
+    _unscale(distributed.parameters, scale)
     whole.finish()
     names = [MAIN, *whole.measured.parts]
     # All ranks computed the same; one says it.
@@ -70,10 +80,15 @@ def compute_gradients(
     return StepLoss(names, values, 1)
 
 
+def _unscale(parameters: Sequence[nn.Parameter], scale: float) -> None:
+    if scale != 1:
+        torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], 1 / scale)
+
+
 def averaged_gradients(
-    distributed: DistributedObjective, microbatches: Sequence[Microbatch], weight: float, seed: Seed
+    distributed: DistributedObjective, microbatches: Sequence[Microbatch], weight: float, seed: Seed, scale: float = 1.0
 ) -> list[Measured]:
-    """Leave the gradient of the mean loss on the parameters, of microbatches that weigh `weight` on all ranks together.
+    """Leave the gradient of the mean loss, times `scale`, on the parameters. The microbatches of all ranks weigh `weight`.
 
     A parameter that no loss of the step used gets zeros, as DDP makes it, at any number of ranks.
 
@@ -89,7 +104,7 @@ def averaged_gradients(
         with distributed.accumulating(last=number == len(microbatches) - 1):
             measured = distributed.loss(microbatch.batch, microbatch.slopes)
             # DDP averages over ranks; this makes it the mean over the global batch.
-            torch.autograd.backward(measured.loss * (microbatch.weight * world_size / weight))
+            torch.autograd.backward(measured.loss * (microbatch.weight * world_size / weight * scale))
         found.append(replace(measured, loss=measured.loss.detach()))
     for parameter in distributed.parameters:
         if parameter.grad is None:
@@ -98,7 +113,7 @@ def averaged_gradients(
 
 
 def ordered_gradients(
-    distributed: DistributedObjective, microbatches: Sequence[Microbatch], weight: float, seed: Seed
+    distributed: DistributedObjective, microbatches: Sequence[Microbatch], weight: float, seed: Seed, scale: float = 1.0
 ) -> list[Measured]:
     """As `averaged_gradients`, but the same to the bit for any number of ranks.
 
@@ -116,7 +131,7 @@ def ordered_gradients(
         seed(microbatch.shard)
         measured = distributed.loss(microbatch.batch, microbatch.slopes)
         loss, share = measured.loss, microbatch.weight / weight
-        grads = torch.autograd.grad(loss * share, distributed.parameters, allow_unused=True)
+        grads = torch.autograd.grad(loss * (share * scale), distributed.parameters, allow_unused=True)
         known = [torch.zeros_like(p) if g is None else g for p, g in zip(distributed.parameters, grads, strict=True)]
         changed = torch.stack([_differ(now, before) for now, before in buffers]) if buffers else loss.new_zeros(0)
         # How many shards changed each buffer, and how many shards each rank had, travel with the sums.

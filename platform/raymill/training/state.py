@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from raymill.optim.average import WeightAverage
 from raymill.optim.optimizers import GroupOptimizer, make_optimizers
 from raymill.own_code import contracts
 from raymill.parallel.ddp import DistributedObjective
+from raymill.parallel.precision import LossScale
 from raymill.training.assembly import Job, WorkerContext
 from raymill.training.early_stopping import Patience
 
@@ -42,6 +44,7 @@ class TrainState:
         best: the best value of the checkpoint metric so far.
         best_by: that metric, and whether more or less of it is better.
         metrics: the last evaluation of each split.
+        loss_scales: objective -> what its loss is multiplied by.
         average: of the weights, where the job asks for one.
         modes: each module of the model, and whether `build` left it in training mode.
     """
@@ -59,6 +62,7 @@ class TrainState:
     best: float | None = None
     best_by: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+    loss_scales: dict[str, LossScale] = field(default_factory=lambda: defaultdict(LossScale))
     average: WeightAverage | None = None
     modes: Sequence[tuple[nn.Module, bool]] = field(init=False)
 
@@ -90,7 +94,8 @@ def build_state(job: Job, context: WorkerContext) -> TrainState:
     optimizers = {one.name: make_optimizers(job.spec, one, names, *length, own) for one in distributed}
     average = WeightAverage(loop.average, model) if loop.average else None
     best_by = f"{job.spec.checkpoint.mode} {job.spec.checkpoint.metric}"
-    return TrainState(model, distributed, optimizers, best_by=best_by, average=average)
+    scales = {name: LossScale.of(loop.precision) for name in names}
+    return TrainState(model, distributed, optimizers, best_by=best_by, loss_scales=scales, average=average)
 
 
 def final_weights(state: TrainState) -> Mapping[str, torch.Tensor]:
@@ -141,6 +146,7 @@ def capture(state: TrainState, step: int) -> Snapshot:
         "best": state.best,
         "best_by": state.best_by,
         "metrics": dict(state.metrics),
+        "loss_scales": {name: asdict(scale) for name, scale in state.loss_scales.items()},
         "num_averaged": state.average.num_averaged if state.average else 0,
         "optimizer_groups": as_plain(param_groups),
         "optimizer_numbers": as_plain(numbers),
@@ -196,6 +202,7 @@ def restore(state: TrainState, snapshot: Snapshot, steps_per_epoch: int) -> None
             group.schedule.restore(place, record["schedules"])
         else:
             group.schedule.advance_to(record["step"], record["step"] // steps_per_epoch)
+    state.loss_scales |= {name: LossScale(**scale) for name, scale in record.get("loss_scales", {}).items()}
     state.evaluated, state.ended = record.get("evaluated", True), record.get("ended")
     state.worked_s, state.patience = record.get("worked_s", 0.0), Patience(**record.get("patience", {}))
     state.position, state.rows_used, state.rows_skipped = record["position"], record["rows_used"], record["rows_skipped"]

@@ -143,6 +143,7 @@ class StepTaker:
                 self.job.shardings[TRAIN].num_shards,
                 lambda shard: seed_everything(spec.loop.seed, STEP, step.position, shard, index),
                 strict=spec.loop.strict,
+                scale=self.state.loss_scales[name].scale,
             )
         faults.point("after_backward")
         for group in groups:
@@ -150,7 +151,15 @@ class StepTaker:
         norm = gradient_norm(objective.parameters)
         # The one time in a step that the device is waited for.
         norm_value, *sums = torch.cat([norm.double().reshape(1), loss.sums]).tolist()
-        if not math.isfinite(norm_value):
+        finite = math.isfinite(norm_value)
+        scale = self.state.loss_scales[name]
+        if spec.loop.precision == "fp16":
+            taken.metrics[f"train/{contracts.metric_name(name, 'loss_scale')}"] = scale.scale
+            self.state.loss_scales[name] = scale.behind(finite=finite)
+            if not finite and scale.scale > 1:
+                # The scale was too large, and not the batch bad: the next step has a smaller one.
+                return True
+        if not finite:
             self.refuse(step, name, norm_value, ids)
             if saved is not None:
                 saved.restore()
