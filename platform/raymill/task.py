@@ -44,11 +44,13 @@ class Field:
         dtype: a numpy type name ("uint8", "int64", "float32"), or "bytes" or "text".
         shape: the shape of one row's value; None for an extent that differs between rows.
         classes: the values are whole numbers in 0..classes-1 (a label).
+        fill: what stands for a null, in a column of single values; None: a null is no value, see the source.
     """
 
     dtype: str
     shape: tuple[int | None, ...] = ()
     classes: int | None = None
+    fill: int | float | str | bytes | None = None
 
 
 Schema = Mapping[str, Field]

@@ -243,9 +243,12 @@ def test_a_column_name_with_a_nul_or_twice_or_no_text_is_a_problem(name: bytes, 
     assert said in refused(lie(file, at(SCHEMA, 2, SCHEMA_NAME, value=name)))
 
 
-def test_a_column_inside_another_is_not_one_of_that_dotted_name(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"a": pa.array([{"b": 1}])}), tmp_path / "a.parquet")
-    assert "column 'a.b': found no such column" in refused(ParquetSource(str(tmp_path), {"a.b": Field("int64", classes=4)}))
+def test_a_column_inside_another_has_a_dotted_name_and_its_labels_are_looked_at(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": pa.array([{"b": 1}, {"b": 3}])}), tmp_path / "a.parquet")
+    source = ParquetSource(str(tmp_path), {"a.b": Field("int64", classes=4)})
+    assert source.read(source.fragments()[0])["a.b"].tolist() == [1, 3]
+    assert "labels from 1 to 3" in refused(ParquetSource(str(tmp_path), {"a.b": Field("int64", classes=3)}))
+    assert "column 'a.c': found no such column" in refused(ParquetSource(str(tmp_path), {"a.c": Field("int64")}))
 
 
 @pytest.mark.parametrize("size_bytes", [2**30, 2**32 - 1, 0])

@@ -82,6 +82,7 @@ def plan(job: JobArgument, set_: SetOption = None, workers: WorkersOption = None
     with errors(json_):
         from raymill.config import load
         from raymill.config.plan import explain
+        from raymill.data.arrow import describe
         from raymill.orchestration import executors
         from raymill.orchestration.prepare import prepare
 
@@ -93,8 +94,13 @@ def plan(job: JobArgument, set_: SetOption = None, workers: WorkersOption = None
             for row in explain(prepared.plan):
                 table.add_row(*row)
             console.print(table)
+            columns = Table("column", "what a row has there", box=None, header_style="bold")
+            for name, what in schema.items():
+                columns.add_row(for_people(name), what)
+            console.print(columns)
 
-        emit(prepared.plan.as_record(), json_, show)
+        schema = {name: describe(field) for name, field in prepared.pipeline.schema.items()}
+        emit({**prepared.plan.as_record(), "schema": schema}, json_, show)
 
 
 def train(

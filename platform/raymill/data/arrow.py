@@ -5,6 +5,8 @@
     shape with None      struct<data: list<number>, shape: list<int32>>
     "bytes", "text"      binary, string
 
+That is how raymill writes them. What others write is read too, see `arrow_types`.
+
 Arrays that come from Arrow are views of its memory and read-only. Arrow arrays are made from buffers, never with
 `pa.array`, which would import pandas.
 """
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raymill.data import arrow_types
 from raymill.data.rows import NUMBERS
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.task import Column, Field, Rows, Schema
@@ -177,28 +180,55 @@ def table_from_rows(rows: Rows, schema: Schema) -> pa.Table:
 
 
 def columns_from_arrow(table: pa.Table, schema: Schema) -> Rows:
-    """The schema's columns of an Arrow table: an array [num_rows, ...] or a list per column; arrays are read-only.
+    """The schema's columns of an Arrow table: an array [num_rows, ...] or a list per column; arrays may be read-only.
 
     Raises:
-        ValueError: a column is not there exactly once or of another type, holds nulls on any level, or has a row whose data does
-            not fill its shape; names the column and the row.
+        ValueError: a column is not there exactly once or of another type, holds nulls on any level that nothing stands for, or
+            has a row whose value does not fit the field; names the column and the row.
     """
     rows: Rows = {}
     for name, field in schema.items():
-        found = table.schema.get_all_field_indices(name)
-        if len(found) != 1:
-            raise ValueError(f"there are {len(found)} columns {name!r}, not one")
-        column = table.column(found[0])
-        if not fits(column.type, field):
-            raise ValueError(f"column {name!r} is {column.type}, not {arrow_type(field)}")
-        # Of a single chunk, combine_chunks would make a copy.
-        array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+        array = _array_at(table, name, field)
         try:
-            _refuse_nulls(array, "null")
-            rows[name] = _from_arrow(array, field)
+            rows[name] = _from_arrow(array, field) if fits(array.type, field) else _from_others(array, field)
         except ValueError as error:
             raise ValueError(f"column {name!r}: {error}") from error
     return rows
+
+
+def rows_with_nulls(table: pa.Table, schema: Schema) -> dict[int, str]:
+    """Place -> reason, for each row with a null that nothing stands for, on any level of the schema's columns."""
+    found: dict[int, str] = {}
+    for name, field in schema.items():
+        nulls = arrow_types.null_rows(_array_at(table, name, field))
+        for row in np.flatnonzero(nulls):
+            found.setdefault(int(row), f"column {name!r} is null, or holds a null")
+    return found
+
+
+def _array_at(table: pa.Table, name: str, field: Field) -> pa.Array:
+    """The column of this name, with what stands for its nulls.
+
+    Raises:
+        ValueError: it is not there exactly once, or of a type that cannot be read as the field.
+    """
+    kinds = arrow_types.type_at(table.schema, name)
+    if len(kinds) != 1:
+        raise ValueError(f"there are {len(kinds)} columns {name!r}, not one")
+    column = arrow_types.column_at(table, name)
+    if not (fits(column.type, field) or arrow_types.readable(column.type, field)):
+        raise ValueError(f"column {name!r} is {column.type}, not {arrow_type(field)}")
+    # Of a single chunk, combine_chunks would make a copy.
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    return array if field.fill is None or not array.null_count else arrow_types.filled(array, field.fill)
+
+
+def _from_others(array: pa.Array, field: Field) -> Column:
+    nulls = arrow_types.null_rows(array)
+    if nulls.any():
+        row = int(np.flatnonzero(nulls)[0])
+        raise ValueError(f"row {row}: it is null, or holds a null; {int(nulls.sum())} in all")
+    return arrow_types.read_column(array, field)
 
 
 def _refuse_nulls(array: pa.Array, what: str) -> None:
@@ -246,6 +276,7 @@ def _numbers_to_arrow(values: np.ndarray) -> pa.Array:
 
 
 def _from_arrow(array: pa.Array, field: Field) -> Column:
+    _refuse_nulls(array, "null")
     if field.dtype in ("bytes", "text"):
         values: list[Any] = array.to_pylist()
         return values

@@ -43,6 +43,10 @@ class BadRow:
         return f"{self.file}, part {self.part}, row {self.index} ({self.split} row {self.row}): {self.reason}"
 
 
+BAD = "__bad__"
+"""A column that a source may give: per row why it is bad, "" for a good one. A bad row has any value in the other columns."""
+
+
 def read_good_rows(pipeline: Pipeline, split: str, fragment: Fragment, *, lenient: bool) -> tuple[Rows, dict[int, str]]:
     """Read a fragment and set its bad rows apart.
 
@@ -71,7 +75,9 @@ def read_good_rows(pipeline: Pipeline, split: str, fragment: Fragment, *, lenien
             f"{where}: {num_rows(rows)} rows were read, {fragment.num_rows} were there when "
             "the run started. Restore the file, or start a new run on the changed data."
         )
-    reasons = _bad_rows(pipeline.check, rows, where) if pipeline.check else {}
+    rows = dict(rows)
+    known = {index: str(reason) for index, reason in enumerate(rows.pop(BAD, ())) if reason}
+    reasons = (_bad_rows(pipeline.check, rows, where) if pipeline.check else {}) | known
     if not reasons:
         return rows, {}
     first = min(reasons)

@@ -6,7 +6,9 @@ that all of them would not fit into memory. `ray_stream` reads windows in Ray Da
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -15,10 +17,11 @@ import numpy as np
 
 from raymill import faults
 from raymill.data import seeds
+from raymill.data.arrow import rows_bytes
 from raymill.data.bad_rows import BadRow, read_good_rows
 from raymill.data.order import BatchSharding, Item, JobOrder, Stream, by_length, key, window, window_rows
 from raymill.data.rows import ROW_ID, join, num_rows, pack, take, unpack
-from raymill.data.seeds import imported_torch, seed_everything
+from raymill.data.seeds import imported_torch, seed_everything, unchanged_generators
 from raymill.own_code.seams import LENGTH, TRANSFORM, calling, wrong
 from raymill.own_code.traces import describe, noting, row_ids
 from raymill.task import TRAIN, Fragment, Pipeline, Rows, Transform
@@ -216,3 +219,36 @@ def read_locally(reader: Reader, position: int, rank: int, *, evaluated: bool = 
         for packet in reader.read(stream[index]):
             if packet.rank == rank:
                 yield replace(packet, rows=unpack(*reader.pack(packet)))
+
+
+MEASURED_ROWS = 8
+"""Whose size stands for that of all."""
+
+
+def transformed_row_bytes(pipeline: Pipeline, fragments: Sequence[Fragment], seed: int, *, lenient: bool) -> int | None:
+    """How large a row becomes by the transform: pictures come as files, and leave as numbers.
+
+    Bytes of a row before or behind the transform, whichever is more: the mean of a few of the first training rows.
+
+    Args:
+        fragments: of the training rows.
+        seed: of the job; the transform draws as in its first window.
+        lenient: leave bad rows out, rather than give up.
+
+    Returns:
+        None where that cannot be told: what is wrong with the rows or the transform is for others to say.
+    """
+    # What the job's code prints is not the result of the command.
+    with unchanged_generators(), redirect_stdout(sys.stderr):
+        try:
+            rows, _ = read_good_rows(pipeline, TRAIN, fragments[0], lenient=lenient)
+            few = take(rows, slice(0, MEASURED_ROWS))
+            before = rows_bytes(few)
+            numbers = (seed, 0, 0, seeds.TRANSFORM)
+            seed_everything(*numbers)
+            behind = rows_bytes(
+                transformed(pipeline.transform, few, TRAIN, np.random.Generator(np.random.Philox(key=key(*numbers))))
+            )
+            return max(before, behind) // num_rows(few)
+        except Exception:
+            return None

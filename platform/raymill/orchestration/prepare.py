@@ -13,7 +13,7 @@ from raymill.config.plan import ClusterFacts, Plan
 from raymill.config.spec import JobSpec
 from raymill.data import fit, manifest
 from raymill.data.manifest import Manifest
-from raymill.data.row_size import transformed_row_bytes
+from raymill.data.reader import transformed_row_bytes
 from raymill.errors import DataError, InputError, Problem
 from raymill.files import read_record
 from raymill.orchestration.cluster_facts import unsafe_variables

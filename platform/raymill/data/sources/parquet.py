@@ -13,21 +13,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raymill.data import arrow_types
 from raymill.data.arrow import (
+    DTYPES,
     arrow_type,
     columns_from_arrow,
     describe,
     digest_rows,
     dtype_problems,
     fits,
+    rows_with_nulls,
     schema_problems,
     table_from_rows,
 )
+from raymill.data.bad_rows import BAD
 from raymill.data.rows import num_rows, take
 from raymill.data.sources.parquet_index import ColumnChunk, all_pages_have_checksums, read_index
 from raymill.errors import DataError, InputError, Problem, did_you_mean
@@ -48,11 +53,48 @@ class ParquetSource:
         folder: holds the files.
         schema: the columns to read; others are left alone.
         pattern: which files, as in `Path.glob`; files are taken in the order of their names, hidden ones are not.
+        nulls: what a null is for which its field has no `fill`: refused, or what makes its row bad, see the job's `bad_rows`.
     """
 
     folder: str
     schema: Schema
     pattern: str = "*.parquet"
+    nulls: Literal["refuse", "bad_rows"] = "refuse"
+
+    @classmethod
+    def inferred(
+        cls,
+        folder: str,
+        columns: Sequence[str] | None = None,
+        *,
+        pattern: str = "*.parquet",
+        nulls: Literal["refuse", "bad_rows"] = "refuse",
+        **fields: Field,
+    ) -> ParquetSource:
+        """The same with the schema that the first file has: `source.schema` is then the pipeline's.
+
+        Args:
+            columns: those that are wanted, in this order; None: all that rows can have. In a struct, "image.bytes".
+            fields: of these columns, in place of what the file says: for `classes`, or `fill`.
+
+        Raises:
+            InputError: there is no file, it is damaged, or has no such column, or one whose type no field can be.
+        """
+        (first, *_) = cls(folder, {}, pattern)._files()
+        try:
+            found, without = arrow_types.schema_of_columns(read_footer(str(first)).schema)
+        except DAMAGE as error:
+            raise InputError([Problem(str(first), str(error).rstrip("."), "a whole Parquet file", RESTORE)]) from error
+        known: dict[str, Field] = {**found, **fields}
+        problems = []
+        for name in columns if columns is not None else known:
+            if name not in found:
+                expected = f"a type that rows can have ({', '.join(DTYPES)})" if name in without else "a column of the file"
+                where = f"{first}: column {name!r}"
+                problems.append(Problem(where, without.get(name, "no such column"), expected, did_you_mean(name, found)))
+        if problems:
+            raise InputError(problems)
+        return cls(folder, {name: known[name] for name in columns or found}, pattern, nulls)
 
     def fragments(self) -> Sequence[Fragment]:
         """List the row groups from the files' footers.
@@ -66,7 +108,7 @@ class ParquetSource:
         problems: list[Problem] = []
         files = self._files()
         for file in files:
-            found, wrong = inspect_file(file, str(file.relative_to(self.folder)), self.schema)
+            found, wrong = inspect_file(file, str(file.relative_to(self.folder)), self.schema, self.nulls)
             fragments += found
             problems += wrong
         if not fragments and not problems:
@@ -89,7 +131,7 @@ class ParquetSource:
             footer = read_footer(path)
             if footer.identity != fragment.identity:
                 raise DataError(f"{where}: the file has changed since the run's manifest was taken. Start a new run.")
-            rows = columns_from_arrow(read_group(path, footer, fragment.part, list(self.schema)), self.schema)
+            rows = self._rows(read_group(path, footer, fragment.part, list(self.schema)))
         except DAMAGE as error:
             raise DataError(f"{where}: cannot be read: {error}. {fix}") from error
         if (found := num_rows(rows)) != fragment.num_rows:
@@ -97,6 +139,19 @@ class ParquetSource:
         if problems := schema_problems(rows, self.schema, where):
             raise DataError("\n".join(map(str, problems)))
         return rows
+
+    def _rows(self, table: pa.Table) -> Rows:
+        """The rows of a row group, with the reasons of those that are bad."""
+        bad = rows_with_nulls(table, self.schema) if self.nulls == "bad_rows" else {}
+        if not bad:
+            return columns_from_arrow(table, self.schema)
+        good = np.ones(table.num_rows, bool)
+        good[list(bad)] = False
+        if not good.any():
+            raise ValueError(f"{bad[0]}, in each of its rows")
+        rows = columns_from_arrow(table.filter(pa.array(good)), self.schema)
+        # In the place of a bad row stands a good one, which nobody sees.
+        return take(rows, np.maximum(np.cumsum(good) - 1, 0)) | {BAD: [bad.get(row, "") for row in range(len(good))]}
 
     def _files(self) -> list[Path]:
         root = Path(self.folder)
@@ -117,6 +172,11 @@ class ParquetSource:
 
 
 MAX_SHOWN_LETTERS = 200
+
+NULLS_FIX = (
+    "Say what stands for them, Field(..., fill=0); or leave their rows out: ParquetSource(..., nulls='bad_rows') with "
+    "bad_rows.policy skip in the job; or drop or fill these rows."
+)
 
 DAMAGE = (OSError, pa.ArrowException, ValueError)
 """What opening or decoding a damaged file raises."""
@@ -201,11 +261,12 @@ def read_group(path: str, footer: Footer, group: int, columns: list[str]) -> pa.
         return file.read_row_group(group, columns=columns)
 
 
-def inspect_file(path: Path, name: str, schema: Schema) -> tuple[list[Fragment], list[Problem]]:
+def inspect_file(path: Path, name: str, schema: Schema, nulls: str = "refuse") -> tuple[list[Fragment], list[Problem]]:
     """List one file's row groups that hold rows, and all that is wrong with the file.
 
     Args:
         name: the path that the fragments get.
+        nulls: see `ParquetSource`.
     """
     try:
         footer = read_footer(str(path))
@@ -219,9 +280,9 @@ def inspect_file(path: Path, name: str, schema: Schema) -> tuple[list[Fragment],
     if false := _false_claim(metadata, groups, footer.size_bytes):
         return [], [Problem(str(path), false, "an index that fits the file", RESTORE)]
     problems = _type_problems(path, footer.schema, schema)
-    problems += _value_problems(path, footer, schema, groups)
+    problems += _value_problems(path, footer, schema, groups, nulls)
     leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    wanted = [i for i, leaf in enumerate(leaves) if leaf in schema or leaf.split(".")[0] in schema]
+    wanted = [i for i, leaf in enumerate(leaves) if any(f"{leaf}.".startswith(f"{column}.") for column in schema)]
     fragments = []
     for part in range(metadata.num_row_groups):
         group = metadata.row_group(part)
@@ -259,42 +320,46 @@ def _false_claim(metadata: pq.FileMetaData, groups: list[list[ColumnChunk]], siz
 def _type_problems(path: Path, found: pa.Schema, schema: Schema) -> list[Problem]:
     problems = []
     for name, field in schema.items():
-        where = f"{path}: column {name!r}"
-        if found.names.count(name) > 1:
+        where, kinds = f"{path}: column {name!r}", arrow_types.type_at(found, name)
+        if len(kinds) > 1:
             fix = "Write the file again with each name once."
-            problems.append(Problem(where, f"{found.names.count(name)} columns of this name", describe(field), fix))
-        elif name not in found.names:
-            problems.append(Problem(where, "no such column", describe(field), did_you_mean(name, found.names)))
-        elif not fits(found.field(name).type, field):
-            expected = f"{arrow_type(field)} ({describe(field)})"
-            fix = "Write the file again with this type, or change the pipeline's schema."
-            problems.append(Problem(where, str(found.field(name).type), expected, fix))
+            problems.append(Problem(where, f"{len(kinds)} columns of this name", describe(field), fix))
+        elif not kinds:
+            known, _ = arrow_types.schema_of_columns(found)
+            problems.append(Problem(where, "no such column", describe(field), did_you_mean(name, [*known, *found.names])))
+        elif not fits(kinds[0], field) and not arrow_types.readable(kinds[0], field):
+            has = arrow_types.field_of(kinds[0])
+            fix = "Change the pipeline's schema" + (f": this column is {describe(has)}." if has else ", or write the file again.")
+            problems.append(Problem(where, str(kinds[0]), f"{arrow_type(field)} ({describe(field)})", fix))
     return problems
 
 
-def _value_problems(path: Path, footer: Footer, schema: Schema, groups: list[list[ColumnChunk]]) -> list[Problem]:
+def _value_problems(path: Path, footer: Footer, schema: Schema, groups: list[list[ColumnChunk]], nulls: str) -> list[Problem]:
     """Nulls, and labels outside their classes, from the footer's statistics; without them the column is read."""
     metadata = footer.metadata
     problems = []
     for i in range(metadata.num_columns):
         name = metadata.schema.column(i).path
         field = schema.get(name)
-        places = footer.schema.get_all_field_indices(name)
-        if field is None or len(places) != 1 or not fits(footer.schema.field(places[0]).type, field):
+        kinds = arrow_types.type_at(footer.schema, name)
+        if field is None or len(kinds) != 1 or not (fits(kinds[0], field) or arrow_types.readable(kinds[0], field)):
             continue
         statistics = [group[i] for group in groups]
-        if num_nulls := sum(max(0, found.num_nulls) for found in statistics):
+        num_nulls = sum(max(0, found.num_nulls) for found in statistics)
+        if num_nulls and field.fill is None and nulls == "refuse":
             where = f"{path}: column {name!r}"
-            problems.append(Problem(where, f"{num_nulls} nulls", describe(field), "Drop or fill these rows."))
-        elif field.classes is not None and not field.shape:
-            problems += _label_problems(path, footer, name, field, statistics)
+            problems.append(Problem(where, f"{num_nulls} nulls", describe(field), NULLS_FIX))
+        elif not num_nulls and field.classes is not None and not field.shape:
+            plain = pa.types.is_integer(kinds[0])
+            problems += _label_problems(path, footer, name, field, statistics if plain else [])
     return problems
 
 
 def _label_problems(path: Path, footer: Footer, name: str, field: Field, statistics: list[ColumnChunk]) -> list[Problem]:
     ranges: dict[int, tuple[int, int]] = {}
-    for part, found in enumerate(statistics):
-        if limits := found.limits(signed=np.dtype(field.dtype).kind != "u"):
+    signed = not pa.types.is_unsigned_integer(arrow_types.type_at(footer.schema, name)[0])
+    for part in range(footer.metadata.num_row_groups):
+        if statistics and (limits := statistics[part].limits(signed=signed)):
             ranges[part] = limits
         elif footer.metadata.row_group(part).num_rows:
             try:

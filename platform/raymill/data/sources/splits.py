@@ -1,0 +1,299 @@
+"""One source split into several, without a file being written again: which row is in which split is a pure function of the row.
+
+By share, each row falls by a hash of its place (file, part, number in it) and a seed; by key, by a hash of a column's value, so
+that all rows of one user or patient are together. So what is where does not change when files are added, or come in another
+order. By time, a row falls by where its value lies between bounds.
+
+A fragment of a split is the fragment of the source, with as many rows as the split has of it; it is read as a whole, and the
+split's rows are taken out. Its identity holds the rule, so that a run whose splits were changed is not gone on with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raymill.data.order import key, splitmix64
+from raymill.data.rows import take
+from raymill.errors import DataError, InputError, Problem, did_you_mean
+from raymill.task import TRAIN, VALIDATION, Column, Fragment, Rows, Source
+
+Hashes = npt.NDArray[np.uint64]
+Marks = npt.NDArray[np.int64]
+"""Per row the number of its part."""
+
+# ---------------------------------------------------------------- ways to split
+
+
+def split_by_share(
+    source: Source, shares: Mapping[str, float], *, seed: int = 0, stratify: str | None = None
+) -> dict[str, SplitSource]:
+    """Split rows at random.
+
+    Args:
+        source: of all rows.
+        shares: split -> its share of the rows; together 1.
+        seed: other seeds are other splits.
+        stratify: a column of labels; the shares then hold within each label, in each fragment, but for single rows.
+
+    Returns:
+        split -> its rows, as a Pipeline takes them.
+
+    Raises:
+        InputError: the shares are none, or there is no such column.
+    """
+    problems = _share_problems(shares) + _column_problems(source, stratify)
+    if problems:
+        raise InputError(problems)
+    return _named(source, Rule(ends=_ends(shares), seed=seed, stratify=stratify), shares)
+
+
+def split_by_key(source: Source, column: str, shares: Mapping[str, float], *, seed: int = 0) -> dict[str, SplitSource]:
+    """Split the values of a column at random: all rows with the same value, such as those of one user, are in the same split.
+
+    Args, returns and errors as those of `split_by_share`; the shares are of the values.
+    """
+    problems = _share_problems(shares) + _column_problems(source, column)
+    if problems:
+        raise InputError(problems)
+    return _named(source, Rule(column=column, ends=_ends(shares), seed=seed), shares)
+
+
+def split_by_time(source: Source, column: str, until: Mapping[str, float | None]) -> dict[str, SplitSource]:
+    """Split rows by the value of a column: train on what was, validate on what came after.
+
+    Args:
+        source: of all rows.
+        column: of numbers, such as a time.
+        until: split -> the value from which on a row is in a later one, rising; None for the last split, which has the rest.
+
+    Raises:
+        InputError: the bounds do not rise, or there is no such column of numbers.
+    """
+    problems, bounds = _column_problems(source, column), list(until.values())
+    known = [bound for bound in bounds[:-1] if bound is not None]
+    if len(bounds) < 2 or bounds[-1] is not None or len(known) < len(bounds) - 1 or sorted(set(known)) != known:
+        fix = "Write until={'train': 100, 'validation': 120, 'test': None}."
+        problems.append(Problem("until", f"{dict(until)}", "bounds that rise, and None for the last split", fix))
+    field = getattr(source, "schema", {}).get(column)
+    if field is not None and (field.dtype in ("text", "bytes") or field.shape):
+        problems.append(Problem(f"column {column!r}", field.dtype, "a number in each row", "Name a column of times or numbers."))
+    if problems:
+        raise InputError(problems)
+    return _named(source, Rule(column=column, bounds=tuple(map(float, known))), until)
+
+
+def split_into_folds(
+    source: Source, fold: int, num_folds: int, *, seed: int = 0, column: str | None = None
+) -> dict[str, SplitSource]:
+    """One of the splits of a cross-validation: "validation" is one fold, "train" all others.
+
+    Args:
+        source: of all rows.
+        fold: 0..num_folds-1.
+        num_folds: at least 2.
+        seed: other seeds are other folds.
+        column: whose values are split, as by `split_by_key`; None: the rows are.
+
+    Raises:
+        InputError: there is no such fold, or no such column.
+    """
+    problems = _column_problems(source, column)
+    if not 0 <= fold < num_folds or num_folds < 2:
+        fix = "Count folds from 0, and make at least 2."
+        problems.append(Problem("fold", f"fold {fold} of {num_folds}", "one of the folds", fix))
+    if problems:
+        raise InputError(problems)
+    rule = Rule(column=column, ends=tuple((number + 1) / num_folds for number in range(num_folds)), seed=seed)
+    others = tuple(number for number in range(num_folds) if number != fold)
+    return {TRAIN: SplitSource(source, rule, TRAIN, others), VALIDATION: SplitSource(source, rule, VALIDATION, (fold,))}
+
+
+def _named(source: Source, rule: Rule, names: Mapping[str, Any]) -> dict[str, SplitSource]:
+    return {name: SplitSource(source, rule, name, (number,)) for number, name in enumerate(names)}
+
+
+def _ends(shares: Mapping[str, float]) -> tuple[float, ...]:
+    return tuple(np.cumsum(list(shares.values())).tolist())
+
+
+def _share_problems(shares: Mapping[str, float]) -> list[Problem]:
+    fine = all(share > 0 for share in shares.values()) and math.isclose(sum(shares.values()), 1, abs_tol=1e-9)
+    fix = "Write shares={'train': 0.8, 'validation': 0.1, 'test': 0.1}."
+    return [] if fine else [Problem("shares", f"{dict(shares)}", "positive shares that make 1 together", fix)]
+
+
+def _column_problems(source: Source, column: str | None) -> list[Problem]:
+    schema = getattr(source, "schema", None)
+    if column is None or schema is None or column in schema:
+        return []
+    return [Problem(f"column {column!r}", "no such column", "a column of the source's schema", did_you_mean(column, schema))]
+
+
+# ---------------------------------------------------------------- which row is where
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which row is in which part.
+
+    Attributes:
+        column: that decides; None: the row's place does.
+        ends: the share of all hashes up to the end of each part, rising to 1; empty where a part is told by its bound.
+        bounds: of each part but the last, the value from which on a row is in a later one.
+        seed: other seeds are other parts.
+        stratify: the column within each value of which the shares hold.
+    """
+
+    column: str | None = None
+    ends: tuple[float, ...] = ()
+    bounds: tuple[float, ...] = ()
+    seed: int = 0
+    stratify: str | None = None
+
+    @property
+    def reads(self) -> str | None:
+        """The column without which nothing can be told."""
+        return self.column or self.stratify
+
+    def marks(self, fragment: Fragment, rows: Rows) -> Marks:
+        """The part that each row of a fragment is in.
+
+        Args:
+            rows: with the column that it reads.
+        """
+        if self.bounds:
+            assert self.column is not None
+            return np.searchsorted(np.array(self.bounds), np.asarray(rows[self.column]), side="right").astype(np.int64)
+        hashes = _hashes_of(rows[self.column], self.seed) if self.column else _hashes_at(fragment, self.seed)
+        if self.stratify is None:
+            shares = hashes / 2.0**64
+        else:
+            shares = _shares_within(_hashes_of(rows[self.stratify], self.seed), hashes)
+        # A share of 1 is none of the ends, which are rounded.
+        return np.minimum(np.searchsorted(np.array(self.ends), shares, side="right"), len(self.ends) - 1).astype(np.int64)
+
+
+def _hashes_at(fragment: Fragment, seed: int) -> Hashes:
+    """Of each row by its place."""
+    path = int.from_bytes(hashlib.blake2b(fragment.path.encode(), digest_size=8).digest(), "little")
+    return splitmix64(np.arange(fragment.num_rows, dtype=np.uint64) ^ np.uint64(key(path, fragment.part, seed)))
+
+
+def _hashes_of(column: Column, seed: int) -> Hashes:
+    """Of each row by its value: equal ones have equal hashes."""
+    if isinstance(column, np.ndarray) and column.ndim == 1:
+        # Adding zero makes one of both zeros.
+        values = column.astype(np.float64) + 0.0 if column.dtype.kind == "f" else column.astype(np.int64)
+        bits = values.view(np.uint64)
+        return splitmix64(bits ^ np.uint64(key(seed)))
+    known = {value: _digest(value) for value in set(column)}
+    return splitmix64(np.array([known[value] for value in column], np.uint64) ^ np.uint64(key(seed)))
+
+
+def _digest(value: str | bytes) -> int:
+    raw = value.encode() if isinstance(value, str) else value
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+
+
+def _shares_within(labels: Hashes, hashes: Hashes) -> npt.NDArray[np.float64]:
+    """Where each row stands among those of its label, from 0 to 1, in the order of their hashes.
+
+    All of a label stand at even distances, and the first at a random place (systematic sampling), so that labels with a row or
+    two in a fragment are split in the same shares over many.
+    """
+    order = np.lexsort((hashes, labels))
+    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    ranks = np.arange(len(labels)) - np.repeat(starts, counts)
+    first = splitmix64(hashes[order][starts]) / 2.0**64
+    shares = np.empty(len(labels))
+    shares[order] = (ranks + np.repeat(first, counts)) / np.repeat(counts, counts)
+    return shares
+
+
+# ---------------------------------------------------------------- a split
+
+
+@dataclass(frozen=True)
+class SplitSource:
+    """The rows of a source that are in a split.
+
+    Attributes:
+        source: of all rows.
+        rule: which are in which part.
+        name: of the split.
+        parts: those that it has.
+    """
+
+    source: Source
+    rule: Rule
+    name: str
+    parts: tuple[int, ...]
+
+    def fragments(self) -> Sequence[Fragment]:
+        """Those of the source that hold rows of the split. Reads the column that decides, where one does.
+
+        Raises:
+            InputError: as the source; or that column cannot be read, or the split has no rows.
+        """
+        whole = self.source.fragments()
+        try:
+            mine = [self._own(one, int(self._chosen(one).sum())) for one in whole]
+        except DataError as error:
+            fix = "Restore the file, or split by share, which reads none."
+            raise InputError(
+                [Problem(f"split {self.name!r}", str(error), f"a readable column {self.rule.reads!r}", fix)]
+            ) from error
+        if not any(one.num_rows for one in mine):
+            found, fix = f"none of {sum(one.num_rows for one in whole)} rows", "Change the rule, or leave the split out."
+            raise InputError([Problem(f"split {self.name!r}", found, "at least one row", fix)])
+        return [one for one in mine if one.num_rows]
+
+    def read(self, fragment: Fragment) -> Rows:
+        """The split's rows of a fragment, in its order.
+
+        Raises:
+            DataError: as the source; or the fragment was listed by another rule.
+        """
+        identity, num_rows, digest = fragment.identity.rsplit(" ", 2)
+        whole = replace(fragment, identity=identity, num_rows=int(num_rows))
+        if digest != self._digest:
+            where = f"{fragment.path}, part {fragment.part}"
+            raise DataError(f"{where}: split {self.name!r} was made by another rule when the run began. Start a new run.")
+        rows = self.source.read(whole)
+        return take(rows, np.flatnonzero(self._chosen(whole, rows)))
+
+    def _own(self, whole: Fragment, count: int) -> Fragment:
+        return replace(whole, num_rows=count, identity=f"{whole.identity} {whole.num_rows} {self._digest}")
+
+    @property
+    def _digest(self) -> str:
+        """16 hex digits that change when the rule does."""
+        rule = json.dumps([dataclasses.asdict(self.rule), self.parts])
+        return hashlib.sha256(rule.encode()).hexdigest()[:16]
+
+    def _chosen(self, whole: Fragment, rows: Rows | None = None) -> npt.NDArray[np.bool_]:
+        """Which rows of a fragment are the split's."""
+        known: Rows = {}
+        if self.rule.reads is not None:
+            narrow = _narrowed(self.source, self.rule.reads)
+            # By the same reading as when they were counted: what else is bad of a row must not move it.
+            known = rows if rows is not None and narrow is self.source else narrow.read(whole)
+        return np.isin(self.rule.marks(whole, known), self.parts)
+
+
+def _narrowed(source: Source, column: str) -> Source:
+    """The source with this column alone, where it can do without the others."""
+    schema = getattr(source, "schema", None)
+    if not dataclasses.is_dataclass(source) or not isinstance(schema, Mapping) or len(schema) == 1:
+        return source
+    narrow: Source = replace(source, schema={column: schema[column]})
+    return narrow
