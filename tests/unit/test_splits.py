@@ -215,7 +215,10 @@ def test_rows_that_are_bad_for_another_column_move_no_row(tmp_path: Path) -> Non
         (lambda source: split_by_time(source, "user", {"a": 0.5, "b": None}), "text"),
         (lambda source: split_into_folds(source, 5, 5), "fold 5 of 5"),
         (lambda source: split_into_folds(source, 0, 1), "fold 0 of 1"),
-        (lambda source: split_by_time(source, "time", {"a": 7, "b": None})["b"].fragments(), "none of 300 rows"),
+        (
+            lambda source: split_by_time(source, "time", {"a": 7, "b": None})["b"].fragments(),
+            "none of 300 rows; time goes from 0.0",
+        ),
     ],
 )
 def test_a_split_that_is_none_is_refused(tmp_path: Path, split: Any, found: str) -> None:

@@ -156,7 +156,7 @@ def filled(array: pa.Array, value: int | float | str | bytes) -> pa.Array:
     """
     array = _plain(array)
     try:
-        return pc.fill_null(array, pa.scalar(value, array.type))
+        return pc.fill_null(array, pa.scalar(value).cast(array.type))
     except (pa.ArrowException, TypeError) as error:
         raise ValueError(f"fill={value!r} is no value of a column of {array.type}: {error}") from error
 

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -254,6 +254,8 @@ class SplitSource:
             ) from error
         if not any(one.num_rows for one in mine):
             found, fix = f"none of {sum(one.num_rows for one in whole)} rows", "Change the rule, or leave the split out."
+            if self.rule.bounds:
+                found += f"; {self.rule.column} goes from {self._extreme(whole, np.min)} to {self._extreme(whole, np.max)}"
             raise InputError([Problem(f"split {self.name!r}", found, "at least one row", fix)])
         return [one for one in mine if one.num_rows]
 
@@ -270,6 +272,11 @@ class SplitSource:
             raise DataError(f"{where}: split {self.name!r} was made by another rule when the run began. Start a new run.")
         rows = self.source.read(whole)
         return take(rows, np.flatnonzero(self._chosen(whole, rows)))
+
+    def _extreme(self, whole: Sequence[Fragment], of: Callable[..., Any]) -> Any:
+        """The smallest or the largest value of the column that decides."""
+        column = self.rule.column or ""
+        return of([of(np.asarray(_narrowed(self.source, column).read(one)[column])) for one in whole])
 
     def _own(self, whole: Fragment, count: int) -> Fragment:
         return replace(whole, num_rows=count, identity=f"{whole.identity} {whole.num_rows} {self._digest}")
