@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from raymill.data import arrow_types
-from raymill.data.rows import NUMBERS
+from raymill.data.rows import BAD, NUMBERS, take
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.task import Column, Field, Rows, Schema
 
@@ -204,6 +204,24 @@ def rows_with_nulls(table: pa.Table, schema: Schema) -> dict[int, str]:
         for row in np.flatnonzero(nulls):
             found.setdefault(int(row), f"column {name!r} is null, or holds a null")
     return found
+
+
+def rows_of_table(table: pa.Table, schema: Schema, nulls: str) -> Rows:
+    """As `columns_from_arrow`; with `nulls` "bad_rows", rows that hold one are marked as bad (`bad_rows.BAD`), not refused.
+
+    Raises:
+        ValueError: as `columns_from_arrow`; or all rows hold one.
+    """
+    bad = rows_with_nulls(table, schema) if nulls == "bad_rows" else {}
+    if not bad:
+        return columns_from_arrow(table, schema)
+    good = np.ones(table.num_rows, bool)
+    good[list(bad)] = False
+    if not good.any():
+        raise ValueError(f"{bad[0]}, in each of its rows")
+    rows = columns_from_arrow(table.filter(pa.array(good)), schema)
+    # In the place of a bad row stands a good one, which nobody sees.
+    return take(rows, np.maximum(np.cumsum(good) - 1, 0)) | {BAD: [bad.get(row, "") for row in range(len(good))]}
 
 
 def _array_at(table: pa.Table, name: str, field: Field) -> pa.Array:

@@ -61,6 +61,8 @@ def _is_number(kind: pa.DataType) -> bool:
 def readable(kind: pa.DataType, field: Field) -> bool:
     """Whether a column of this type may be read as the field; its values may still not fit."""
     kind, depth = bare(kind), 0
+    if pa.types.is_null(kind):
+        return True
     if field.dtype == "text":
         return is_text(kind)
     if field.dtype == "bytes":
@@ -155,6 +157,8 @@ def filled(array: pa.Array, value: int | float | str | bytes) -> pa.Array:
         ValueError: it is none of the column's type.
     """
     array = _plain(array)
+    if pa.types.is_null(array.type):
+        return pa.array([value] * len(array))
     try:
         return pc.fill_null(array, pa.scalar(value).cast(array.type))
     except (pa.ArrowException, TypeError) as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raymill.data.rows import finite, num_rows, take
+from raymill.data.rows import BAD, finite, num_rows, take
 from raymill.errors import DataError
 from raymill.own_code.seams import CHECK, READ, calling, wrong
 from raymill.own_code.traces import describe, noting
@@ -41,10 +41,6 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.file}, part {self.part}, row {self.index} ({self.split} row {self.row}): {self.reason}"
-
-
-BAD = "__bad__"
-"""A column that a source may give: per row why it is bad, "" for a good one. A bad row has any value in the other columns."""
 
 
 def read_good_rows(pipeline: Pipeline, split: str, fragment: Fragment, *, lenient: bool) -> tuple[Rows, dict[int, str]]:

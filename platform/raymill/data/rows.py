@@ -19,6 +19,9 @@ from raymill.task import Column, Rows
 ROW_ID = "__row__"
 """The column that holds each row's number in its split, int64 [num_rows]. Every batch has it."""
 
+BAD = "__bad__"
+"""A column that a source may give: per row why it is bad, "" for a good one. A bad row has any value in the other columns."""
+
 NUMBERS = "biufc"
 """The kinds of numpy types that travel: no objects, which only a pickle could carry, and no texts or times."""
 

@@ -28,11 +28,10 @@ from raymill.data.arrow import (
     digest_rows,
     dtype_problems,
     fits,
-    rows_with_nulls,
+    rows_of_table,
     schema_problems,
     table_from_rows,
 )
-from raymill.data.bad_rows import BAD
 from raymill.data.rows import num_rows, take
 from raymill.data.sources.parquet_index import ColumnChunk, all_pages_have_checksums, read_index
 from raymill.errors import DataError, InputError, Problem, did_you_mean
@@ -131,7 +130,8 @@ class ParquetSource:
             footer = read_footer(path)
             if footer.identity != fragment.identity:
                 raise DataError(f"{where}: the file has changed since the run's manifest was taken. Start a new run.")
-            rows = self._rows(read_group(path, footer, fragment.part, list(self.schema)))
+            table = read_group(path, footer, fragment.part, list(self.schema))
+            rows = rows_of_table(table, self.schema, self.nulls)
         except DAMAGE as error:
             raise DataError(f"{where}: cannot be read: {error}. {fix}") from error
         if (found := num_rows(rows)) != fragment.num_rows:
@@ -139,19 +139,6 @@ class ParquetSource:
         if problems := schema_problems(rows, self.schema, where):
             raise DataError("\n".join(map(str, problems)))
         return rows
-
-    def _rows(self, table: pa.Table) -> Rows:
-        """The rows of a row group, with the reasons of those that are bad."""
-        bad = rows_with_nulls(table, self.schema) if self.nulls == "bad_rows" else {}
-        if not bad:
-            return columns_from_arrow(table, self.schema)
-        good = np.ones(table.num_rows, bool)
-        good[list(bad)] = False
-        if not good.any():
-            raise ValueError(f"{bad[0]}, in each of its rows")
-        rows = columns_from_arrow(table.filter(pa.array(good)), self.schema)
-        # In the place of a bad row stands a good one, which nobody sees.
-        return take(rows, np.maximum(np.cumsum(good) - 1, 0)) | {BAD: [bad.get(row, "") for row in range(len(good))]}
 
     def _files(self) -> list[Path]:
         root = Path(self.folder)

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -300,7 +300,8 @@ class SplitSource:
 def _narrowed(source: Source, column: str) -> Source:
     """The source with this column alone, where it can do without the others."""
     schema = getattr(source, "schema", None)
-    if not dataclasses.is_dataclass(source) or not isinstance(schema, Mapping) or len(schema) == 1:
+    given = dataclasses.is_dataclass(source) and "schema" in {field.name for field in dataclasses.fields(source)}
+    if not given or not isinstance(schema, Mapping) or len(schema) == 1:
         return source
-    narrow: Source = replace(source, schema={column: schema[column]})
+    narrow: Source = replace(cast(Any, source), schema={column: schema[column]})
     return narrow

@@ -1,0 +1,128 @@
+"""Small pictures as files, in folders by class or in tar files; decoded, and mirrored at random, in chunks."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional
+
+from raymill.data.sources import ImageFolderSource, JsonLinesSource, TarSource, decode_images, split_by_share
+from raymill.task import Pipeline, Rows, Source, Task
+
+CLASSES = ("bright", "dark")
+NUM_PICTURES = 60
+
+VALUES: dict[str, Any] = {
+    "optimizer": {"kind": "SGD", "lr": 0.02, "momentum": 0.9},
+    "loop": {"epochs": 4, "global_batch_rows": 6, "seed": 2, "window_rows": 20},
+}
+
+
+def make() -> list[tuple[str, int, bytes]]:
+    """Name, label and content of each."""
+    generator = np.random.default_rng(0)
+    found = []
+    for number in range(NUM_PICTURES):
+        label = number % 2
+        pixels = generator.integers(0, 90, (10, 12, 3)) + (160 if CLASSES[label] == "bright" else 0)
+        content = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(content, "PNG")
+        found.append((f"{number:03d}", label, content.getvalue()))
+    return found
+
+
+def write_folders(folder: Path) -> None:
+    """As an image folder."""
+    for name, label, content in make():
+        (folder / CLASSES[label]).mkdir(parents=True, exist_ok=True)
+        (folder / CLASSES[label] / f"{name}.png").write_bytes(content)
+
+
+def write_tar(folder: Path) -> None:
+    """As three tar files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in range(3):
+        with tarfile.open(folder / f"{part}.tar", "w") as archive:
+            for name, label, content in make()[part::3]:
+                for extension, data in (("png", content), ("cls", str(label).encode())):
+                    info = tarfile.TarInfo(f"{name}.{extension}")
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+
+
+def write_lines(folder: Path) -> None:
+    """As JSON Lines of their mean colours, in two files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in range(2):
+        rows = [
+            {"label": label, "image": np.asarray(Image.open(io.BytesIO(content)).resize((8, 8)))[..., 0].tolist()}
+            for _, label, content in make()[part::2]
+        ]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def decode(rows: Rows, split: str, generator: np.random.Generator) -> Rows:
+    """Pixels [num_rows, 3, 8, 8]; half of the training pictures are mirrored."""
+    if isinstance(rows["image"][0], bytes):
+        pixels = np.asarray(decode_images(rows["image"], size=(8, 8)))
+    else:
+        pixels = np.stack([np.stack([image] * 3, axis=-1) for image in rows["image"]])
+    pixels = np.moveaxis(pixels, 3, 1) / np.float32(255)
+    if split == "train":
+        mirrored = generator.random(len(pixels)) < 0.5
+        pixels[mirrored] = pixels[mirrored, :, :, ::-1]
+    return {"image": np.ascontiguousarray(pixels, np.float32), "label": rows["label"]}
+
+
+def pipeline(source: Source) -> Pipeline:
+    """Of any of them."""
+    splits = split_by_share(source, {"train": 0.8, "validation": 0.2}, stratify="label")
+    return Pipeline(sources=splits, schema=source.schema, transform=decode)  # type: ignore[attr-defined]
+
+
+def folders(folder: str) -> Pipeline:
+    """Of an image folder."""
+    return pipeline(ImageFolderSource(folder))
+
+
+def tars(folder: str) -> Pipeline:
+    """Of tar files."""
+    return pipeline(TarSource(folder, {"image": "png", "label": "cls"}, classes=2))
+
+
+def lines(folder: str) -> Pipeline:
+    """Of JSON Lines."""
+    return pipeline(JsonLinesSource.inferred(folder))
+
+
+KINDS = {"folders": (write_folders, folders), "tar": (write_tar, tars), "lines": (write_lines, lines)}
+
+
+def made(kind: str, folder: Path) -> partial[Pipeline]:
+    """The files of a kind, written, and what makes their pipeline."""
+    write, make_pipeline = KINDS[kind]
+    write(folder)
+    return partial(make_pipeline, str(folder))
+
+
+class Brightness(Task):
+    """Tells the class."""
+
+    def build(self) -> nn.Module:
+        norm = nn.BatchNorm2d(4, momentum=0.5)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(4 * 36, 2))
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return functional.cross_entropy(model(batch["image"]), batch["label"])
+
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        return {"accuracy": (model(batch["image"]).argmax(1) == batch["label"]).float()}

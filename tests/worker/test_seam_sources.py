@@ -1,0 +1,43 @@
+"""Pictures in folders and in tar files, and JSON Lines, split by share: bit-equal after a stop and a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from probes import pictures
+from raymill.data.sources import files, image_folder, tar
+from raymill.task import Pipeline, Schema, Task
+from worker_harness import Experiment, NewRun, stopped_and_killed, strict_at_other_numbers
+
+
+def brightness(schema: Schema) -> Task:
+    return pictures.Brightness()
+
+
+def in_small_pieces(make_pipeline: Callable[[], Pipeline]) -> Pipeline:
+    """As if there were more of it."""
+    files.PIECE_BYTES, image_folder.MOST_FILES, tar.MOST_BYTES = 2000, 7, 3000
+    return make_pipeline()
+
+
+@pytest.fixture(params=pictures.KINDS)
+def experiment(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    for module, name in ((files, "PIECE_BYTES"), (image_folder, "MOST_FILES"), (tar, "MOST_BYTES")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    make = partial(in_small_pieces, pictures.made(request.param, tmp_path / "data"))
+    assert len(make().sources["train"].fragments()) > 5
+    return Experiment(brightness, make, pictures.VALUES, chunk_rows=7)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_stopped_and_killed_it_ends_with_the_same_weights(new_run: NewRun, experiment: Experiment, world_size: int) -> None:
+    pair = stopped_and_killed(new_run, experiment, world_size)
+    assert pair.expected.metrics("evaluation")[-1]["validation/accuracy"] > 0.7, "half of them would be chance"
+
+
+def test_strict_it_ends_with_the_same_weights_at_any_number_of_workers(new_run: NewRun, experiment: Experiment) -> None:
+    strict_at_other_numbers(new_run, experiment)
