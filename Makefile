@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint unit worker integration cluster lowest faults fuzz audit benchmark clean
+.PHONY: help setup train test lint unit worker integration cluster lowest faults gpu fuzz audit benchmark clean
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -50,6 +50,10 @@ lowest: ## the tests at the lowest versions that pyproject.toml allows, in .venv
 faults: setup ## every fault that can be provoked here, with what came of it: an hour
 	$(BIN)/raymill data get mnist
 	PYTHONPATH=tests $(BIN)/python -m faults.run_faults --json .raymill/faults.json
+
+gpu: setup ## what only a GPU shows: order, the same bits after a kill, bf16, fp16, compile, speed beside plain PyTorch
+	$(BIN)/raymill data get mnist
+	$(BIN)/pytest -s tests/gpu
 
 fuzz: setup ## random inputs to all that reads files, packets and what users write: an hour, prints its seeds
 	RAYMILL_FUZZ_S=3600 $(BIN)/pytest -s --timeout=0 tests/fuzz

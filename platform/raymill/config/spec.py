@@ -167,6 +167,9 @@ class LoopSpec(StrictModel):
     threads: Threads | None = Field(default=None, description="CPU threads per worker for tensor operations")
     strict: bool = Field(default=False, description="the same weights to the bit at any number of workers; slower")
     shards: Pieces | None = Field(default=None, description="pieces a strict step is computed in")
+    deterministic: bool = Field(
+        default=True, description="on a GPU, algorithms that give the same bits each time; false: others may be faster"
+    )
     on_nan: Literal["stop", "skip", "rollback"] = Field(
         default="stop", description="a gradient is NaN: end the run, skip the batch, or go back and leave it out"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,19 @@ from typing import Any
 import torch
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def use_deterministic_algorithms(device: torch.device) -> None:
+    """Let a GPU compute the same bits each time. Where torch has no such algorithm, it warns and takes another.
+
+    See https://docs.pytorch.org/docs/stable/notes/randomness.html. On a CPU they are the same anyway.
+    """
+    if device.type == "cuda":
+        # Read when cuBLAS is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+
 
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
 

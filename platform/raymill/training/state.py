@@ -18,7 +18,7 @@ from raymill.optim.average import WeightAverage
 from raymill.optim.optimizers import GroupOptimizer, make_optimizers
 from raymill.own_code import contracts
 from raymill.parallel.ddp import DistributedObjective
-from raymill.parallel.precision import LossScale
+from raymill.parallel.precision import LossScale, use_deterministic_algorithms
 from raymill.training.assembly import Job, WorkerContext
 from raymill.training.early_stopping import Patience
 
@@ -79,6 +79,8 @@ class TrainState:
 def build_state(job: Job, context: WorkerContext) -> TrainState:
     """The state before the first step: the same weights on every rank, from the seed alone."""
     torch.set_num_threads(job.plan.threads)
+    if job.spec.loop.deterministic:
+        use_deterministic_algorithms(context.device)
     seed_everything(job.spec.loop.seed, FIRST_WEIGHTS)
     model = contracts.to_device(job.task, contracts.build(job.task), context.device)
     objectives = contracts.objectives(job.task, model)
