@@ -16,6 +16,7 @@ import pytest
 from raymill.data.arrow import describe
 from raymill.data.bad_rows import read_good_rows
 from raymill.data.manifest import take_manifest
+from raymill.data.quality import check_rows, statistics
 from raymill.data.sources import ParquetSource
 from raymill.errors import DataError, InputError
 from raymill.task import Column, Field, Pipeline, Rows
@@ -188,6 +189,18 @@ def test_rows_that_hold_one_may_be_bad_rows(tmp_path: Path) -> None:
     assert reasons == {1: "column 'n' is null, or holds a null", 2: "column 't' is null, or holds a null", 3: reasons[1]}
     with pytest.raises(DataError, match=r"a.parquet, part 0, row 1: column 'n' is null"):
         read_good_rows(pipeline, "train", fragment, lenient=False)
+
+
+def test_rows_that_hold_one_are_told_by_a_check_of_the_data_and_not_measured(tmp_path: Path) -> None:
+    numbers = pa.array([1, None, 3, 100, None])
+    source = ParquetSource.inferred(written(tmp_path / "set", n=numbers), nulls="bad_rows")
+    pipeline = Pipeline(sources={"train": source}, schema=source.schema)
+    manifest = take_manifest(pipeline, lenient=True)
+    with pytest.raises(InputError, match="2 bad rows, the first of them row 1: column 'n' is null"):
+        check_rows(pipeline, manifest)
+    found = statistics(pipeline, manifest, "train")
+    about = found["columns"]["n"]
+    assert (found["bad_rows"], about["min"], about["max"], about["quantiles"]["0.5"]) == (2, 1, 100, 3.0)
 
 
 def test_a_field_of_a_struct_that_is_null_is_null(tmp_path: Path) -> None:

@@ -243,7 +243,8 @@ def test_statistics_are_those_of_all_rows(tmp_path: Path) -> None:
     assert (column["min"], column["max"]) == (finite.min(), finite.max())
     assert column["mean"] == pytest.approx(finite.mean(dtype=np.float64), rel=1e-12)
     assert found["columns"]["label"]["class_counts"] == [4, 4, 3]
-    assert found["columns"]["text"]["length"] == {"min": 0, "max": 10, "mean": 5.0}
+    quantiles = {"0.05": 0.5, "0.5": 5.0, "0.95": 9.5}
+    assert found["columns"]["text"]["length"] == {"min": 0, "max": 10, "mean": 5.0, "quantiles": quantiles}
     assert (found["columns"]["crop"]["min"], found["columns"]["crop"]["max"]) == (1, 10)
     assert found["columns"]["crop"]["mean"] == pytest.approx(sum(i * i for i in range(11)) / 55)
 

@@ -50,7 +50,7 @@ def check(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -
 
 @app.command("stats")
 def stats(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
-    """Rows, bytes, and per column its range, mean and class counts."""
+    """Rows, bytes, and per column its range, quantiles, mean and class counts."""
     with errors(json_):
         from raymill.config import load
         from raymill.data.manifest import take_manifest
@@ -65,7 +65,9 @@ def stats(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -
 def _show_statistics(console: Console, found: dict[str, Any]) -> None:
     for name, split in found.items():
         console.print(for_people(f"{name}: {split['rows']} rows, {split['fragments']} fragments, {split['bytes']} bytes"))
-        columns = ("column", "dtype", "shape", "min", "max", "mean", "not finite", "rows of each class")
+        if split["bad_rows"]:
+            console.print(for_people(f"{split['bad_rows']} bad rows, which are not measured"))
+        columns = ("column", "dtype", "shape", "min", "5 %", "median", "95 %", "max", "mean", "not finite", "rows of each class")
         show_table(console, columns, [_column_row(column, about) for column, about in split["columns"].items()])
         console.print()
 
@@ -73,6 +75,8 @@ def _show_statistics(console: Console, found: dict[str, Any]) -> None:
 def _column_row(name: str, about: dict[str, Any]) -> tuple[object, ...]:
     """Of bytes and text, the numbers are those of their lengths."""
     length = about.get("length")
-    numbers = [(length or about)[key] for key in ("min", "max", "mean")]
+    measured = length or about
+    quantiles = (measured["quantiles"] or {}).values() or (None, None, None)
+    numbers = [measured["min"], *quantiles, measured["max"], measured["mean"]]
     dtype = f"length of {about['dtype']}" if length else about["dtype"]
     return (name, dtype, about["shape"], *numbers, about.get("num_not_finite"), about.get("class_counts"))

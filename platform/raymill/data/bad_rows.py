@@ -71,8 +71,7 @@ def read_good_rows(pipeline: Pipeline, split: str, fragment: Fragment, *, lenien
             f"{where}: {num_rows(rows)} rows were read, {fragment.num_rows} were there when "
             "the run started. Restore the file, or start a new run on the changed data."
         )
-    rows = dict(rows)
-    known = {index: str(reason) for index, reason in enumerate(rows.pop(BAD, ())) if reason}
+    rows, known = without_marks(rows)
     reasons = (_bad_rows(pipeline.check, rows, where) if pipeline.check else {}) | known
     if not reasons:
         return rows, {}
@@ -87,6 +86,12 @@ def read_good_rows(pipeline: Pipeline, split: str, fragment: Fragment, *, lenien
     good = np.ones(fragment.num_rows, bool)
     good[list(reasons)] = False
     return take(rows, np.flatnonzero(good)), reasons
+
+
+def without_marks(rows: Rows) -> tuple[Rows, dict[int, str]]:
+    """Rows as a source gave them without its marks, and index -> why that row is bad, of those that it marked."""
+    others = {name: column for name, column in rows.items() if name != BAD}
+    return others, {index: str(reason) for index, reason in enumerate(rows.get(BAD, ())) if reason}
 
 
 def _bad_rows(check: Check, rows: Rows, where: str) -> dict[int, str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from raymill.data.arrow import schema_problems
+from raymill.data.bad_rows import without_marks
 from raymill.data.manifest import Manifest
-from raymill.data.rows import finite
+from raymill.data.rows import finite, num_rows, take
 from raymill.errors import DataError, InputError, Problem, did_you_mean
 from raymill.task import Column, Field, Fragment, Pipeline, Rows
 
@@ -34,11 +37,13 @@ def check_rows(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
             except DataError as error:
                 problems.append(Problem(where, str(error), "readable rows", "Correct or restore the data."))
                 continue
+            rows, marked = without_marks(rows)
             problems += schema_problems(rows, pipeline.schema, where) or _value_problems(rows, fragment, pipeline, where)
-            reasons = pipeline.check(rows) if pipeline.check else {}
+            reasons = {**(pipeline.check(rows) if pipeline.check else {}), **marked}
             if reasons:
                 found = f"{len(reasons)} bad rows, the first of them row {min(reasons)}: {reasons[min(reasons)]}"
-                problems.append(Problem(where, found, "rows that the pipeline's check lets pass", "Drop or correct these rows."))
+                expected = "rows that the source can read and the pipeline's check lets pass"
+                problems.append(Problem(where, found, expected, "Drop or correct these rows."))
     if problems:
         raise InputError(problems)
     return {
@@ -64,14 +69,23 @@ def _value_problems(rows: Rows, fragment: Fragment, pipeline: Pipeline, where: s
 
 # ---------------------------------------------------------------- measure
 
+MOST_SAMPLED = 100_000
+QUANTILES = (0.05, 0.5, 0.95)
+
 
 @dataclass
 class _Measure:
-    """Running sums over the values of one column; for bytes and text, over their lengths."""
+    """Running sums over the values of one column; for bytes and text, over their lengths.
+
+    Attributes:
+        every: the quantiles are those of each so manieth value.
+    """
 
     field: Field
+    every: int
     num_values: int = 0
     num_not_finite: int = 0
+    sampled: list[np.ndarray] = dataclasses.field(default_factory=list)
     total: float = 0.0
     low: float = float("inf")
     high: float = float("-inf")
@@ -86,6 +100,7 @@ class _Measure:
             self.num_values += values.size
             self.num_not_finite += values.size - finite.size
             if finite.size:
+                self.sampled.append(finite.reshape(-1)[:: self.every].astype(np.float64))
                 self.total += float(finite.sum(dtype=np.float64))
                 self.low, self.high = min(self.low, finite.min().item()), max(self.high, finite.max().item())
             if self.field.classes:
@@ -96,6 +111,9 @@ class _Measure:
             return [np.array([len(value) for value in column])]
         return [column] if isinstance(column, np.ndarray) else column
 
+    def _quantiles(self) -> list[float]:
+        return [float(value) for value in np.quantile(np.concatenate(self.sampled), QUANTILES)]
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; min, max and mean are of the finite values, None without any."""
         count = self.num_values - self.num_not_finite
@@ -103,6 +121,7 @@ class _Measure:
             "min": self.low if count else None,
             "max": self.high if count else None,
             "mean": self.total / count if count else None,
+            "quantiles": dict(zip(map(str, QUANTILES), self._quantiles(), strict=True)) if count else None,
         }
         about: dict[str, Any] = {"dtype": self.field.dtype, "shape": list(self.field.shape)}
         if self.field.dtype in ("bytes", "text"):
@@ -111,12 +130,18 @@ class _Measure:
         return {**about, "class_counts": self.counts.tolist()} if self.field.classes else about
 
 
+def _sampling(column: Field, num_rows: int) -> int:
+    values = math.prod(extent or 1 for extent in column.shape) * num_rows
+    return max(1, values // MOST_SAMPLED)
+
+
 def statistics(pipeline: Pipeline, manifest: Manifest, split: str) -> dict[str, Any]:
     """Read a whole split, a fragment at a time, and measure its columns before the transform.
 
     Returns:
-        rows, bytes, fragments, and per column: dtype, shape, min, max, mean, count of NaN and infinite values, and
-        for labels the rows of each class; for bytes and text the min, max and mean of the length.
+        rows, bytes, fragments, bad_rows (those that the source marks as such, which are not measured), and per column: dtype,
+        shape, min, max, mean, quantiles (of at most about 100,000 values), count of NaN and infinite values, and for labels the
+        rows of each class; for bytes and text the numbers of the length.
 
     Raises:
         InputError: no such split.
@@ -125,10 +150,14 @@ def statistics(pipeline: Pipeline, manifest: Manifest, split: str) -> dict[str, 
     if split not in manifest.splits:
         fix = did_you_mean(split, manifest.splits)
         raise InputError([Problem("split", repr(split), "a split of the pipeline", fix)])
-    measures = {name: _Measure(field) for name, field in pipeline.schema.items()}
     found = manifest.splits[split]
+    measures = {name: _Measure(field, _sampling(field, found.num_rows)) for name, field in pipeline.schema.items()}
+    num_bad = 0
     for fragment in found.fragments:
-        rows = pipeline.sources[split].read(fragment)
+        rows, marked = without_marks(pipeline.sources[split].read(fragment))
+        if marked:
+            num_bad += len(marked)
+            rows = take(rows, np.setdiff1d(np.arange(num_rows(rows)), list(marked)))
         if problems := schema_problems(rows, pipeline.schema, f"{fragment.path}, part {fragment.part}"):
             raise DataError("\n".join(map(str, problems)))
         for name, measure in measures.items():
@@ -137,5 +166,6 @@ def statistics(pipeline: Pipeline, manifest: Manifest, split: str) -> dict[str, 
         "rows": found.num_rows,
         "bytes": found.num_bytes,
         "fragments": len(found.fragments),
+        "bad_rows": num_bad,
         "columns": {name: measure.as_dict() for name, measure in measures.items()},
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from raymill.data.arrow import describe
@@ -11,7 +10,7 @@ from raymill.task import Schema
 
 def as_record(schema: Schema) -> dict[str, Any]:
     """The columns as JSON-ready values: name -> dtype, shape (null for an extent that differs between rows) and classes."""
-    return {name: asdict(field) for name, field in schema.items()}
+    return {name: {"dtype": field.dtype, "shape": field.shape, "classes": field.classes} for name, field in schema.items()}
 
 
 def in_words(schema: Schema) -> str:
