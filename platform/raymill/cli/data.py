@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from raymill.cli.output import JobArgument, JsonOption, SetOption, emit, errors, overrides, show_table
-from raymill.errors import InputError, Problem
+from raymill.cli.output import JobArgument, JsonOption, SetOption, emit, errors, overrides, plain_console, show_table
+from raymill.errors import InputError, Problem, did_you_mean
 from raymill.files import make_private_folder
 from raymill.paths import home
 from raymill.redaction import for_people
@@ -60,6 +61,60 @@ def stats(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -
         taken = take_manifest(pipeline)
         found = {split: statistics(pipeline, taken, split) for split in taken.splits}
         emit(found, json_, lambda console: _show_statistics(console, found))
+
+
+@app.command("show")
+def show(
+    job: JobArgument,
+    set_: SetOption = None,
+    split: Annotated[str, typer.Option("--split", help="of the pipeline")] = "train",
+    rows: Annotated[int, typer.Option("--rows", min=1, max=1000, help="how many")] = 5,
+    json_: JsonOption = False,
+) -> None:
+    """Print the first rows of a split, as they are before the transform."""
+    with errors(json_):
+        from raymill.config import load
+        from raymill.data.manifest import take_manifest
+        from raymill.data.sources.prepare import in_words, shown
+
+        spec = load.load_job(job, overrides(set_, None)).spec
+        pipeline = load.import_pipeline(spec)
+        taken = take_manifest(pipeline, lenient=spec.bad_rows.lenient)
+        if split not in taken.splits:
+            fix = did_you_mean(split, taken.splits)
+            raise InputError([Problem("--split", repr(split), "a split of the pipeline", fix)])
+        found = shown(pipeline, taken, split, rows, lenient=spec.bad_rows.lenient)
+        words = [dict(zip(found, map(in_words, row), strict=True)) for row in zip(*found.values(), strict=True)]
+        rows_shown = [tuple(row.values()) for row in words]
+        emit({"split": split, "rows": words}, json_, lambda console: show_table(console, tuple(found), rows_shown))
+
+
+@app.command("prepare")
+def prepare(
+    job: JobArgument,
+    to: Annotated[Path, typer.Option("--to", help="the folder to write; one that was begun is gone on with")],
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Write a job's data again as Parquet files of good size, each read back; what was killed is gone on with."""
+    with errors(json_):
+        from rich.progress import Progress
+
+        from raymill.config import load
+        from raymill.data.manifest import take_manifest
+        from raymill.data.sources import prepare as preparing
+
+        spec = load.load_job(job, overrides(set_, None)).spec
+        pipeline = load.import_pipeline(spec)
+        taken = take_manifest(pipeline, lenient=spec.bad_rows.lenient)
+        with Progress(console=plain_console(stderr=True)) as bar:
+            tasks = {name: bar.add_task(name, total=part.num_rows) for name, part in taken.splits.items()}
+            made = preparing.prepare(
+                pipeline, taken, to, lenient=spec.bad_rows.lenient, progress=lambda name, done: bar.advance(tasks[name], done)
+            )
+        columns = ("split", "files", "rows", "bytes", "bad rows")
+        rows = [(name, one["files"], one["rows"], one["bytes"], one["bad_rows"]) for name, one in made.items()]
+        emit(made, json_, lambda console: show_table(console, columns, rows))
 
 
 def _show_statistics(console: Console, found: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ Page checksums are written and verified, so that a flipped bit is an error and n
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import uuid
@@ -81,8 +82,11 @@ class ParquetSource:
         """
         (first, *_) = cls(folder, {}, pattern)._files()
         try:
-            found, without = arrow_types.schema_of_columns(read_footer(str(first)).schema)
-        except DAMAGE as error:
+            footer = read_footer(str(first))
+            found, without = arrow_types.schema_of_columns(footer.schema)
+            own = json.loads((footer.metadata.metadata or {}).get(SCHEMA_KEY.encode(), b"{}"))
+            found = {name: Field(str(dtype), tuple(shape), classes) for name, (dtype, shape, classes) in own.items()} or found
+        except (*DAMAGE, TypeError, AttributeError, RecursionError) as error:
             raise InputError([Problem(str(first), str(error).rstrip("."), "a whole Parquet file", RESTORE)]) from error
         known: dict[str, Field] = {**found, **fields}
         problems = []
@@ -171,6 +175,9 @@ DAMAGE = (OSError, pa.ArrowException, ValueError)
 
 DIGEST_KEY = "raymill.digest"
 """Of a file that raymill wrote: what its rows hash to."""
+
+SCHEMA_KEY = "raymill.schema"
+"""Likewise: column -> dtype, shape and classes, which Arrow's types do not tell."""
 
 MOST_ROWS_OF_A_GROUP = 2**31 - 1
 """A row group is read at once, and its values are counted in 32 bits."""
@@ -398,14 +405,15 @@ def write_parquet(folder: Path, rows: Rows, schema: Schema, *, num_shards: int, 
     try:
         for shard in range(num_shards):
             start, stop = count * shard // num_shards, count * (shard + 1) // num_shards
-            _write_file(stage / f"part-{shard:05d}.parquet", take(rows, slice(start, stop)), schema, row_group_rows)
+            write_file(stage / f"part-{shard:05d}.parquet", take(rows, slice(start, stop)), schema, row_group_rows)
         stage.rename(folder)
     except BaseException:
         shutil.rmtree(stage)
         raise
 
 
-def _write_file(path: Path, rows: Rows, schema: Schema, row_group_rows: int) -> None:
+def write_file(path: Path, rows: Rows, schema: Schema, row_group_rows: int) -> None:
+    """Write rows, in their order, as one file, with statistics, page checksums, their digest and their schema."""
     count = len(next(iter(rows.values())))
     kinds = {name: arrow_type(field) for name, field in schema.items()}
     # Smallest and largest of raw image bytes say nothing and would double a small footer; nor do they repeat.
@@ -423,5 +431,6 @@ def _write_file(path: Path, rows: Rows, schema: Schema, row_group_rows: int) -> 
             for start in range(0, count, row_group_rows):
                 writer.write_table(table_from_rows(take(rows, slice(start, start + row_group_rows)), schema))
             # Equal footers do not prove equal pages; with this entry they do.
-            writer.add_key_value_metadata({DIGEST_KEY: digest_rows(rows)})
+            fields = {name: [field.dtype, field.shape, field.classes] for name, field in schema.items()}
+            writer.add_key_value_metadata({DIGEST_KEY: digest_rows(rows), SCHEMA_KEY: json.dumps(fields)})
         os.fsync(raw.fileno())
