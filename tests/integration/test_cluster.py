@@ -26,6 +26,7 @@ import psutil
 import pytest
 
 from faults.cases import flip_page, own_digits
+from integration.test_given import make_project
 from raymill.checkpoint import directory
 from raymill.config import load, plan
 from raymill.config.plan import ClusterFacts
@@ -225,6 +226,22 @@ def test_a_worker_on_a_machine_without_the_runs_folder_writes_it_all_there_and_e
     checkpoint, expected = run / summary["best_checkpoint"], Path(here["folder"]) / here["best_checkpoint"]
     assert (checkpoint / "checksums.json").read_bytes() == (expected / "checksums.json").read_bytes()
     directory.verify(checkpoint)
+
+
+@pytest.mark.cluster
+def test_a_model_that_a_job_is_given_travels_to_a_machine_without_the_runs_folder(nodes: Nodes, tmp_path: Path) -> None:
+    if not can_hide(nodes.folder / "home"):
+        pytest.skip("needs the right to mount")
+    nodes.project = make_project(tmp_path / "project")
+    start_head(nodes, 0)
+    nodes.add(2, hidden=nodes.folder / "home")
+    nodes.wait_for_cpus(2)
+    finish(nodes.start("teacher", "--in-process"))
+    there = finish(nodes.start("student", "--workers=1", "--set", "register=null"))
+    [run] = (path for path in nodes.runs() if path.name.startswith("student"))
+    assert "host" in json.loads((run / "rank-0.json").read_text()), "the rank was on a machine that has the folder"
+    here = finish(nodes.start("student", "--in-process", "--set", "register=null"))
+    assert there["weights_sha256"] == here["weights_sha256"]
 
 
 @pytest.mark.cluster

@@ -58,9 +58,8 @@ class Student(code.Learns, Task):
 '''
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Home:
-    project = tmp_path / "project"
+def make_project(project: Path) -> Path:
+    """With a teacher and a student."""
     (project / "school").mkdir(parents=True)
     for name, job in {"teacher": TEACHER, "student": STUDENT}.items():
         (project / "jobs" / name).mkdir(parents=True)
@@ -69,7 +68,12 @@ def home(tmp_path: Path) -> Home:
     (project / "school" / "pupil.py").write_text(PUPIL)
     (project / "school" / "__init__.py").touch()
     (project / "pyproject.toml").write_text('[tool.raymill]\npackages = ["school"]\n')
-    return Home(tmp_path / "home", project)
+    return project
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home", make_project(tmp_path / "project"))
 
 
 def test_what_a_name_meant_when_the_run_began_counts_to_its_end_and_beyond(home: Home) -> None:
