@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +13,10 @@ from raymill.errors import InputError, Problem, did_you_mean
 from raymill.files import make_private_folder
 from raymill.paths import home
 from raymill.redaction import for_people
+
+if TYPE_CHECKING:
+    from raymill.data.manifest import Manifest
+    from raymill.task import Pipeline
 
 app = typer.Typer(help="Get, check and look at data sets.", no_args_is_help=True)
 
@@ -34,16 +38,24 @@ def get(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -> 
         emit({"folder": str(folder)}, json_, lambda console: console.print(for_people(folder), soft_wrap=True))
 
 
+def _data(job: str, set_: list[str] | None) -> tuple[Pipeline, Manifest, bool]:
+    """A job's pipeline, what it holds, and whether bad rows are to be left out."""
+    from raymill.config import load
+    from raymill.data.manifest import take_manifest
+
+    spec = load.load_job(job, overrides(set_, None)).spec
+    pipeline = load.import_pipeline(spec)
+    return pipeline, take_manifest(pipeline, lenient=spec.bad_rows.lenient), spec.bad_rows.lenient
+
+
 @app.command("check")
 def check(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
     """Read every row of a job's data once and report everything that is wrong."""
     with errors(json_):
-        from raymill.config import load
-        from raymill.data.manifest import take_manifest
         from raymill.data.quality import check_rows
 
-        pipeline = load.import_pipeline(load.load_job(job, overrides(set_, None)).spec)
-        result = check_rows(pipeline, take_manifest(pipeline))
+        pipeline, taken, _ = _data(job, set_)
+        result = check_rows(pipeline, taken)
         columns = ("split", "rows", "fragments", "bytes")
         rows = [(name, split["rows"], split["fragments"], split["bytes"]) for name, split in result.items()]
         emit(result, json_, lambda console: show_table(console, columns, rows))
@@ -53,12 +65,9 @@ def check(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -
 def stats(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
     """Rows, bytes, and per column its range, quantiles, mean and class counts."""
     with errors(json_):
-        from raymill.config import load
-        from raymill.data.manifest import take_manifest
         from raymill.data.quality import statistics
 
-        pipeline = load.import_pipeline(load.load_job(job, overrides(set_, None)).spec)
-        taken = take_manifest(pipeline)
+        pipeline, taken, _ = _data(job, set_)
         found = {split: statistics(pipeline, taken, split) for split in taken.splits}
         emit(found, json_, lambda console: _show_statistics(console, found))
 
@@ -73,17 +82,13 @@ def show(
 ) -> None:
     """Print the first rows of a split, as they are before the transform."""
     with errors(json_):
-        from raymill.config import load
-        from raymill.data.manifest import take_manifest
-        from raymill.data.sources.prepare import in_words, shown
+        from raymill.data.quality import in_words, shown
 
-        spec = load.load_job(job, overrides(set_, None)).spec
-        pipeline = load.import_pipeline(spec)
-        taken = take_manifest(pipeline, lenient=spec.bad_rows.lenient)
+        pipeline, taken, lenient = _data(job, set_)
         if split not in taken.splits:
             fix = did_you_mean(split, taken.splits)
             raise InputError([Problem("--split", repr(split), "a split of the pipeline", fix)])
-        found = shown(pipeline, taken, split, rows, lenient=spec.bad_rows.lenient)
+        found = shown(pipeline, taken, split, rows, lenient=lenient)
         words = [dict(zip(found, map(in_words, row), strict=True)) for row in zip(*found.values(), strict=True)]
         rows_shown = [tuple(row.values()) for row in words]
         emit({"split": split, "rows": words}, json_, lambda console: show_table(console, tuple(found), rows_shown))
@@ -100,17 +105,13 @@ def prepare(
     with errors(json_):
         from rich.progress import Progress
 
-        from raymill.config import load
-        from raymill.data.manifest import take_manifest
         from raymill.data.sources import prepare as preparing
 
-        spec = load.load_job(job, overrides(set_, None)).spec
-        pipeline = load.import_pipeline(spec)
-        taken = take_manifest(pipeline, lenient=spec.bad_rows.lenient)
+        pipeline, taken, lenient = _data(job, set_)
         with Progress(console=plain_console(stderr=True)) as bar:
             tasks = {name: bar.add_task(name, total=part.num_rows) for name, part in taken.splits.items()}
             made = preparing.prepare(
-                pipeline, taken, to, lenient=spec.bad_rows.lenient, progress=lambda name, done: bar.advance(tasks[name], done)
+                pipeline, taken, to, lenient=lenient, progress=lambda name, done: bar.advance(tasks[name], done)
             )
         columns = ("split", "files", "rows", "bytes", "bad rows")
         rows = [(name, one["files"], one["rows"], one["bytes"], one["bad_rows"]) for name, one in made.items()]

@@ -1,4 +1,4 @@
-"""Read every row of a data set once: what is wrong with it, and its statistics."""
+"""Read every row of a data set once: what is wrong with it, and its statistics; and its first rows, to be looked at."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from raymill.data.arrow import schema_problems
-from raymill.data.bad_rows import without_marks
+from raymill.data.bad_rows import read_good_rows, without_marks
 from raymill.data.manifest import Manifest
-from raymill.data.rows import finite, num_rows, take
+from raymill.data.rows import finite, join, num_rows, take
 from raymill.errors import DataError, InputError, Problem, did_you_mean
 from raymill.task import Column, Field, Fragment, Pipeline, Rows
 
@@ -169,3 +169,27 @@ def statistics(pipeline: Pipeline, manifest: Manifest, split: str) -> dict[str, 
         "bad_rows": num_bad,
         "columns": {name: measure.as_dict() for name, measure in measures.items()},
     }
+
+
+# ---------------------------------------------------------------- look
+
+
+def shown(pipeline: Pipeline, manifest: Manifest, split: str, count: int, *, lenient: bool = False) -> Rows:
+    """The first rows of a split, before the transform."""
+    parts: list[Rows] = []
+    for fragment in manifest.splits[split].fragments:
+        rows, _ = read_good_rows(pipeline, split, fragment, lenient=lenient)
+        if num_rows(rows):
+            parts.append(rows)
+        if sum(map(num_rows, parts)) >= count:
+            break
+    whole = join(parts) if parts else {}
+    return {name: column[:count] for name, column in whole.items()}
+
+
+def in_words(value: Any) -> str:
+    """A value as people read it: an array by its shape and range, bytes by their number."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        limits = f" from {value.min()} to {value.max()}" if value.size else ""
+        return str(value.tolist()) if value.size <= 8 else f"{value.dtype} of shape {value.shape}{limits}"
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)

@@ -23,20 +23,21 @@ MOST_LINE_BYTES = 64 * 2**20
 MAX_SHOWN_LETTERS = 200
 
 
-def files_of(folder: str, pattern: str, what: str) -> list[Path]:
+def files_of(folder: str, pattern: str, what: str, *, may_link: bool = False) -> list[Path]:
     """The files of a folder in the order of their names, without hidden ones.
 
     Args:
         pattern: as in `Path.glob`.
         what: what they are, for messages.
+        may_link: a file may be a link to one elsewhere.
 
     Raises:
-        InputError: there are none; or one is a link that leads out of the folder.
+        InputError: there are none; or one is a link that leads out of the folder, and may not.
     """
     root = Path(folder)
     try:
         files = sorted(path for path in root.glob(pattern) if path.is_file() and not _is_hidden(path.relative_to(root)))
-        outside = [path for path in files if not path.resolve().is_relative_to(root.resolve())]
+        outside = [path for path in files if not may_link and not path.resolve().is_relative_to(root.resolve())]
     except (OSError, ValueError) as error:
         found, fix = getattr(error, "strerror", None) or str(error), "Correct the name in the job's `data:`."
         raise InputError([Problem(repr(folder[:MAX_SHOWN_LETTERS]), found, f"a folder of {what}", fix)]) from error

@@ -34,6 +34,7 @@ from raymill.data.arrow import (
     table_from_rows,
 )
 from raymill.data.rows import num_rows, take
+from raymill.data.sources import files
 from raymill.data.sources.parquet_index import ColumnChunk, all_pages_have_checksums, read_index
 from raymill.errors import DataError, InputError, Problem, did_you_mean
 from raymill.task import Field, Fragment, Rows, Schema
@@ -109,13 +110,13 @@ class ParquetSource:
             raise InputError(unknown)
         fragments: list[Fragment] = []
         problems: list[Problem] = []
-        files = self._files()
-        for file in files:
+        paths = self._files()
+        for file in paths:
             found, wrong = inspect_file(file, str(file.relative_to(self.folder)), self.schema, self.nulls)
             fragments += found
             problems += wrong
         if not fragments and not problems:
-            found_rows = f"0 rows in {len(files)} files"
+            found_rows = f"0 rows in {len(paths)} files"
             problems.append(Problem(self.folder, found_rows, "at least one row", "Write the data set again."))
         if problems:
             raise InputError(problems)
@@ -145,24 +146,8 @@ class ParquetSource:
         return rows
 
     def _files(self) -> list[Path]:
-        root = Path(self.folder)
-        try:
-            files = sorted(
-                path
-                for path in root.glob(self.pattern)
-                if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
-            )
-        except (OSError, ValueError) as error:  # such as a name that is too long for any file
-            found, fix = getattr(error, "strerror", None) or str(error), "Correct the name in the job's `data:`."
-            raise InputError([Problem(repr(self.folder[:MAX_SHOWN_LETTERS]), found, "a folder of Parquet files", fix)]) from error
-        if not files:
-            found = f"no file that matches {self.pattern!r}" if root.is_dir() else "no such folder"
-            fix = "Run `raymill data get`, or name the folder of your files in the job's `data:`."
-            raise InputError([Problem(self.folder, found, "a folder of Parquet files", fix)])
-        return files
+        return files.files_of(self.folder, self.pattern, "Parquet files", may_link=True)
 
-
-MAX_SHOWN_LETTERS = 200
 
 NULLS_FIX = (
     "Say what stands for them, Field(..., fill=0); or leave their rows out: ParquetSource(..., nulls='bad_rows') with "
