@@ -158,7 +158,11 @@ def test_json_is_inferred_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ('{"x": 1', Field("int64"), "JSON parse error"),
         ("[1, 2]", Field("int64"), "JSON parse error"),
         ('{"x": [1]}', Field("int64"), "a.jsonl"),
-        ('{"y": 1}', Field("int64"), "row 1: null; 1 in all"),
+        (
+            '{"y": 1}',
+            Field("int64"),
+            "row 1: null; 1 in all. Say what stands for a value that is missing, Field(..., fill=0); or",
+        ),
     ],
 )
 def test_json_that_does_not_fit_is_named(tmp_path: Path, line: str, field: Field, said: str) -> None:

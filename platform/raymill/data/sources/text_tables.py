@@ -26,6 +26,8 @@ Nulls = Literal["refuse", "bad_rows"]
 
 FIX = "Correct the file."
 
+NULLS_FIX = "Say what stands for a value that is missing, Field(..., fill=0); or leave its row out: nulls='bad_rows'."
+
 
 @dataclass(frozen=True)
 class JsonLinesSource:
@@ -205,7 +207,7 @@ def _rows(parse: Callable[[], pa.Table], schema: Schema, nulls: str, fragment: F
     try:
         rows = rows_of_table(table, schema, nulls)
     except ValueError as error:
-        raise DataError(f"{where}: {error}. {FIX}") from error
+        raise DataError(f"{where}: {error}. {NULLS_FIX if 'null' in str(error) else FIX}") from error
     if problems := schema_problems(rows, schema, where):
         raise DataError("\n".join(map(str, problems)))
     assert num_rows(rows) == fragment.num_rows
