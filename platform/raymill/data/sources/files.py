@@ -37,7 +37,7 @@ def files_of(folder: str, pattern: str, what: str, *, may_link: bool = False) ->
     root = Path(folder)
     try:
         files = sorted(path for path in root.glob(pattern) if path.is_file() and not _is_hidden(path.relative_to(root)))
-        outside = [path for path in files if not may_link and not path.resolve().is_relative_to(root.resolve())]
+        outside = [] if may_link else _outside(root.resolve(), files)
     except (OSError, ValueError) as error:
         found, fix = getattr(error, "strerror", None) or str(error), "Correct the name in the job's `data:`."
         raise InputError([Problem(repr(folder[:MAX_SHOWN_LETTERS]), found, f"a folder of {what}", fix)]) from error
@@ -49,6 +49,13 @@ def files_of(folder: str, pattern: str, what: str, *, may_link: bool = False) ->
         fix = "Run `raymill data get`, or name the folder of your files in the job's `data:`."
         raise InputError([Problem(folder, found, f"a folder of {what}", fix)])
     return files
+
+
+def _outside(root: Path, files: Sequence[Path]) -> list[Path]:
+    """Those that are links out of a folder, or lie in one that is."""
+    inside = {parent: parent.resolve().is_relative_to(root) for parent in {path.parent for path in files}}
+    linked = {path for path in files if path.is_symlink() and not path.resolve().is_relative_to(root)}
+    return [path for path in files if path in linked or not inside[path.parent]]
 
 
 def _is_hidden(path: Path) -> bool:

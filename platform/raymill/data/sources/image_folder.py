@@ -66,15 +66,14 @@ class ImageFolderSource:
             InputError: there are none, one lies in no class's folder, or is an empty file or a link that leads elsewhere.
         """
         groups = _listed(self.folder)
-        pictures = [path for paths in groups.values() for path in paths]
-        fix = "Restore or delete it."
-        problems = [Problem(str(path), "an empty file", "a picture", fix) for path in pictures if not path.stat().st_size]
+        empty = [one.path for pictures in groups.values() for one in pictures if not one.size_bytes]
+        problems = [Problem(str(path), "an empty file", "a picture", "Restore or delete it.") for path in empty]
         strange = sorted({label for label, _ in groups} - set(self.names))
         expected, fix = f"a folder of one of the classes {', '.join(self.names)}", "Name it, or move it away."
         problems += [Problem(f"{self.folder}/{name}", "no class", expected, fix) for name in strange]
         if problems:
             raise InputError(problems)
-        return [self._fragment(label, number, paths) for (label, number), paths in groups.items()]
+        return [_fragment(label, number, pictures) for (label, number), pictures in groups.items()]
 
     def read(self, fragment: Fragment) -> Rows:
         """The files of a fragment.
@@ -93,34 +92,55 @@ class ImageFolderSource:
     def _paths(self, fragment: Fragment) -> list[Path]:
         """The pictures of a fragment, as they were listed."""
         for listed in (_listed_once, _listed):
-            paths = listed(self.folder).get((fragment.path, fragment.part), [])
-            if paths and self._fragment(fragment.path, fragment.part, paths) == fragment:
+            paths = [one.path for one in listed(self.folder).get((fragment.path, fragment.part), [])]
+            if paths and _fragment(fragment.path, fragment.part, [Picture.at(path) for path in paths]) == fragment:
                 return paths
         where = f"{self.folder}/{fragment.path}, pictures {fragment.part}"
         raise DataError(f"{where}: they have changed since the run's manifest was taken. Restore them, or start a new run.")
 
-    def _fragment(self, label: str, number: int, paths: Sequence[Path]) -> Fragment:
-        status = [path.stat() for path in paths]
-        known = [(path.name, one.st_size, one.st_mtime_ns) for path, one in zip(paths, status, strict=True)]
-        return Fragment(label, number, len(paths), sum(one.st_size for one in status), files.digest_of(known))
+
+@dataclass(frozen=True)
+class Picture:
+    """A file as it was listed.
+
+    Attributes:
+        path: where it is.
+        size_bytes: its size.
+        mtime_ns: when it was last changed.
+    """
+
+    path: Path
+    size_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def at(cls, path: Path) -> Picture:
+        """As it is now."""
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns)
 
 
-def _listed(folder: str) -> dict[tuple[str, int], list[Path]]:
+def _fragment(label: str, number: int, pictures: Sequence[Picture]) -> Fragment:
+    identity = files.digest_of([(one.path.name, one.size_bytes, one.mtime_ns) for one in pictures])
+    return Fragment(label, number, len(pictures), sum(one.size_bytes for one in pictures), identity)
+
+
+def _listed(folder: str) -> dict[tuple[str, int], list[Picture]]:
     """(class, number) -> the pictures of a fragment."""
-    pictures = [path for path in files.files_of(folder, "*/**/*", "pictures") if path.suffix.lower() in SUFFIXES]
-    if not pictures:
+    paths = [path for path in files.files_of(folder, "*/**/*", "pictures") if path.suffix.lower() in SUFFIXES]
+    if not paths:
         raise InputError([Problem(folder, "no pictures", f"files that end with {', '.join(SUFFIXES)}", "Name another folder.")])
-    found: dict[tuple[str, int], list[Path]] = {}
-    for label, paths in groupby(pictures, key=lambda path: path.relative_to(folder).parts[0]):
+    found: dict[tuple[str, int], list[Picture]] = {}
+    depth = len(Path(folder).parts)
+    for label, of_label in groupby(paths, key=lambda path: path.parts[depth]):
         number, num_bytes = 0, 0
-        for path in paths:
-            size_bytes = path.stat().st_size
+        for one in map(Picture.at, of_label):
             group = found.setdefault((label, number), [])
-            if group and (len(group) == MOST_FILES or num_bytes + size_bytes > MOST_BYTES):
+            if group and (len(group) == MOST_FILES or num_bytes + one.size_bytes > MOST_BYTES):
                 number, num_bytes = number + 1, 0
                 group = found.setdefault((label, number), [])
-            group.append(path)
-            num_bytes += size_bytes
+            group.append(one)
+            num_bytes += one.size_bytes
     return found
 
 
