@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from probes import gan, lit, mixed, reviews
+from probes import gan, hub, lit, mixed, reviews
 from raymill.adapters.lightning import configured
 from raymill.data.seeds import unchanged_caller
 from raymill.errors import InputError
@@ -29,6 +29,7 @@ PROBES: Mapping[str, Experiment] = {
     "LightningModule": Experiment(lit.Classifier, mixed.pipeline, lit.CLASSIFIER),
     "LightningModule with two optimizers": Experiment(lit.Gan, gan.pipeline, lit.GAN),
     "Hugging Face classifier, torch Dataset": Experiment(reviews.Sentiment, reviews.pipeline, reviews.VALUES),
+    "Hugging Face classifier and Dataset": Experiment(reviews.Sentiment, hub.pipeline, reviews.VALUES),
 }
 
 
