@@ -155,3 +155,5 @@ def test_a_run_goes_on_from_where_another_stands(home: Home) -> None:
     on = home.json("train", "teacher", "--in-process", "--json", "--set", "loop.epochs=5", "--set", begin)
     assert on["weights_sha256"] == whole["weights_sha256"]
     assert on["rows"] == whole["rows"]
+    given = home.json("runs", "show", on["run_id"], "--json")["given"]
+    assert given == {"init_from": f"{first['run_id']} (weights {first['weights_sha256'][:12]})"}

@@ -10,6 +10,7 @@ from raymill.errors import CheckpointError
 from raymill.files import read_record, write_record
 from raymill.record import inputs
 from raymill.record.inputs import Pinned
+from raymill.tracking.description import opening_tags
 
 TEACHER = Pinned(
     reference="mnist@live", model="mnist/3", run_id="mnist-1", weights_sha256="a" * 64, code_changes=("x.py changed",)
@@ -32,6 +33,17 @@ def test_it_is_read_back_as_it_was_given(records: Path, tmp_path: Path) -> None:
     assert str(TEACHER) == "mnist@live, which was mnist/3 (weights aaaaaaaaaaaa)"
     (note,) = inputs.notes(records)
     assert "input teacher is mnist@live, which was mnist/3 (weights aaaaaaaaaaaa), whose code was changed" in note
+
+
+def test_it_is_said_in_words_and_what_the_run_began_with_too(records: Path, tmp_path: Path) -> None:
+    inputs.keep(records, {"teacher": TEACHER}, TEACHER.model_copy(update={"reference": "mnist/3"}))
+    said = {
+        "inputs.teacher": "mnist@live, which was mnist/3 (weights aaaaaaaaaaaa)",
+        "init_from": "mnist/3 (weights aaaaaaaaaaaa)",
+    }
+    assert inputs.described(records) == said
+    assert opening_tags("run-1", "mnist", {}, given=said)["raymill.inputs.teacher"] == said["inputs.teacher"]
+    assert inputs.described(tmp_path) == {}
 
 
 def test_all_of_it_is_carried_to_another_machine(records: Path, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
         "model": facts["version"],
         "MLflow run": facts["mlflow_run_id"],
         "its code": facts["code"],
+        **facts["given"],
         **({"damaged lines": facts["damaged_lines"]} if "damaged_lines" in facts else {}),
     }
     show_values(console, values)

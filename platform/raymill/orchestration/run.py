@@ -53,9 +53,10 @@ def train(prepared: Prepared, executor: Executor, watch: Watch, started_s: float
     write_record(folder.data_manifest, manifest.as_record(prepared.manifest))
     write_record(folder.environment, environment())
     record_fitted.keep(folder.path, prepared.fitted)
-    keep_inputs(folder.path, {name: (prepared.spec.inputs[name], one) for name, one in prepared.inputs.items()})
-    if prepared.start is not None:
-        lay_down(folder, prepared.start)
+    start, given = prepared.start, {name: (prepared.spec.inputs[name], one) for name, one in prepared.inputs.items()}
+    keep_inputs(folder.path, given, (start.given.model, start.trained) if start else None)
+    if start is not None:
+        lay_down(folder, start)
     try:
         return _execute(folder, prepared, executor, watch, started_s, preflight)
     except Refusal as refusal:

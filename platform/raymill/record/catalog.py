@@ -8,7 +8,7 @@ from typing import Any
 
 from raymill.errors import CheckpointError, InputError, Problem, did_you_mean
 from raymill.files import read_record
-from raymill.record import kept_code
+from raymill.record import inputs, kept_code
 from raymill.record.events import (
     AttemptStarted,
     CheckpointSaved,
@@ -55,8 +55,8 @@ def show_run(run_id: str) -> dict[str, Any]:
         (Unix seconds, or None), duration_s (of all attempts together), attempts, num_workers (of the last one, or None), step,
         num_total_steps, metrics (name -> latest value), checkpoint_metric (the one that decides which checkpoint is best, or
         None), evaluations (see `evaluations`), last and best (the ones of them that are, or None), mlflow_run_id and version
-        ("name/1"), both None until they exist; code (the folder with the code it was trained with, or None); damaged_lines, where
-        lines of its events had to be passed over.
+        ("name/1"), both None until they exist; code (the folder with the code it was trained with, or None); given (what other
+        runs have made for it: field of the job -> which model); damaged_lines, where lines of its events had to be passed over.
 
     Raises:
         InputError: when there is no such run.
@@ -134,6 +134,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         "mlflow_run_id": None,
         "version": None,
         "code": None,
+        "given": {},
     }
     try:
         spec = _record(folder.spec)
@@ -143,6 +144,7 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
             facts["version"] = f"{made['name']}/{made['version']}"
         if (code := kept_code.read(folder.path)) and code.kept:
             facts["code"] = str(folder.path / code.kept)
+        facts["given"] = inputs.described(folder.path)
         read = scan_events(folder.events)
     except InputError as error:
         return facts | {"status": "unreadable", "message": str(error.problems[0])}

@@ -44,10 +44,15 @@ def place(records: Path, name: str) -> Path:
     return records / FOLDER / name
 
 
-def keep(records: Path, pinned: Mapping[str, Pinned]) -> None:
-    """Write down what was given; nothing where nothing was."""
-    if pinned:
-        write_record(records / FILE, {"inputs": {name: one.model_dump(mode="json") for name, one in pinned.items()}})
+def keep(records: Path, pinned: Mapping[str, Pinned], init_from: Pinned | None = None) -> None:
+    """Write down what was given; nothing where nothing was.
+
+    Args:
+        init_from: what the run began with.
+    """
+    if pinned or init_from:
+        inputs = {name: one.model_dump(mode="json") for name, one in pinned.items()}
+        write_record(records / FILE, {"inputs": inputs, "init_from": init_from and init_from.model_dump(mode="json")})
 
 
 def read(records: Path) -> dict[str, Pinned]:
@@ -56,13 +61,29 @@ def read(records: Path) -> dict[str, Pinned]:
     Raises:
         CheckpointError: the record is damaged.
     """
+    return _read(records)[0]
+
+
+def described(records: Path) -> dict[str, str]:
+    """All that other runs have made for this one, in words, by the field of its job.
+
+    Raises:
+        CheckpointError: the record is damaged.
+    """
+    pinned, init_from = _read(records)
+    return {f"inputs.{name}": str(one) for name, one in pinned.items()} | ({"init_from": str(init_from)} if init_from else {})
+
+
+def _read(records: Path) -> tuple[dict[str, Pinned], Pinned | None]:
     if not (records / FILE).exists():
-        return {}
+        return {}, None
     try:
-        found = read_record(records / FILE)["inputs"]
+        record = read_record(records / FILE)
+        found, init_from = record["inputs"], record.get("init_from")
         if strange := [name for name in found if not is_run_id(name)]:
             raise ValueError(f"names of inputs that are no plain names: {strange}")
-        return {name: Pinned.model_validate(one) for name, one in found.items()}
+        pinned = {name: Pinned.model_validate(one) for name, one in found.items()}
+        return pinned, Pinned.model_validate(init_from) if init_from else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = "other values than raymill writes" if isinstance(error, ValidationError) else error
         raise CheckpointError(f"{records / FILE}: cannot be read: {what}. Restore it, or start a new run.") from error

@@ -48,7 +48,9 @@ def run_name(run_id: str, job: str) -> str:
     return f"{month}-{day} {hour}:{minute} {mark} {job}"
 
 
-def opening_tags(run_id: str, job: str, machine: Mapping[str, Any], parent: str | None = None) -> dict[str, str]:
+def opening_tags(
+    run_id: str, job: str, machine: Mapping[str, Any], parent: str | None = None, given: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """The tags of a new MLflow run: whose it is, what made it, from which code.
 
     Args:
@@ -56,6 +58,7 @@ def opening_tags(run_id: str, job: str, machine: Mapping[str, Any], parent: str 
         job: the job's name.
         machine: the record of what it runs with, `record.environment`.
         parent: the MLflow run that it is shown beneath, such as that of a search over settings.
+        given: what other runs have made for it, see `record.inputs.described`.
     """
     tags = {
         RUN_ID_TAG: run_id,
@@ -70,6 +73,7 @@ def opening_tags(run_id: str, job: str, machine: Mapping[str, Any], parent: str 
         "raymill.python": machine.get("python"),
         **{f"raymill.versions.{name}": machine.get("versions", {}).get(name) for name in SHOWN_VERSIONS},
         PARENT_TAG: parent,
+        **{f"raymill.{field}": what for field, what in (given or {}).items()},
     }
     return {key: value for key, value in tags.items() if value}
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from raymill import faults
 from raymill.errors import RaymillError
 from raymill.files import read_record, waiting_lock, write_record
+from raymill.record import inputs
 from raymill.record.catalog import data_digest, show_run
 from raymill.record.events import (
     AttemptStarted,
@@ -186,7 +187,7 @@ class Delivery:
         made = self._find(experiment, run_id)
         if made is None:
             beneath = self._find(experiment, parent) if parent else None
-            tags = redact(description.opening_tags(run_id, job, machine, beneath))
+            tags = redact(description.opening_tags(run_id, job, machine, beneath, inputs.described(self.folder.path)))
             name = description.run_name(run_id, job)
             made = self.client.create_run(experiment, int(event.time_s * 1000), tags, run_name=name).info.run_id
         faults.point("mlflow_run_made")

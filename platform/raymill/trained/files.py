@@ -37,15 +37,17 @@ def lay_out(trained: Trained, to: Path, signature: Mapping[str, Any] | None = No
     kept_code.copy(trained.records, to)
 
 
-def keep_inputs(records: Path, given: Mapping[str, tuple[str, Trained]]) -> None:
+def keep_inputs(records: Path, given: Mapping[str, tuple[str, Trained]], init_from: tuple[str, Trained] | None = None) -> None:
     """Copy the models that a job is given beside its records, and say which they were.
 
     Args:
         given: name -> what the job file says, and what that was.
+        init_from: likewise, of what the run begins with, which is not copied.
     """
     for name, (_, trained) in given.items():
         lay_out(trained, record_inputs.place(records, name))
-    record_inputs.keep(records, {name: _pinned(reference, trained) for name, (reference, trained) in given.items()})
+    pinned = {name: _pinned(reference, trained) for name, (reference, trained) in given.items()}
+    record_inputs.keep(records, pinned, _pinned(*init_from) if init_from else None)
 
 
 def _pinned(reference: str, trained: Trained) -> Pinned:
