@@ -155,5 +155,9 @@ def test_a_run_goes_on_from_where_another_stands(home: Home) -> None:
     on = home.json("train", "teacher", "--in-process", "--json", "--set", "loop.epochs=5", "--set", begin)
     assert on["weights_sha256"] == whole["weights_sha256"]
     assert on["rows"] == whole["rows"]
+    again = f"init_from={{model: {on['run_id']}, take: all}}"
+    other = [part for field in ("loop.epochs=9", again, "loop.seed=1") for part in ("--set", field)]
+    code, _, stderr = home.run("check", "teacher", *other, "--set", "optimizer={kind: Adam, lr: 0.1}")
+    assert (code, "optimizer: found" in stderr, "loop.seed" in stderr) == (2, True, False), "it stands at an epoch's end"
     given = home.json("runs", "show", on["run_id"], "--json")["given"]
     assert given == {"init_from": f"{first['run_id']} (weights {first['weights_sha256'][:12]})"}

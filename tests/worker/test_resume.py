@@ -168,7 +168,7 @@ def test_steps_before_and_after_a_restore_are_the_steps_without_one(tmp_path: Pa
     assert advance(first, 0, stop) == rates[: stop * num_groups]
     directory.save(tmp_path, "step-00000001.1", content(capture(first, stop), best=False))
     second, _ = fresh(values)
-    restore(second, load(tmp_path / "step-00000001.1"), STEPS_PER_EPOCH)
+    restore(second, load(tmp_path / "step-00000001.1"), stop, stop // STEPS_PER_EPOCH)
     assert advance(second, stop, NUM_STEPS) == rates[stop * num_groups :]
     assert weights_sha256(second.model.state_dict()) == weights_sha256(whole.model.state_dict())
 
@@ -182,6 +182,6 @@ def test_without_rates_in_the_checkpoint_they_are_the_jobs_at_its_step(tmp_path:
     advance(first, 0, 6)
     taken = capture(first, 6)
     second, _ = fresh(values)
-    restore(second, replace(taken, record={**taken.record, "optimizer_groups": {}, "schedules": {}}), STEPS_PER_EPOCH)
+    restore(second, replace(taken, record={**taken.record, "optimizer_groups": {}, "schedules": {}}), 6, 6 // STEPS_PER_EPOCH)
     assert advance(second, 6, NUM_STEPS) == rates[6:]
     assert weights_sha256(second.model.state_dict()) == weights_sha256(whole.model.state_dict())

@@ -57,7 +57,8 @@ def trained(run: TrainingRun) -> Trained:
 
 
 def begin(run: TrainingRun, source: TrainingRun, **given: str) -> None:
-    lay_down(RunFolder(run.folder), Start(trained(source), InitFromSpec(model="-", **given)))  # type: ignore[arg-type]
+    step = 0 if given.get("take", "weights") == "weights" else read_state(newest(source))["step"]
+    lay_down(RunFolder(run.folder), Start(trained(source), InitFromSpec(model="-", **given), step))  # type: ignore[arg-type]
 
 
 @pytest.fixture

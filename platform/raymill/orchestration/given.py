@@ -8,14 +8,16 @@ as any attempt goes on.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from raymill.checkpoint.commit import commit
 from raymill.checkpoint.directory import OPTIMIZER, RECORD, WEIGHTS, Content, find_latest, read_state
-from raymill.config.plan import Plan
+from raymill.config.plan import Plan, job_order
 from raymill.config.spec import InitFromSpec, JobSpec
 from raymill.data.manifest import Manifest, from_record
 from raymill.errors import CheckpointError, InputError, Problem
@@ -42,10 +44,12 @@ class Start:
     Attributes:
         trained: whose weights.
         given: what the job says of it.
+        step: optimizer steps of this job that are done by then.
     """
 
     trained: Trained
     given: InitFromSpec
+    step: int = 0
 
 
 def find_inputs(spec: JobSpec, where: Callable[[str], str]) -> tuple[dict[str, Trained], list[Problem]]:
@@ -73,13 +77,15 @@ def find_start(spec: JobSpec, planned: Plan, taken: Manifest, where: Callable[[s
         if given.take == "weights":
             return Start(find_model(given.model), given)
         trained = _as_it_stands(given.model)
-        if problems := _cannot_go_on(spec, planned, taken, trained, where):
-            raise InputError(problems)
-        return Start(trained, given)
+        position = read_state(trained.weights.parent, "position")["position"]
+        recorded = from_record(read_record(trained.records / "data_manifest.json"))
     except InputError as error:
         raise InputError([Problem(at, one.found, one.expected, one.fix) for one in error.problems]) from error
     except CheckpointError as error:
         raise InputError([_damaged(at, given.model, error)]) from error
+    if problems := _cannot_go_on(spec, planned, recorded.splits[TRAIN] == taken.splits[TRAIN], trained, position, where):
+        raise InputError(problems)
+    return Start(trained, given, job_order(spec, planned, taken).step(position))
 
 
 def _damaged(at: str, reference: str, error: CheckpointError) -> Problem:
@@ -95,13 +101,13 @@ def _as_it_stands(run_id: str) -> Trained:
     return at_checkpoint(folder, folder.checkpoints / name)
 
 
-def _cannot_go_on(spec: JobSpec, planned: Plan, taken: Manifest, trained: Trained, where: Callable[[str], str]) -> list[Problem]:
+def _cannot_go_on(
+    spec: JobSpec, planned: Plan, same_rows: bool, trained: Trained, position: int, where: Callable[[str], str]
+) -> list[Problem]:
     """Why a job cannot go on behind the step in which another run stands: it would train on some rows twice, or on none."""
     at, fix = where("init_from.model"), "Write `take: weights`, to begin with its weights at the first step."
-    position, rows = read_state(trained.weights.parent, "position")["position"], planned.train_rows
-    recorded = from_record(read_record(trained.records / "data_manifest.json"))
-    problems = []
-    if recorded.splits[TRAIN].digest != taken.splits[TRAIN].digest:
+    rows, problems = planned.train_rows, []
+    if not same_rows:
         problems.append(Problem(at, "a run that trained on other rows", "one with the training rows of this job", fix))
     in_epoch = {
         "loop.seed": (trained.spec.loop.seed, spec.loop.seed),
@@ -129,16 +135,12 @@ def lay_down(folder: RunFolder, start: Start) -> None:
     begun = _state(start)
     source = start.trained.weights.parent
     copied = [WEIGHTS] if start.given.take == "weights" else [WEIGHTS, OPTIMIZER]
-    writers = {name: _copier(source / name) for name in copied}
+    writers = {name: partial(shutil.copyfile, source / name) for name in copied}
     content = Content(
         begun["step"],
         {OPTIMIZER: _write_no_tensors, **writers, RECORD: lambda path: path.write_text(json.dumps(begun, indent=1))},
     )
     commit(folder.checkpoints, ATTEMPT, 1, content, best=False)
-
-
-def _copier(source: Path) -> Callable[[Path], object]:
-    return lambda path: path.write_bytes(source.read_bytes())
 
 
 def _write_no_tensors(path: Path) -> None:
@@ -151,6 +153,6 @@ def _state(start: Start) -> dict[str, Any]:
         counts = dict.fromkeys(("position", "step", "rows_used", "rows_skipped", "num_averaged"), 0)
         without: dict[str, Any] = {"optimizer_groups": {}, "optimizer_numbers": {}, "schedules": {}}
         return {**NEW, **counts, **without, "evaluated": True, "weights_sha256": start.trained.weights_sha256}
-    state = {**read_state(start.trained.weights.parent), **NEW}
+    state = {**read_state(start.trained.weights.parent), **NEW, "step": start.step}
     # Where these are absent, they are as the job makes them.
-    return state | ({"optimizer_groups": {}, "schedules": {}} if start.given.hyperparameters == "job" else {})
+    return state | ({"optimizer_groups": {}, "schedules": {}, "loss_scales": {}} if start.given.hyperparameters == "job" else {})

@@ -68,7 +68,8 @@ def train(
     report(StageReached(stage="building the model"))
     state = build_state(job, context)
     if point.checkpoint is not None:
-        restore(state, context.store.load(point.checkpoint), job.order.steps_per_epoch)
+        done = job.order.step(point.position), point.position // job.order.train.num_rows
+        restore(state, context.store.load(point.checkpoint), *done)
     if state.position != point.position:
         raise CheckpointError(
             f"checkpoint {point.checkpoint} is of position {state.position}, but its stream was opened at {point.position}: a "

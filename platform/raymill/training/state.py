@@ -161,14 +161,15 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def restore(state: TrainState, snapshot: Snapshot, steps_per_epoch: int) -> None:
+def restore(state: TrainState, snapshot: Snapshot, num_steps: int, num_epochs: int) -> None:
     """Put a snapshot back into a freshly built state.
 
     One that a run begins with may lack what the optimizers and the average have; there they are as they were built, and
     schedules are taken to the step at which it was made.
 
     Args:
-        steps_per_epoch: optimizer steps of an epoch.
+        num_steps: of the job that are done by then.
+        num_epochs: likewise, whole ones.
 
     Raises:
         CheckpointError: when the model is not the one that was saved.
@@ -203,7 +204,7 @@ def restore(state: TrainState, snapshot: Snapshot, steps_per_epoch: int) -> None
         if record["schedules"]:
             group.schedule.restore(place, record["schedules"])
         else:
-            group.schedule.advance_to(record["step"], record["step"] // steps_per_epoch)
+            group.schedule.advance_to(num_steps, num_epochs)
     state.loss_scales |= {name: LossScale(**scale) for name, scale in record.get("loss_scales", {}).items()}
     state.evaluated, state.ended = record.get("evaluated", True), record.get("ended")
     state.worked_s, state.patience = record.get("worked_s", 0.0), Patience(**record.get("patience", {}))
