@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional
 
 from raymill.data.fit import fit
-from raymill.data.sources import ParquetSource, split_by_key
-from raymill.task import Pipeline, Rows, Task
+from raymill.data.sources import ParquetSource, resample, split_by_key
+from raymill.task import Pipeline, Rows, Source, Task
 
 NUM_ROWS = 240
 
@@ -65,8 +65,10 @@ def encode(rows: Rows, split: str, generator: np.random.Generator, names: list[s
 def pipeline(folder: str, fitted: Mapping[str, bytes]) -> Pipeline:
     """The rows."""
     source = ParquetSource.inferred(folder, nulls="bad_rows")
+    sources: dict[str, Source] = {**split_by_key(source, "rider", {"train": 0.75, "validation": 0.25})}
+    sources["train"] = resample(sources["train"], "line", {"line 0": 1.5, "line 3": 0.5})
     return Pipeline(
-        sources=split_by_key(source, "rider", {"train": 0.75, "validation": 0.25}),
+        sources=sources,
         schema=source.schema,
         transform=partial(encode, names=json.loads(fitted.get("lines", b"[]"))),
         fit=line_names,

@@ -19,6 +19,7 @@ from raymill.data.manifest import differences, take_manifest
 from raymill.data.sources import (
     ArraySource,
     ParquetSource,
+    resample,
     split_by_key,
     split_by_share,
     split_by_time,
@@ -225,6 +226,37 @@ def test_a_split_that_is_none_is_refused(tmp_path: Path, split: Any, found: str)
     with pytest.raises(InputError) as caught:
         split(parquet(tmp_path / "set", 300, ("a",)))
     assert found in str(caught.value.problems[0])
+
+
+# ---------------------------------------------------------------- rows that come more often
+
+
+def test_rows_of_a_weight_come_as_often_as_it_says_on_average_and_the_same_ones_each_time(tmp_path: Path) -> None:
+    plain = parquet(tmp_path / "set", 3000)
+    source = resample(plain, "label", {1: 2.5, 2: 0.25, 3: 40, 0: 0})
+    before, after = np.bincount(read_all(plain)["label"]), np.bincount(read_all(source)["label"], minlength=4)
+    # Four times the deviation of the rarest, of which there are some 780.
+    np.testing.assert_allclose(after / before, [0, 2.5, 0.25, 40], rtol=0.25)
+    rows = read_all(source)["row"]
+    assert rows == read_all(pickle.loads(pickle.dumps(source)))["row"]
+    assert rows != read_all(resample(plain, "label", {1: 2.5, 2: 0.25, 3: 40, 0: 0}, seed=1))["row"]
+    counts = np.unique(np.array(read_all(resample(plain, "user", {"user 7": 2.5}))["row"]), return_counts=True)[1]
+    assert set(counts) == {1, 2, 3}
+
+
+def test_weights_that_are_none_are_refused_and_others_are_another_rule(tmp_path: Path) -> None:
+    plain = parquet(tmp_path / "set", 300, ("a",))
+    for weights, found in (({1: -1}, "-1"), ({1: float("nan")}, "nan"), ({1: 1e9}, "1000000000.0")):
+        with pytest.raises(InputError) as caught:
+            resample(plain, "label", weights)
+        assert found in str(caught.value)
+    with pytest.raises(InputError, match="no such column"):
+        resample(plain, "lable", {})
+    with pytest.raises(InputError, match="no row is left"):
+        resample(plain, "label", dict.fromkeys(range(4), 0)).fragments()
+    (fragment,) = resample(plain, "label", {1: 2}).fragments()
+    with pytest.raises(DataError, match="was made by another rule when the run began"):
+        resample(plain, "label", {1: 3}).read(fragment)
 
 
 def test_only_the_column_that_decides_is_read_to_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

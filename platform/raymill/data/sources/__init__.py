@@ -8,7 +8,7 @@ from raymill.data.sources.arrays import ArraySource
 from raymill.data.sources.image_folder import ImageFolderSource, decode_images
 from raymill.data.sources.map_style import MapStyleSource
 from raymill.data.sources.parquet import ParquetSource, write_parquet
-from raymill.data.sources.splits import split_by_key, split_by_share, split_by_time, split_into_folds
+from raymill.data.sources.splits import resample, split_by_key, split_by_share, split_by_time, split_into_folds
 from raymill.data.sources.tar import TarSource
 from raymill.data.sources.text import TextSource
 from raymill.data.sources.text_tables import CsvSource, JsonLinesSource
@@ -23,6 +23,7 @@ __all__ = [
     "TarSource",
     "TextSource",
     "decode_images",
+    "resample",
     "split_by_key",
     "split_by_share",
     "split_by_time",

@@ -1,4 +1,5 @@
-"""One source split into several, without a file being written again: which row is in which split is a pure function of the row.
+"""One source split into several, or with some rows more often than others, without a file being written again: which row is in
+which split, and how often, is a pure function of the row.
 
 By share, each row falls by a hash of its place (file, part, number in it) and a seed; by key, by a hash of a column's value, so
 that all rows of one user or patient are together. So what is where does not change when files are added, or come in another
@@ -117,6 +118,30 @@ def split_into_folds(
     return {TRAIN: SplitSource(source, rule, TRAIN, others), VALIDATION: SplitSource(source, rule, VALIDATION, (fold,))}
 
 
+def resample(source: Source, column: str, weights: Mapping[Any, float], *, seed: int = 0) -> ResampledSource:
+    """The rows of a source, some more often than others: those of a rare label, say.
+
+    A row of weight 2.5 is there twice, and half of such rows a third time; which ones follows from the row and the seed, the same
+    in each epoch. Weights below 1 leave rows out. Each copy counts as a row of its own, with its own place in the order.
+
+    Args:
+        source: of training rows.
+        column: of numbers or texts, that the weights are for.
+        weights: value -> how often its rows come; 1 for values that are not named.
+        seed: other seeds choose other rows.
+
+    Raises:
+        InputError: there is no such column, or a weight is negative, not finite, or above 1,000.
+    """
+    problems = _column_problems(source, column)
+    if wrong := {value: weight for value, weight in weights.items() if not 0 <= weight <= MOST_COPIES}:
+        fix = "Write how often a row of that value is to come in an epoch, such as 2.5."
+        problems.append(Problem("weights", f"{wrong}", f"numbers from 0 to {MOST_COPIES}", fix))
+    if problems:
+        raise InputError(problems)
+    return ResampledSource(source, column, tuple(weights.items()), seed)
+
+
 def _named(source: Source, rule: Rule, names: Mapping[str, Any]) -> dict[str, SplitSource]:
     return {name: SplitSource(source, rule, name, (number,)) for number, name in enumerate(names)}
 
@@ -219,6 +244,16 @@ def _shares_within(labels: Hashes, hashes: Hashes) -> npt.NDArray[np.float64]:
     return shares
 
 
+def _reading(source: Source, column: str, whole: Fragment, rows: Rows | None) -> Rows:
+    """The column that decides, by the same reading whenever it is asked: what else is bad of a row must not move it.
+
+    Args:
+        rows: all columns, where they have been read.
+    """
+    narrow = _narrowed(source, column)
+    return rows if rows is not None and narrow is source else narrow.read(whole)
+
+
 # ---------------------------------------------------------------- a split
 
 
@@ -265,11 +300,7 @@ class SplitSource:
         Raises:
             DataError: as the source; or the fragment was listed by another rule.
         """
-        identity, num_rows, digest = fragment.identity.rsplit(" ", 2)
-        whole = replace(fragment, identity=identity, num_rows=int(num_rows))
-        if digest != self._digest:
-            where = f"{fragment.path}, part {fragment.part}"
-            raise DataError(f"{where}: split {self.name!r} was made by another rule when the run began. Start a new run.")
+        whole = _whole(fragment, self._digest, f"split {self.name!r}")
         rows = self.source.read(whole)
         return take(rows, np.flatnonzero(self._chosen(whole, rows)))
 
@@ -279,7 +310,7 @@ class SplitSource:
         return of([of(np.asarray(_narrowed(self.source, column).read(one)[column])) for one in whole])
 
     def _own(self, whole: Fragment, count: int) -> Fragment:
-        return replace(whole, num_rows=count, identity=f"{whole.identity} {whole.num_rows} {self._digest}")
+        return _of_rule(whole, count, self._digest)
 
     @property
     def _digest(self) -> str:
@@ -291,10 +322,89 @@ class SplitSource:
         """Which rows of a fragment are the split's."""
         known: Rows = {}
         if self.rule.reads is not None:
-            narrow = _narrowed(self.source, self.rule.reads)
-            # By the same reading as when they were counted: what else is bad of a row must not move it.
-            known = rows if rows is not None and narrow is self.source else narrow.read(whole)
+            known = _reading(self.source, self.rule.reads, whole, rows)
         return np.isin(self.rule.marks(whole, known), self.parts)
+
+
+# ---------------------------------------------------------------- rows that come more often
+
+
+MOST_COPIES = 1000
+
+
+@dataclass(frozen=True)
+class ResampledSource:
+    """The rows of a source, some more often than others; see `resample`.
+
+    Attributes:
+        source: of all rows.
+        column: that the weights are for.
+        weights: value and weight of each value that is named.
+        seed: other seeds choose other rows.
+    """
+
+    source: Source
+    column: str
+    weights: tuple[tuple[Any, float], ...]
+    seed: int
+
+    def fragments(self) -> Sequence[Fragment]:
+        """Those of the source, with as many rows as there are copies. Reads the column.
+
+        Raises:
+            InputError: as the source; or the column cannot be read, or no row is left.
+        """
+        whole = self.source.fragments()
+        try:
+            counted = [_of_rule(one, int(self._copies(one).sum()), self._digest) for one in whole]
+        except DataError as error:
+            where, fix = f"column {self.column!r}", "Restore the file."
+            raise InputError([Problem(where, str(error), "a readable column", fix)]) from error
+        if not any(one.num_rows for one in counted):
+            raise InputError([Problem("weights", "no row is left", "at least one row", "Give some value a weight of 1 or more.")])
+        return [one for one in counted if one.num_rows]
+
+    def read(self, fragment: Fragment) -> Rows:
+        """The rows of a fragment, in its order, copies beside each other.
+
+        Raises:
+            DataError: as the source; or the fragment was listed with other weights.
+        """
+        whole = _whole(fragment, self._digest, "resampling")
+        rows = self.source.read(whole)
+        return take(rows, np.repeat(np.arange(whole.num_rows), self._copies(whole, rows)))
+
+    @property
+    def _digest(self) -> str:
+        """16 hex digits that change when the rule does."""
+        return hashlib.sha256(repr((self.column, self.weights, self.seed)).encode()).hexdigest()[:16]
+
+    def _copies(self, whole: Fragment, rows: Rows | None = None) -> npt.NDArray[np.int64]:
+        known, weights = _reading(self.source, self.column, whole, rows)[self.column], dict(self.weights)
+        values = known.tolist() if isinstance(known, np.ndarray) else known
+        wanted = np.array([weights.get(value, 1.0) for value in values], np.float64)
+        return (wanted + _hashes_at(whole, self.seed) / 2.0**64).astype(np.int64)
+
+
+# ---------------------------------------------------------------- what both are made of
+
+
+def _of_rule(whole: Fragment, count: int, digest: str) -> Fragment:
+    """A source's fragment with the rows that a rule leaves of it."""
+    return replace(whole, num_rows=count, identity=f"{whole.identity} {whole.num_rows} {digest}")
+
+
+def _whole(fragment: Fragment, digest: str, what: str) -> Fragment:
+    """The source's fragment that `_of_rule` was given.
+
+    Raises:
+        DataError: it was by another rule.
+    """
+    identity, num_rows, made_by = fragment.identity.rsplit(" ", 2)
+    if made_by != digest:
+        where = f"{fragment.path}, part {fragment.part}"
+        raise DataError(f"{where}: {what} was made by another rule when the run began. Start a new run.")
+    return replace(fragment, identity=identity, num_rows=int(num_rows))
 
 
 def _narrowed(source: Source, column: str) -> Source:
