@@ -228,6 +228,22 @@ def test_a_split_that_is_none_is_refused(tmp_path: Path, split: Any, found: str)
     assert found in str(caught.value.problems[0])
 
 
+@pytest.mark.parametrize("way", ["share", "key", "fold", "fold of users"])
+def test_a_part_is_split_anew(way: str) -> None:
+    inner = rows_of(splits(splits(arrays(9000))[way]["train"])[way])
+    assert len(inner["validation"]) == pytest.approx(720 if "fold" not in way else 1440, rel=0.5)
+
+
+def test_a_row_without_a_time_is_in_no_split() -> None:
+    split = split_by_time(ArraySource("rows", no_time, 2), "time", {"a": 1, "b": None})
+    with pytest.raises(InputError, match="part 0, row 1: time is NaN, which is in no split"):
+        split["a"].fragments()
+
+
+def no_time() -> Rows:
+    return {"row": np.arange(2), "time": np.array([0.5, np.nan])}
+
+
 # ---------------------------------------------------------------- rows that come more often
 
 

@@ -54,7 +54,7 @@ def split_by_share(
     problems = _share_problems(shares) + _column_problems(source, stratify)
     if problems:
         raise InputError(problems)
-    return _named(source, Rule(ends=_ends(shares), seed=seed, stratify=stratify), shares)
+    return _named(source, Rule(ends=_ends(shares), seed=_salted(seed, source), stratify=stratify), shares)
 
 
 def split_by_key(source: Source, column: str, shares: Mapping[str, float], *, seed: int = 0) -> dict[str, SplitSource]:
@@ -65,7 +65,7 @@ def split_by_key(source: Source, column: str, shares: Mapping[str, float], *, se
     problems = _share_problems(shares) + _column_problems(source, column)
     if problems:
         raise InputError(problems)
-    return _named(source, Rule(column=column, ends=_ends(shares), seed=seed), shares)
+    return _named(source, Rule(column=column, ends=_ends(shares), seed=_salted(seed, source)), shares)
 
 
 def split_by_time(source: Source, column: str, until: Mapping[str, float | None]) -> dict[str, SplitSource]:
@@ -113,7 +113,8 @@ def split_into_folds(
         problems.append(Problem("fold", f"fold {fold} of {num_folds}", "one of the folds", fix))
     if problems:
         raise InputError(problems)
-    rule = Rule(column=column, ends=tuple((number + 1) / num_folds for number in range(num_folds)), seed=seed)
+    ends = tuple((number + 1) / num_folds for number in range(num_folds))
+    rule = Rule(column=column, ends=ends, seed=_salted(seed, source))
     others = tuple(number for number in range(num_folds) if number != fold)
     return {TRAIN: SplitSource(source, rule, TRAIN, others), VALIDATION: SplitSource(source, rule, VALIDATION, (fold,))}
 
@@ -144,6 +145,11 @@ def resample(source: Source, column: str, weights: Mapping[Any, float], *, seed:
 
 def _named(source: Source, rule: Rule, names: Mapping[str, Any]) -> dict[str, SplitSource]:
     return {name: SplitSource(source, rule, name, (number,)) for number, name in enumerate(names)}
+
+
+def _salted(seed: int, source: Source) -> int:
+    """Of what was split before by the same hashes, a part has few of them: it is split anew by others."""
+    return key(seed, int(source.digest, 16)) if isinstance(source, SplitSource) else seed
 
 
 def _ends(shares: Mapping[str, float]) -> tuple[float, ...]:
@@ -197,7 +203,11 @@ class Rule:
         """
         if self.bounds:
             assert self.column is not None
-            return np.searchsorted(np.array(self.bounds), np.asarray(rows[self.column]), side="right").astype(np.int64)
+            values = np.asarray(rows[self.column])
+            if (unknown := np.flatnonzero(values != values)).size:  # NaN alone is not itself
+                where = f"{fragment.path}, part {fragment.part}, row {unknown[0]}"
+                raise DataError(f"{where}: {self.column} is NaN, which is in no split. Correct or drop the row.")
+            return np.searchsorted(np.array(self.bounds), values, side="right").astype(np.int64)
         hashes = _hashes_of(rows[self.column], self.seed) if self.column else _hashes_at(fragment, self.seed)
         if self.stratify is None:
             shares = hashes / 2.0**64
@@ -300,7 +310,7 @@ class SplitSource:
         Raises:
             DataError: as the source; or the fragment was listed by another rule.
         """
-        whole = _whole(fragment, self._digest, f"split {self.name!r}")
+        whole = _whole(fragment, self.digest, f"split {self.name!r}")
         rows = self.source.read(whole)
         return take(rows, np.flatnonzero(self._chosen(whole, rows)))
 
@@ -310,10 +320,10 @@ class SplitSource:
         return of([of(np.asarray(_narrowed(self.source, column).read(one)[column])) for one in whole])
 
     def _own(self, whole: Fragment, count: int) -> Fragment:
-        return _of_rule(whole, count, self._digest)
+        return _of_rule(whole, count, self.digest)
 
     @property
-    def _digest(self) -> str:
+    def digest(self) -> str:
         """16 hex digits that change when the rule does."""
         rule = json.dumps([dataclasses.asdict(self.rule), self.parts])
         return hashlib.sha256(rule.encode()).hexdigest()[:16]
