@@ -84,6 +84,9 @@ BUILD = "        return nn.Sequential(nn.Linear(self.num_features, 4), nn.ReLU()
 MEASURED = (
     '        return {"accuracy": (scores.argmax(dim=1) == batch["label"]).float(), "rows": Total(torch.tensor(len(scores)))}\n'
 )
+NOTES_IN_STATE = (
+    "        class Noted(nn.Sequential):\n            def get_extra_state(self):\n                return {'seen': 1}\n\n"
+)
 LONG = "def long(rows):\n    return np.zeros(11, int)\n\n\n"
 CHANGE = "    return rows\n\n\ndef collate"
 INPUTS = "    def inputs(self, batch):\n"
@@ -299,6 +302,13 @@ MISTAKES = [
     ),
     # ---- the model and its loss
     Mistake("a build that gives no model", [(BUILD, "        return nn.Linear\n")], DEF_BUILD, "a type", "return the model"),
+    Mistake(
+        "a model with state that is no tensor",
+        [(BUILD, NOTES_IN_STATE + BUILD.replace("nn.Sequential", "Noted"))],
+        DEF_BUILD,
+        "a model whose state '_extra_state' is no tensor",
+        "register_buffer",
+    ),
     Mistake(
         "a build that raises",
         [(BUILD, "        return nn.Linear(self.width, 3)\n")],

@@ -11,7 +11,7 @@ import torch
 
 from raymill.data.order import BatchSharding, shard_bounds
 from raymill.parallel.ddp import DistributedObjective
-from raymill.parallel.gradients import compute_gradients
+from raymill.parallel.gradients import compute_gradients, strategy_of
 from raymill.parallel.microbatch import Microbatch
 from raymill.parallel.process_group import leave_group
 from raymill.task import Now, Schema, Task
@@ -56,7 +56,7 @@ def on_rank(rank: int, world_size: int, port: int, step: OneStep) -> Learned:
     """One rank's part."""
     join(rank, world_size, port)
     task, model = _made(step)
-    objective = DistributedObjective(model, task.objectives()[0], "fp32", torch.device("cpu"), strict=step.strict)
+    objective = DistributedObjective(model, task.objectives()[0], "fp32", torch.device("cpu"), strategy_of(strict=step.strict))
     rows = len(next(iter(step.batch.values())))
     sharding = BatchSharding(rows, rows, step.num_shards, world_size)
     bounds = shard_bounds(rows, step.num_shards)
@@ -66,7 +66,7 @@ def on_rank(rank: int, world_size: int, port: int, step: OneStep) -> Learned:
         cut = {name: column[start : start + count].clone() for name, column in step.batch.items()}
         microbatches += [Microbatch(shard, count, cut, weight=count)] if count else []
     with objective.in_step(NOW):
-        loss = compute_gradients(objective, microbatches, rows, step.num_shards, torch.manual_seed, strict=step.strict)
+        loss = compute_gradients(objective, microbatches, rows, step.num_shards, torch.manual_seed)
     sums = loss.sums.clone()
     if world_size > 1:
         torch.distributed.all_reduce(sums)

@@ -15,6 +15,7 @@ from raymill.checkpoint.snapshot import content, load, weights_sha256
 from raymill.config.spec import PLATEAU, JobSpec
 from raymill.optim.optimizers import make_optimizers
 from raymill.parallel.ddp import DistributedObjective
+from raymill.parallel.gradients import strategy_of
 from raymill.task import Objective
 from raymill.training.state import TrainState, capture, restore
 from worker_harness import Crash, Experiment, NewRun
@@ -128,7 +129,7 @@ def fresh(values: dict[str, object]) -> tuple[TrainState, JobSpec]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     objective = Objective("loss", lambda network, batch: network(batch).square().mean())
-    distributed = DistributedObjective(model, objective, "fp32", torch.device("cpu"))
+    distributed = DistributedObjective(model, objective, "fp32", torch.device("cpu"), strategy_of(strict=False))
     return TrainState(
         model, [distributed], {"loss": make_optimizers(spec, distributed, ["loss"], NUM_STEPS, NUM_STEPS // STEPS_PER_EPOCH)}
     ), spec

@@ -19,7 +19,7 @@ from raymill.config.spec import JobSpec, OptimizerSpec
 from raymill.errors import InputError, Problem
 from raymill.optim.schedules import Schedule, make_schedule
 from raymill.parallel.ddp import DistributedObjective
-from raymill.parallel.gradients import gradient_norm
+from raymill.parallel.strategy import Norm
 from raymill.task import OwnOptimizer
 
 
@@ -33,6 +33,7 @@ class GroupOptimizer:
         parameters: the parameters, in the same order.
         optimizer: torch's own, or the job's.
         schedule: of its learning rate.
+        norm: of gradients, as the strategy computes it.
     """
 
     spec: OptimizerSpec
@@ -40,6 +41,7 @@ class GroupOptimizer:
     parameters: Sequence[nn.Parameter]
     optimizer: Optimizer
     schedule: Schedule
+    norm: Norm
 
     @property
     def learning_rate(self) -> float:
@@ -56,7 +58,7 @@ class GroupOptimizer:
         if step < self.spec.from_step:
             return
         if self.spec.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.spec.max_grad_norm, gradient_norm(self.parameters))
+            nn.utils.clip_grads_with_norm_(self.parameters, self.spec.max_grad_norm, self.norm(self.parameters))
         self.optimizer.step()
 
 
@@ -103,7 +105,9 @@ def _taken(distributed: DistributedObjective, own: OwnOptimizer) -> GroupOptimiz
     sequence = None if plateau else own.schedule
     schedule = Schedule(sequence, own.per == "epoch", plateau, own.metric or "")
     spec = OptimizerSpec(kind=kind, max_grad_norm=own.max_grad_norm)
-    return GroupOptimizer(spec, [names[id(parameter)] for parameter in parameters], parameters, own.optimizer, schedule)
+    return GroupOptimizer(
+        spec, [names[id(parameter)] for parameter in parameters], parameters, own.optimizer, schedule, distributed.strategy.norm
+    )
 
 
 def _dealt(
@@ -130,7 +134,8 @@ def _dealt(
         problems.append(Problem(where, f"optimizers for none of {shown(left)}", "one for each parameter", fix))
     if problems:
         raise InputError(problems)
-    return [_group(spec, one, own, place, steps, epochs) for place, one, own in made]
+    norm = distributed.strategy.norm
+    return [_group(spec, one, own, norm, place, steps, epochs) for place, one, own in made]
 
 
 def shown(names: Sequence[str] | dict[str, nn.Parameter], most: int = 8) -> str:
@@ -139,7 +144,7 @@ def shown(names: Sequence[str] | dict[str, nn.Parameter], most: int = 8) -> str:
 
 
 def _group(
-    spec: JobSpec, one: OptimizerSpec, own: dict[str, nn.Parameter], where: str, steps: int, epochs: int
+    spec: JobSpec, one: OptimizerSpec, own: dict[str, nn.Parameter], norm: Norm, where: str, steps: int, epochs: int
 ) -> GroupOptimizer:
     own_code = ":" in one.kind
     made_class = load.import_class(one.kind, f"{where}.kind", "optimizer") if own_code else getattr(torch.optim, one.kind)
@@ -156,7 +161,7 @@ def _group(
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         found, expected = f"{type(error).__name__}: {error}", f"what torch can train this model with for {steps} steps"
         raise InputError([Problem(field, found, expected, f"Correct {field} in the job.")]) from error
-    return GroupOptimizer(one, list(own), list(own.values()), optimizer, schedule)
+    return GroupOptimizer(one, list(own), list(own.values()), optimizer, schedule, norm)
 
 
 def optimizer_specs(spec: JobSpec, objective: str, objectives: Sequence[str]) -> list[OptimizerSpec]:

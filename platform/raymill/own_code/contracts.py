@@ -24,12 +24,15 @@ def build(task: Task) -> nn.Module:
     """The task's model.
 
     Raises:
-        InputError: what `build` returned is none.
+        InputError: what `build` returned is none, or holds state that a checkpoint cannot.
     """
     with calling(seams.BUILD):
         model = task.build()
     if not isinstance(model, nn.Module):
         raise wrong(seams.BUILD, task.build, describe(model), "Let build() return the model.")
+    if odd := [name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]:
+        fix = "Return a tensor from get_extra_state(), or keep it in a buffer (register_buffer): a checkpoint holds tensors."
+        raise wrong(seams.BUILD, task.build, f"a model whose state {odd[0]!r} is no tensor", fix)
     return model
 
 

@@ -1,7 +1,7 @@
-"""DistributedDataParallel around a loss. Works at world size 1.
+"""A loss as all ranks train it. Works at world size 1.
 
 Each objective gets a module of its own around the same model, whose forward pass is the objective's loss, and that module
-is what DDP wraps: so a job with two networks and two optimizers is no other case than a job with one.
+is what the strategy wraps: so a job with two networks and two optimizers is no other case than a job with one.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from raymill import faults
 from raymill.errors import InputError, Problem
 from raymill.own_code.contracts import Measured, checked_loss, features, other_parts
 from raymill.parallel.precision import autocast
 from raymill.parallel.process_group import all_gather_lines
+from raymill.parallel.strategy import Strategy
 from raymill.task import Batch, Now, Objective
 
 Slopes = Mapping[str, torch.Tensor]
@@ -143,17 +142,13 @@ def _tied(loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
 class DistributedObjective:
     """One objective, ready to be trained on all ranks."""
 
-    def __init__(
-        self, model: nn.Module, objective: Objective, precision: str, device: torch.device, *, strict: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, objective: Objective, precision: str, device: torch.device, strategy: Strategy) -> None:
         """Wrap the model for this objective; must be called on all ranks in the same order.
-
-        Strict gradients are added up by `gradients.ordered_gradients`, not by DDP.
 
         Raises:
             InputError: when the objective names a submodule that the model lacks.
         """
-        self.objective, self.model, self.device = objective, model, device
+        self.objective, self.model, self.device, self.strategy = objective, model, device, strategy
         self.names, self.parameters = trained_parameters(model, objective)
         self._precision = precision
         self._others = [p for p in model.parameters() if all(p is not own for own in self.parameters)]
@@ -161,8 +156,7 @@ class DistributedObjective:
         self._parts: list[str] | None = None
         self._loss_module = LossModule(model, objective, self.clock)
         with self.only_own():
-            spread = dist.is_initialized() and not strict
-            self._module: nn.Module = DistributedDataParallel(self._loss_module) if spread else self._loss_module
+            self._module = strategy.wrap(self._loss_module)
 
     @property
     def name(self) -> str:
@@ -233,21 +227,18 @@ class DistributedObjective:
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Around each backward pass of a step: gradients are exchanged in the last one only."""
-        if last or not isinstance(self._module, DistributedDataParallel):
-            return nullcontext()
-        return self._module.no_sync()
+        return nullcontext() if last else self.strategy.accumulating(self._module)
 
     def warm_up(self) -> None:
-        """Make DDP fix its gradient buckets now, with two backward passes over no rows, which leave no trace.
+        """Make the strategy settle how it adds gradients up, with backward passes over no rows, which leave no trace.
 
-        DDP orders its buckets anew after the first backward pass, and with three or more ranks the order decides how sums are
-        rounded. Without this, the first step after a resume would differ from the same step of a run that was never interrupted.
-        Over no rows, the order depends on the model alone: not on rows, nor on what a loss leaves out at random.
+        Over no rows, that depends on the model alone: not on rows, nor on what a loss leaves out at random. Otherwise the first
+        step after a resume would differ from the same step of a run that was never interrupted.
         """
-        if not isinstance(self._module, DistributedDataParallel):
+        if not self.strategy.warm_up:
             return
         with self.only_own():
-            for _ in range(2):
+            for _ in range(self.strategy.warm_up):
                 torch.autograd.backward(self.loss(None).loss)
         for parameter in self.parameters:
             parameter.grad = None

@@ -47,7 +47,7 @@ class GlobalLoss:
 
 
 def over_the_global_batch(
-    distributed: DistributedObjective, microbatches: Sequence[Microbatch], rows: int, num_shards: int, seed: Seed, *, strict: bool
+    distributed: DistributedObjective, microbatches: Sequence[Microbatch], rows: int, num_shards: int, seed: Seed
 ) -> GlobalLoss:
     """Compute an objective's loss over the features of all rows. Every rank takes part, with rows or without.
 
@@ -59,12 +59,11 @@ def over_the_global_batch(
         rows: of the global batch.
         num_shards: of the global batch; also the number under which the loss itself is seeded.
         seed: seeds all generators for a shard.
-        strict: every shard begins with the buffers as they are now; else with those that the one before it left.
     """
     buffers = SavedBuffers.of_rank_zero(distributed.model)
     features = []
     for microbatch in microbatches:
-        if strict:
+        if distributed.strategy.shards_apart:
             buffers.restore()
         seed(microbatch.shard)
         features.append(distributed.features(microbatch.batch))

@@ -9,11 +9,13 @@ sum is the same to the bit at any number of workers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from raymill.own_code.contracts import MAIN, Measured
 from raymill.parallel.buffers import SavedBuffers
@@ -21,6 +23,7 @@ from raymill.parallel.ddp import DistributedObjective
 from raymill.parallel.global_loss import over_the_global_batch
 from raymill.parallel.microbatch import Microbatch, Seed, weighed
 from raymill.parallel.process_group import rank_and_world_size
+from raymill.parallel.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,6 @@ def compute_gradients(
     rows: int,
     num_shards: int,
     seed: Seed,
-    *,
-    strict: bool,
     scale: float = 1.0,
 ) -> StepLoss:
     """Leave the gradient of the mean loss over a global batch on the parameters. Nothing is waited for but other ranks.
@@ -55,10 +56,9 @@ def compute_gradients(
         rows: of the global batch.
         num_shards: of the global batch.
         seed: seeds all generators for a shard; number `num_shards` is for a loss over the global batch.
-        strict: the same to the bit at any number of ranks.
         scale: of the loss while gradients are computed; they are left without it.
     """
-    objective, compute = distributed.objective, ordered_gradients if strict else averaged_gradients
+    objective, compute = distributed.objective, distributed.strategy.gradients
     total: float = rows
     if objective.weight is not None:
         microbatches, total = weighed(objective, microbatches, num_shards)
@@ -70,7 +70,7 @@ def compute_gradients(
         for microbatch, one in zip(microbatches, measured, strict=True):
             sums += one.values(names[1:]) * microbatch.weight
         return StepLoss(names, sums, total)
-    whole = over_the_global_batch(distributed, microbatches, rows, num_shards, seed, strict=strict)
+    whole = over_the_global_batch(distributed, microbatches, rows, num_shards, seed)
     compute(distributed, whole.microbatches, rows, seed, scale)
     _unscale(distributed.parameters, scale)
     whole.finish()
@@ -213,3 +213,32 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     """The 2-norm of all gradients together, a scalar; the same on all ranks once gradients are exchanged."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+
+
+# ---------------------------------------------------------------- the strategies that there are
+
+
+def _wrapped(module: nn.Module) -> nn.Module:
+    return DistributedDataParallel(module) if dist.is_initialized() else module
+
+
+def _without_exchange(module: nn.Module) -> AbstractContextManager[None]:
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+def strategy_of(*, strict: bool) -> Strategy:
+    """How a model is spread: every rank holds all of it, and gradients are averaged by DDP, or added in order.
+
+    DDP orders its buckets anew after the first backward pass, and with three or more ranks their order decides how sums are
+    rounded: two warm-up passes settle it.
+    """
+    return Strategy(
+        wrap=(lambda module: module) if strict else _wrapped,
+        accumulating=_without_exchange,
+        gradients=ordered_gradients if strict else averaged_gradients,
+        norm=gradient_norm,
+        whole=lambda tensor: tensor,
+        part=lambda whole, held: whole,
+        shards_apart=strict,
+        warm_up=0 if strict or not dist.is_initialized() else 2,
+    )

@@ -40,7 +40,7 @@ from raymill.own_code.export import why_not
 from raymill.own_code.seams import Seam, problem
 from raymill.own_code.traces import definition, headline, row_ids
 from raymill.parallel.ddp import DistributedObjective
-from raymill.parallel.gradients import gradient_norm
+from raymill.parallel.gradients import strategy_of
 from raymill.parallel.precision import autocast
 from raymill.preflight.shapes import all_finite, batch_sizes, misfit, tensors
 from raymill.task import PREDICT, TRAIN, Batch, Kept, Now, Objective, OwnOptimizer, Picture, Rows, Task, Total
@@ -268,7 +268,7 @@ class _Trial:
             return
         self.logged = {contracts.metric_name(name, contracts.MAIN): name for name in names}
         for index, objective in enumerate(objectives):
-            make = partial(DistributedObjective, model, objective, spec.loop.precision, CPU, strict=spec.loop.strict)
+            make = partial(DistributedObjective, model, objective, spec.loop.precision, CPU, strategy_of(strict=spec.loop.strict))
             distributed = self.tried(seams.OBJECTIVES, make, task.objectives)
             if distributed is not None:
                 self.minimise(distributed, index, names, rows)
@@ -356,7 +356,7 @@ class _Trial:
                 measured = checked(model, given, now)
             self._compare_parts(objective, measured)
             torch.autograd.backward(measured.loss.float())
-            return float(measured.loss.detach()), float(gradient_norm(distributed.parameters))
+            return float(measured.loss.detach()), float(distributed.strategy.norm(distributed.parameters))
 
         computed = self.tried(seams.LOSS, compute, checked.own, batch)
         if computed is None or spec.loop.on_nan != "stop" or not all_finite(batch):

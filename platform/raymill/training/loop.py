@@ -273,7 +273,7 @@ class _Loop:
     # ------------------------------------------------------------ saving
 
     def save(self) -> None:
-        """Save the state, once per place in the run. Only rank 0 writes: DDP keeps the same state on all ranks."""
+        """Save the state, once per place in the run. All ranks take part, rank 0 writes."""
         place = (self.state.position, self.state.evaluated, self.state.ended)
         if self.last_saved == place:
             return
@@ -285,8 +285,10 @@ class _Loop:
         if self.job.spec.loop.max_hours is not None:
             # Nothing else in a checkpoint differs between two runs of one job.
             self.state.worked_s = self.worked_s()
-        if self.context.rank == 0:
-            self.checkpoint_writer.save(capture(self.state, self.job.order.step(self.state.position)), best=best)
+        writes = self.context.rank == 0
+        taken = capture(self.state, self.job.order.step(self.state.position), keep=writes)
+        if writes:
+            self.checkpoint_writer.save(taken, best=best)
 
     def worked_s(self) -> float:
         """Seconds of work so far, all attempts together."""

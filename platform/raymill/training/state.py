@@ -18,7 +18,9 @@ from raymill.optim.average import WeightAverage
 from raymill.optim.optimizers import GroupOptimizer, make_optimizers
 from raymill.own_code import contracts
 from raymill.parallel.ddp import DistributedObjective
+from raymill.parallel.gradients import strategy_of
 from raymill.parallel.precision import LossScale, use_deterministic_algorithms
+from raymill.parallel.strategy import Strategy
 from raymill.training.assembly import Job, WorkerContext
 from raymill.training.early_stopping import Patience
 
@@ -70,6 +72,11 @@ class TrainState:
         """Note the modes."""
         self.modes = [(module, module.training) for module in self.model.modules()]
 
+    @property
+    def strategy(self) -> Strategy:
+        """How the model is spread over the ranks; one for all objectives."""
+        return self.objectives[0].strategy
+
     def restore_modes(self) -> None:
         """Put each module into the mode in which `build` left it: a trunk in eval mode keeps its statistics."""
         for module, training in self.modes:
@@ -87,7 +94,8 @@ def build_state(job: Job, context: WorkerContext) -> TrainState:
     names = [objective.name for objective in objectives]
     loop = job.spec.loop
     distributed = [
-        DistributedObjective(model, objective, loop.precision, context.device, strict=loop.strict) for objective in objectives
+        DistributedObjective(model, objective, loop.precision, context.device, strategy_of(strict=loop.strict))
+        for objective in objectives
     ]
     for one in distributed:
         one.warm_up()
@@ -101,8 +109,9 @@ def build_state(job: Job, context: WorkerContext) -> TrainState:
 
 
 def final_weights(state: TrainState) -> Mapping[str, torch.Tensor]:
-    """The weights and buffers that a run gives: evaluated, hashed, saved as its weights, registered."""
-    return {**state.model.state_dict(), **(state.average.averages() if state.average else {})}
+    """The weights and buffers that a run gives: evaluated, hashed, saved as its weights, registered. All ranks take part."""
+    held = {**state.model.state_dict(), **(state.average.averages() if state.average else {})}
+    return {name: state.strategy.whole(tensor) for name, tensor in held.items()}
 
 
 def broken_weights(model: nn.Module) -> list[str]:
@@ -116,8 +125,13 @@ def broken_weights(model: nn.Module) -> list[str]:
     return [name for (name, _), good in zip(named, finite.tolist(), strict=True) if not good]
 
 
-def capture(state: TrainState, step: int) -> Snapshot:
-    """Copy the state to the CPU."""
+def capture(state: TrainState, step: int, *, keep: bool = True) -> Snapshot:
+    """The state as it is saved. All ranks take part, since each may hold a part of it.
+
+    Args:
+        keep: copy it to the CPU, so that training may go on; without, it is not to be used.
+    """
+    copied = _copy if keep else _as_it_is
     tensors: Tensors = {}
     numbers: dict[str, Any] = {}
     param_groups: dict[str, Any] = {}
@@ -129,13 +143,14 @@ def capture(state: TrainState, step: int) -> Snapshot:
             for value_name, value in values.items():
                 path = f"{name}/{group.names[index]}/{value_name}"
                 if isinstance(value, torch.Tensor):
-                    tensors[path] = _copy(value)
+                    tensors[path] = copied(state.strategy.whole(value))
                 else:
                     numbers[path] = value
         schedules |= group.schedule.states(place)
     if state.average:
-        tensors |= {f"{TRAINED}/{name}": _copy(parameter) for name, parameter in state.model.named_parameters()}
-    weights = {name: _copy(tensor) for name, tensor in final_weights(state).items()}
+        named = state.model.named_parameters()
+        tensors |= {f"{TRAINED}/{name}": copied(state.strategy.whole(parameter)) for name, parameter in named}
+    weights = {name: copied(tensor) for name, tensor in final_weights(state).items()}
     record = {
         "position": state.position,
         "evaluated": state.evaluated,
@@ -161,6 +176,10 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 def restore(state: TrainState, snapshot: Snapshot, num_steps: int, num_epochs: int) -> None:
     """Put a snapshot back into a freshly built state.
 
@@ -174,25 +193,29 @@ def restore(state: TrainState, snapshot: Snapshot, num_steps: int, num_epochs: i
     Raises:
         CheckpointError: when the model is not the one that was saved.
     """
+    part, held = state.strategy.part, state.model.state_dict()
+    weights = {name: part(whole, held[name]) if name in held else whole for name, whole in snapshot.weights.items()}
     try:
-        state.model.load_state_dict(snapshot.weights, strict=True)
+        state.model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise CheckpointError(
             f"the checkpoint does not fit the model: {error}. Restore the code and the `model:` values of the run."
         ) from error
     record = snapshot.record
-    trained = {path.removeprefix(f"{TRAINED}/"): value for path, value in snapshot.optimizer.items() if path.startswith(TRAINED)}
+    kept = {path.removeprefix(f"{TRAINED}/"): value for path, value in snapshot.optimizer.items() if path.startswith(TRAINED)}
+    trained = {name: part(whole, held[name]) for name, whole in kept.items()}
     if state.average:
-        weights = {name: weight.detach().clone() for name, weight in state.model.named_parameters()}
-        state.average.restore(weights | trained, record["num_averaged"])
+        saved = {name: weight.detach().clone() for name, weight in state.model.named_parameters()}
+        state.average.restore(saved | trained, record["num_averaged"])
     elif trained:
         state.model.load_state_dict(trained, strict=False)
     saved_groups = {name: iter(from_plain(groups)) for name, groups in record["optimizer_groups"].items()}
     for name, place, group in _groups(state):
         by_index: dict[int, dict[str, Any]] = {}
-        for index, parameter in enumerate(group.names):
+        for index, (parameter, own_part) in enumerate(zip(group.names, group.parameters, strict=True)):
             prefix = f"{name}/{parameter}/"
-            found = {path.removeprefix(prefix): value for path, value in snapshot.optimizer.items() if path.startswith(prefix)}
+            wholes = {path.removeprefix(prefix): value for path, value in snapshot.optimizer.items() if path.startswith(prefix)}
+            found: dict[str, Any] = {value_name: part(whole, own_part) for value_name, whole in wholes.items()}
             plain = record["optimizer_numbers"]
             found |= {path.removeprefix(prefix): from_plain(plain[path]) for path in plain if path.startswith(prefix)}
             if found:

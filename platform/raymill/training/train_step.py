@@ -19,7 +19,7 @@ from raymill.own_code import contracts
 from raymill.parallel.buffers import SavedBuffers
 from raymill.parallel.clock import Clock, RankTime
 from raymill.parallel.ddp import DistributedObjective
-from raymill.parallel.gradients import compute_gradients, gradient_norm
+from raymill.parallel.gradients import compute_gradients
 from raymill.parallel.microbatch import Microbatch
 from raymill.parallel.process_group import all_gather, all_gather_integers, broadcast_buffers
 from raymill.record.events import StepRefused
@@ -142,13 +142,12 @@ class StepTaker:
                 rows,
                 self.job.shardings[TRAIN].num_shards,
                 lambda shard: seed_everything(spec.loop.seed, STEP, step.position, shard, index),
-                strict=spec.loop.strict,
                 scale=self.state.loss_scales[name].scale,
             )
         faults.point("after_backward")
         for group in groups:
             group.hold_back(number)
-        norm = gradient_norm(objective.parameters)
+        norm = objective.strategy.norm(objective.parameters)
         # The one time in a step that the device is waited for.
         norm_value, *sums = torch.cat([norm.double().reshape(1), loss.sums]).tolist()
         finite = math.isfinite(norm_value)
