@@ -33,15 +33,15 @@ def mnist(root: str | None = None, shift_pixels: int = 0) -> Pipeline:
     A batch has `image`, float32 [num_rows, 1, 28, 28], normalised, and `label`, int64 [num_rows].
 
     Args:
-        root: the data set's folder; None: the project's own, filled by `raymill data get`.
+        root: the data set's folder, or its address (s3://bucket/mnist); None: the project's own, filled by `raymill data get`.
         shift_pixels: training images are moved by up to this many pixels each way.
     """
-    folder = Path(root) if root is not None else data_folder("mnist")
+    place = root if root is not None else str(data_folder("mnist"))
     return Pipeline(
-        sources={split: ParquetSource(str(folder / split), MNIST) for split in MNIST_LAYOUT},
+        sources={split: ParquetSource(f"{place}/{split}", MNIST) for split in MNIST_LAYOUT},
         schema=MNIST,
         transform=partial(normalise_digits, shift_pixels=shift_pixels),
-        get=partial(get_mnist, folder),
+        get=partial(get_mnist, Path(place)),
         targets=["label"],
     )
 

@@ -29,6 +29,7 @@ from raymill.data.sources import ParquetSource
 from raymill.data.sources.parquet import DAMAGE, read_footer
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.files import STAGE
+from raymill.storage.place import place_of
 from raymill.task import Column, Field, Rows, Schema
 
 STANDARD = "-"
@@ -65,7 +66,7 @@ def _wrong_name(option: str, place: str) -> InputError:
 def _read_parquet(place: str, schema: Schema, may_lack: Collection[str], batch_rows: int) -> Iterator[Rows]:
     path = Path(place)
     try:
-        there = read_footer(place).schema.names
+        there = read_footer(place_of(str(path.parent)), path.name).schema.names
     except DAMAGE as error:
         raise InputError([Problem("--rows", str(error).rstrip("."), "a whole Parquet file", "Write it again.")]) from error
     wanted = {name: field for name, field in schema.items() if name in there or name not in may_lack}

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 
-from raymill.data.sources import files
+from raymill.data.sources.files import digest_of
 from raymill.errors import DataError, InputError, Problem
+from raymill.storage.place import Entry, files_of, in_parallel, place_of, where
 from raymill.task import Field, Fragment, Rows, Schema
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
@@ -47,8 +47,7 @@ class ImageFolderSource:
         """
         if self.classes is not None:
             return self.classes
-        root = Path(self.folder)
-        found = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".") if root.is_dir() else []
+        found = place_of(self.folder).folders()
         if not found:
             fix = "Run `raymill data get`, or name the folder that holds a folder for each class."
             raise InputError([Problem(self.folder, "no folders", "a folder for each class", fix)])
@@ -66,8 +65,8 @@ class ImageFolderSource:
             InputError: there are none, one lies in no class's folder, or is an empty file or a link that leads elsewhere.
         """
         groups = _listed(self.folder)
-        empty = [one.path for pictures in groups.values() for one in pictures if not one.size_bytes]
-        problems = [Problem(str(path), "an empty file", "a picture", "Restore or delete it.") for path in empty]
+        empty = [f"{self.folder}/{one.name}" for pictures in groups.values() for one in pictures if not one.size_bytes]
+        problems = [Problem(path, "an empty file", "a picture", "Restore or delete it.") for path in empty]
         strange = sorted({label for label, _ in groups} - set(self.names))
         expected, fix = f"a folder of one of the classes {', '.join(self.names)}", "Name it, or move it away."
         problems += [Problem(f"{self.folder}/{name}", "no class", expected, fix) for name in strange]
@@ -81,60 +80,51 @@ class ImageFolderSource:
         Raises:
             DataError: one is gone, or was changed.
         """
-        try:
-            paths = self._paths(fragment)
-            images = [path.read_bytes() for path in paths]
-        except OSError as error:
-            raise DataError(f"{error.filename}: cannot be read: {error.strerror}. Restore this file, then resume.") from error
-        labels = np.full(len(paths), self.names.index(fragment.path), np.int64)
-        return {"image": images, "label": labels, "path": [path.relative_to(self.folder).as_posix() for path in paths]}
+        place = place_of(self.folder)
 
-    def _paths(self, fragment: Fragment) -> list[Path]:
+        def read(name: str) -> tuple[bytes, Entry]:
+            try:
+                # As it is behind the reading: what was read is then of the version that was listed.
+                return place.read(name), place.entry(name)
+            except OSError as error:
+                said = error.strerror or str(error)
+                raise DataError(f"{where(place, name)}: cannot be read: {said}. Restore this file, then resume.") from error
+
+        names = [one.name for one in self._pictures(fragment)]
+        found = in_parallel(place, read, names)
+        if _fragment(fragment.path, fragment.part, [now for _, now in found]) != fragment:
+            raise self._changed(fragment)
+        labels = np.full(len(names), self.names.index(fragment.path), np.int64)
+        return {"image": [content for content, _ in found], "label": labels, "path": names}
+
+    def _pictures(self, fragment: Fragment) -> Sequence[Entry]:
         """The pictures of a fragment, as they were listed."""
         for listed in (_listed_once, _listed):
-            paths = [one.path for one in listed(self.folder).get((fragment.path, fragment.part), [])]
-            if paths and _fragment(fragment.path, fragment.part, [Picture.at(path) for path in paths]) == fragment:
-                return paths
-        where = f"{self.folder}/{fragment.path}, pictures {fragment.part}"
-        raise DataError(f"{where}: they have changed since the run's manifest was taken. Restore them, or start a new run.")
+            pictures = listed(self.folder).get((fragment.path, fragment.part), [])
+            if pictures and _fragment(fragment.path, fragment.part, pictures) == fragment:
+                return pictures
+        raise self._changed(fragment)
+
+    def _changed(self, fragment: Fragment) -> DataError:
+        what = f"{self.folder}/{fragment.path}, pictures {fragment.part}"
+        return DataError(f"{what}: they have changed since the run's manifest was taken. Restore them, or start a new run.")
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A file as it was listed.
-
-    Attributes:
-        path: where it is.
-        size_bytes: its size.
-        mtime_ns: when it was last changed.
-    """
-
-    path: Path
-    size_bytes: int
-    mtime_ns: int
-
-    @classmethod
-    def at(cls, path: Path) -> Picture:
-        """As it is now."""
-        status = path.stat()
-        return cls(path, status.st_size, status.st_mtime_ns)
-
-
-def _fragment(label: str, number: int, pictures: Sequence[Picture]) -> Fragment:
-    identity = files.digest_of([(one.path.name, one.size_bytes, one.mtime_ns) for one in pictures])
+def _fragment(label: str, number: int, pictures: Sequence[Entry]) -> Fragment:
+    identity = digest_of([(one.name.rpartition("/")[2], one.size_bytes, one.mtime_ns) for one in pictures])
     return Fragment(label, number, len(pictures), sum(one.size_bytes for one in pictures), identity)
 
 
-def _listed(folder: str) -> dict[tuple[str, int], list[Picture]]:
+def _listed(folder: str) -> dict[tuple[str, int], list[Entry]]:
     """(class, number) -> the pictures of a fragment."""
-    paths = [path for path in files.files_of(folder, "*/**/*", "pictures") if path.suffix.lower() in SUFFIXES]
-    if not paths:
+    listed = files_of(place_of(folder), "*/**/*", "pictures")
+    pictures = [one for one in listed if one.name.lower().endswith(SUFFIXES)]
+    if not pictures:
         raise InputError([Problem(folder, "no pictures", f"files that end with {', '.join(SUFFIXES)}", "Name another folder.")])
-    found: dict[tuple[str, int], list[Picture]] = {}
-    depth = len(Path(folder).parts)
-    for label, of_label in groupby(paths, key=lambda path: path.parts[depth]):
+    found: dict[tuple[str, int], list[Entry]] = {}
+    for label, of_label in groupby(pictures, key=lambda one: one.name.partition("/")[0]):
         number, num_bytes = 0, 0
-        for one in map(Picture.at, of_label):
+        for one in of_label:
             group = found.setdefault((label, number), [])
             if group and (len(group) == MOST_FILES or num_bytes + one.size_bytes > MOST_BYTES):
                 number, num_bytes = number + 1, 0

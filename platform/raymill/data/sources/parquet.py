@@ -34,9 +34,9 @@ from raymill.data.arrow import (
     table_from_rows,
 )
 from raymill.data.rows import num_rows, take
-from raymill.data.sources import files
 from raymill.data.sources.parquet_index import ColumnChunk, all_pages_have_checksums, read_index
 from raymill.errors import DataError, InputError, Problem, did_you_mean
+from raymill.storage.place import Entry, Place, changed, files_of, in_parallel, place_of, unchanged, where
 from raymill.task import Field, Fragment, Rows, Schema
 
 # ---------------------------------------------------------------- Parquet
@@ -51,7 +51,7 @@ class ParquetSource:
     are anyway. (The files of checkpoints and model versions may not, see `checkpoint.directory`.)
 
     Attributes:
-        folder: holds the files.
+        folder: holds the files; a path, or an address such as s3://bucket/folder.
         schema: the columns to read; others are left alone.
         pattern: which files, as in `Path.glob`; files are taken in the order of their names, hidden ones are not.
         nulls: what a null is for which its field has no `fill`: refused, or what makes its row bad, see the job's `bad_rows`.
@@ -81,21 +81,23 @@ class ParquetSource:
         Raises:
             InputError: there is no file, it is damaged, or has no such column, or one whose type no field can be.
         """
-        (first, *_) = cls(folder, {}, pattern)._files()
+        at = place_of(folder)
+        (listed, *_) = cls(folder, {}, pattern)._files(at)
+        first = where(at, listed.name)
         try:
-            footer = read_footer(str(first))
+            footer = read_footer(at, listed.name)
             found, without = arrow_types.schema_of_columns(footer.schema)
             own = json.loads((footer.metadata.metadata or {}).get(SCHEMA_KEY.encode(), b"{}"))
             found = {name: Field(str(dtype), tuple(shape), classes) for name, (dtype, shape, classes) in own.items()} or found
         except (*DAMAGE, TypeError, AttributeError, RecursionError) as error:
-            raise InputError([Problem(str(first), str(error).rstrip("."), "a whole Parquet file", RESTORE)]) from error
+            raise InputError([Problem(first, str(error).rstrip("."), "a whole Parquet file", RESTORE)]) from error
         known: dict[str, Field] = {**found, **fields}
         problems = []
         for name in columns if columns is not None else known:
             if name not in found:
                 expected = f"a type that rows can have ({', '.join(DTYPES)})" if name in without else "a column of the file"
-                where = f"{first}: column {name!r}"
-                problems.append(Problem(where, without.get(name, "no such column"), expected, did_you_mean(name, found)))
+                column = f"{first}: column {name!r}"
+                problems.append(Problem(column, without.get(name, "no such column"), expected, did_you_mean(name, found)))
         if problems:
             raise InputError(problems)
         return cls(folder, {name: known[name] for name in columns or found}, pattern, nulls)
@@ -108,15 +110,13 @@ class ParquetSource:
         """
         if unknown := dtype_problems(self.schema):
             raise InputError(unknown)
-        fragments: list[Fragment] = []
-        problems: list[Problem] = []
-        paths = self._files()
-        for file in paths:
-            found, wrong = inspect_file(file, str(file.relative_to(self.folder)), self.schema, self.nulls)
-            fragments += found
-            problems += wrong
+        at = place_of(self.folder)
+        entries = self._files(at)
+        inspected = in_parallel(at, lambda one: inspect_file(at, one.name, self.schema, self.nulls), entries)
+        fragments = [fragment for found, _ in inspected for fragment in found]
+        problems = [problem for _, wrong in inspected for problem in wrong]
         if not fragments and not problems:
-            found_rows = f"0 rows in {len(paths)} files"
+            found_rows = f"0 rows in {len(entries)} files"
             problems.append(Problem(self.folder, found_rows, "at least one row", "Write the data set again."))
         if problems:
             raise InputError(problems)
@@ -128,25 +128,28 @@ class ParquetSource:
         Raises:
             DataError: the file is damaged, gone, or another one than when the fragment was listed.
         """
-        path = str(Path(self.folder, fragment.path))
-        where = f"{path}, row group {fragment.part}"
+        at = place_of(self.folder)
+        what = f"{where(at, fragment.path)}, row group {fragment.part}"
         fix = "Restore this file from its source, then resume."
-        try:
-            footer = read_footer(path)
+
+        def read(version: str) -> Rows:
+            footer = parse_footer(at, fragment.path, version)
             if footer.identity != fragment.identity:
-                raise DataError(f"{where}: the file has changed since the run's manifest was taken. Start a new run.")
-            table = read_group(path, footer, fragment.part, list(self.schema))
-            rows = rows_of_table(table, self.schema, self.nulls)
+                raise changed(what)
+            return rows_of_table(read_group(at, fragment.path, footer, fragment.part, list(self.schema)), self.schema, self.nulls)
+
+        try:
+            rows = unchanged(at, fragment.path, read)
         except DAMAGE as error:
-            raise DataError(f"{where}: cannot be read: {error}. {fix}") from error
+            raise DataError(f"{what}: cannot be read: {error}. {fix}") from error
         if (found := num_rows(rows)) != fragment.num_rows:
-            raise DataError(f"{where}: {found} rows were read where the file's index says {fragment.num_rows}. {fix}")
-        if problems := schema_problems(rows, self.schema, where):
+            raise DataError(f"{what}: {found} rows were read where the file's index says {fragment.num_rows}. {fix}")
+        if problems := schema_problems(rows, self.schema, what):
             raise DataError("\n".join(map(str, problems)))
         return rows
 
-    def _files(self) -> list[Path]:
-        return files.files_of(self.folder, self.pattern, "Parquet files", may_link=True)
+    def _files(self, at: Place) -> list[Entry]:
+        return files_of(at, self.pattern, "Parquet files", may_link=True)
 
 
 NULLS_FIX = (
@@ -193,36 +196,39 @@ class Footer:
     index: bytes
 
 
-def read_footer(path: str) -> Footer:
+def read_footer(place: Place, name: str) -> Footer:
     """The footer of a file, parsed once for as long as the file does not change.
 
     Raises:
         OSError, pa.ArrowException: the file is gone, empty, cut, or not Parquet.
     """
-    status = os.stat(path)
-    return _parse_footer(path, status.st_size, status.st_mtime_ns)
+    return unchanged(place, name, lambda version: parse_footer(place, name, version))
 
 
 # A file is opened once per row group; its footer, which grows with the number of row groups, is parsed once.
 @lru_cache(maxsize=64)
-def _parse_footer(path: str, size_bytes: int, mtime_ns: int) -> Footer:
+def parse_footer(place: Place, name: str, version: str) -> Footer:
+    """As `read_footer`, of the version that the file has."""
+    size_bytes = place.entry(name).size_bytes
     try:
-        with pq.ParquetFile(path) as file:
-            metadata, schema = file.metadata, file.schema_arrow
+        metadata, schema = place.persisting(lambda: _metadata_and_schema(place, name))
     except DAMAGE:
         raise
     except Exception as error:
         # A column may claim a type of some library's own, whose code then fails on what it finds there.
         raise ValueError(f"the types of its columns cannot be read: {type(error).__name__}: {error}") from error
-    with open(path, "rb") as raw:
-        raw.seek(-8 - metadata.serialized_size, os.SEEK_END)
-        end = raw.read()
+    end = place.read(name, size_bytes - 8 - metadata.serialized_size)
     digest = hashlib.sha256(end)
     digest.update(str(size_bytes).encode())
     return Footer(metadata, schema, digest.hexdigest()[:16], size_bytes, end[: metadata.serialized_size])
 
 
-def read_group(path: str, footer: Footer, group: int, columns: list[str]) -> pa.Table:
+def _metadata_and_schema(place: Place, name: str) -> tuple[pq.FileMetaData, pa.Schema]:
+    with place.open_arrow(name) as raw, pq.ParquetFile(raw) as file:
+        return file.metadata, file.schema_arrow
+
+
+def read_group(place: Place, name: str, footer: Footer, group: int, columns: list[str]) -> pa.Table:
     """One row group with these columns, page checksums verified.
 
     Arrow verifies those that are there. In a file of raymill's own each page has one, so that damage to a header hides no other.
@@ -230,36 +236,54 @@ def read_group(path: str, footer: Footer, group: int, columns: list[str]) -> pa.
     Raises:
         OSError, pa.ArrowException, ValueError: a page is damaged.
     """
+    options = {"metadata": footer.metadata, "page_checksum_verification": True}
     if DIGEST_KEY.encode() in (footer.metadata.metadata or {}):
-        with open(path, "rb") as raw:
-            for chunk in read_index(footer.index)[group]:
-                num_bytes = min(max(chunk.compressed_bytes, 0), footer.size_bytes)
-                if not all_pages_have_checksums(os.pread(raw.fileno(), num_bytes, max(chunk.start, 0))):
-                    raise ValueError("a page of it has lost its checksum")
-    with pq.ParquetFile(path, metadata=footer.metadata, page_checksum_verification=True) as file:
-        return file.read_row_group(group, columns=columns)
+        own = pa.BufferReader(_checked_group(place, name, footer, group))
+        return pq.ParquetFile(own, **options).read_row_group(group, columns=columns)
+
+    def decode() -> pa.Table:
+        with place.open_arrow(name) as raw, pq.ParquetFile(raw, **options, pre_buffer=place.num_readers > 1) as file:
+            return file.read_row_group(group, columns=columns)
+
+    return place.persisting(decode)
 
 
-def inspect_file(path: Path, name: str, schema: Schema, nulls: str = "refuse") -> tuple[list[Fragment], list[Problem]]:
+def _checked_group(place: Place, name: str, footer: Footer, group: int) -> np.ndarray:
+    """The bytes of a file [size_bytes], of which only those of one row group are there, from one read.
+
+    The others are memory that is never touched, and so is never taken.
+    """
+    chunks = read_index(footer.index)[group]
+    spans = [(max(one.start, 0), min(max(one.compressed_bytes, 0), footer.size_bytes)) for one in chunks]
+    start, end = min(at for at, _ in spans), max(at + num_bytes for at, num_bytes in spans)
+    data = place.read(name, start, end - start)
+    if not all(all_pages_have_checksums(data[at - start : at - start + num_bytes]) for at, num_bytes in spans):
+        raise ValueError("a page of it has lost its checksum")
+    file = np.empty(footer.size_bytes, np.uint8)
+    file[start : start + len(data)] = np.frombuffer(data, np.uint8)
+    return file
+
+
+def inspect_file(place: Place, name: str, schema: Schema, nulls: str = "refuse") -> tuple[list[Fragment], list[Problem]]:
     """List one file's row groups that hold rows, and all that is wrong with the file.
 
     Args:
-        name: the path that the fragments get.
         nulls: see `ParquetSource`.
     """
+    path = where(place, name)
     try:
-        footer = read_footer(str(path))
+        footer = read_footer(place, name)
     except DAMAGE as error:
-        return [], [Problem(str(path), str(error).rstrip("."), "a whole Parquet file", RESTORE)]
+        return [], [Problem(path, str(error).rstrip("."), "a whole Parquet file", RESTORE)]
     metadata = footer.metadata
     try:
         groups = read_index(footer.index)
     except ValueError as error:
-        return [], [Problem(str(path), str(error), "a whole Parquet file", RESTORE)]
+        return [], [Problem(path, str(error), "a whole Parquet file", RESTORE)]
     if false := _false_claim(metadata, groups, footer.size_bytes):
-        return [], [Problem(str(path), false, "an index that fits the file", RESTORE)]
+        return [], [Problem(path, false, "an index that fits the file", RESTORE)]
     problems = _type_problems(path, footer.schema, schema)
-    problems += _value_problems(path, footer, schema, groups, nulls)
+    problems += _value_problems(place, name, footer, schema, groups, nulls)
     leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     wanted = [i for i, leaf in enumerate(leaves) if any(f"{leaf}.".startswith(f"{column}.") for column in schema)]
     fragments = []
@@ -296,24 +320,26 @@ def _false_claim(metadata: pq.FileMetaData, groups: list[list[ColumnChunk]], siz
     return f"{metadata.num_rows} rows where its row groups have {total_rows}" if metadata.num_rows != total_rows else None
 
 
-def _type_problems(path: Path, found: pa.Schema, schema: Schema) -> list[Problem]:
+def _type_problems(path: str, found: pa.Schema, schema: Schema) -> list[Problem]:
     problems = []
     for name, field in schema.items():
-        where, kinds = f"{path}: column {name!r}", arrow_types.type_at(found, name)
+        at, kinds = f"{path}: column {name!r}", arrow_types.type_at(found, name)
         if len(kinds) > 1:
             fix = "Write the file again with each name once."
-            problems.append(Problem(where, f"{len(kinds)} columns of this name", describe(field), fix))
+            problems.append(Problem(at, f"{len(kinds)} columns of this name", describe(field), fix))
         elif not kinds:
             known, _ = arrow_types.schema_of_columns(found)
-            problems.append(Problem(where, "no such column", describe(field), did_you_mean(name, [*known, *found.names])))
+            problems.append(Problem(at, "no such column", describe(field), did_you_mean(name, [*known, *found.names])))
         elif not fits(kinds[0], field) and not arrow_types.readable(kinds[0], field):
             has = arrow_types.field_of(kinds[0])
             fix = "Change the pipeline's schema" + (f": this column is {describe(has)}." if has else ", or write the file again.")
-            problems.append(Problem(where, str(kinds[0]), f"{arrow_type(field)} ({describe(field)})", fix))
+            problems.append(Problem(at, str(kinds[0]), f"{arrow_type(field)} ({describe(field)})", fix))
     return problems
 
 
-def _value_problems(path: Path, footer: Footer, schema: Schema, groups: list[list[ColumnChunk]], nulls: str) -> list[Problem]:
+def _value_problems(
+    place: Place, file: str, footer: Footer, schema: Schema, groups: list[list[ColumnChunk]], nulls: str
+) -> list[Problem]:
     """Nulls, and labels outside their classes, from the footer's statistics; without them the column is read."""
     metadata = footer.metadata
     problems = []
@@ -326,15 +352,18 @@ def _value_problems(path: Path, footer: Footer, schema: Schema, groups: list[lis
         statistics = [group[i] for group in groups]
         num_nulls = sum(max(0, found.num_nulls) for found in statistics)
         if num_nulls and field.fill is None and nulls == "refuse":
-            where = f"{path}: column {name!r}"
-            problems.append(Problem(where, f"{num_nulls} nulls", describe(field), NULLS_FIX))
+            at = f"{where(place, file)}: column {name!r}"
+            problems.append(Problem(at, f"{num_nulls} nulls", describe(field), NULLS_FIX))
         elif not num_nulls and field.classes is not None and not field.shape:
             plain = pa.types.is_integer(kinds[0])
-            problems += _label_problems(path, footer, name, field, statistics if plain else [])
+            problems += _label_problems(place, file, footer, name, field, statistics if plain else [])
     return problems
 
 
-def _label_problems(path: Path, footer: Footer, name: str, field: Field, statistics: list[ColumnChunk]) -> list[Problem]:
+def _label_problems(
+    place: Place, file: str, footer: Footer, name: str, field: Field, statistics: list[ColumnChunk]
+) -> list[Problem]:
+    path = where(place, file)
     ranges: dict[int, tuple[int, int]] = {}
     signed = not pa.types.is_unsigned_integer(arrow_types.type_at(footer.schema, name)[0])
     for part in range(footer.metadata.num_row_groups):
@@ -342,19 +371,19 @@ def _label_problems(path: Path, footer: Footer, name: str, field: Field, statist
             ranges[part] = limits
         elif footer.metadata.row_group(part).num_rows:
             try:
-                rows = columns_from_arrow(read_group(str(path), footer, part, [name]), {name: field})
+                rows = columns_from_arrow(read_group(place, file, footer, part, [name]), {name: field})
             except DAMAGE as error:
-                where = f"{path}, row group {part}: column {name!r}"
-                return [Problem(where, str(error).rstrip("."), describe(field), RESTORE)]
+                at = f"{path}, row group {part}: column {name!r}"
+                return [Problem(at, str(error).rstrip("."), describe(field), RESTORE)]
             ranges[part] = (int(np.min(rows[name])), int(np.max(rows[name])))
     num_classes = field.classes or 0
     wrong = {part: (low, high) for part, (low, high) in ranges.items() if low < 0 or high >= num_classes}
     if not wrong:
         return []
-    where = f"{path}, row group {min(wrong)}: column {name!r}"
+    at = f"{path}, row group {min(wrong)}: column {name!r}"
     low, high = min(low for low, _ in wrong.values()), max(high for _, high in wrong.values())
     fix = f"Correct the labels, or declare classes={high + 1} in the pipeline's schema."
-    return [Problem(where, f"labels from {low} to {high}", f"labels in 0..{num_classes - 1}", fix)]
+    return [Problem(at, f"labels from {low} to {high}", f"labels in 0..{num_classes - 1}", fix)]
 
 
 def write_parquet(folder: Path, rows: Rows, schema: Schema, *, num_shards: int, row_group_rows: int) -> None:
@@ -379,8 +408,8 @@ def write_parquet(folder: Path, rows: Rows, schema: Schema, *, num_shards: int, 
         problems.append(Problem(str(folder), f"row groups of {row_group_rows} rows", "at least 1", "Use 1000 or so."))
     for name, field in schema.items():
         if 0 in field.shape and None not in field.shape:
-            where, fix = f"{folder}: column {name!r}", "Leave the column out: its values hold nothing."
-            problems.append(Problem(where, describe(field), "extents of at least 1", fix))
+            at, fix = f"{folder}: column {name!r}", "Leave the column out: its values hold nothing."
+            problems.append(Problem(at, describe(field), "extents of at least 1", fix))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         problems.append(Problem(str(folder), "something there already", "no folder, or an empty one", "Delete it first."))
     if problems:

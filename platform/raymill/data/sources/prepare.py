@@ -22,6 +22,7 @@ from raymill.data.rows import join, num_rows
 from raymill.data.sources.parquet import DIGEST_KEY, ParquetSource, inspect_file, read_footer, write_file
 from raymill.errors import DataError, InputError, Problem
 from raymill.files import parse_json, replace_file
+from raymill.storage.place import place_of
 from raymill.task import Pipeline, Rows
 
 RECORD = "prepared.json"
@@ -126,8 +127,9 @@ def _write(path: Path, rows: Rows, pipeline: Pipeline, group_bytes: int) -> int:
     row_bytes = max(1, rows_bytes(rows) // num_rows(rows))
     write_file(stage, rows, pipeline.schema, max(1, group_bytes // row_bytes))
     source = ParquetSource(str(path.parent), pipeline.schema, stage.name)
-    footer = read_footer(str(stage))
-    fragments, problems = inspect_file(stage, stage.name, pipeline.schema)
+    at = place_of(str(path.parent))
+    footer = read_footer(at, stage.name)
+    fragments, problems = inspect_file(at, stage.name, pipeline.schema)
     if problems:
         raise InputError(problems)
     again = [source.read(fragment) for fragment in fragments]

@@ -7,17 +7,16 @@ Nothing is unpacked to disk, so a member's name leads nowhere; links and devices
 
 from __future__ import annotations
 
-import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
-from raymill.data.sources import files
+from raymill.data.sources.files import digest_of
 from raymill.errors import DataError, InputError, Problem
+from raymill.storage.place import Entry, Place, changed, files_of, in_parallel, place_of, unchanged, where
 from raymill.task import Column, Field, Fragment, Rows, Schema
 
 MOST_BYTES = 16 * 2**20
@@ -26,10 +25,10 @@ MOST_BYTES = 16 * 2**20
 KEY = "key"
 """The column with the name that a sample's files share."""
 
-Place = tuple[int, int]
+Span = tuple[int, int]
 """Where a member's content is in the file: offset and bytes."""
 
-Sample = tuple[str, Mapping[str, Place]]
+Sample = tuple[str, Mapping[str, Span]]
 """A key, and extension -> place."""
 
 
@@ -67,14 +66,18 @@ class TarSource:
             InputError: there are no files or no samples; with each file that is damaged or cut short, holds a link or a device,
                 or a sample without one of the columns.
         """
-        found: list[Fragment] = []
-        problems: list[Problem] = []
-        for path in files.files_of(self.folder, self.pattern, "tar files"):
-            name = path.relative_to(self.folder).as_posix()
+        at = place_of(self.folder)
+
+        def listed(one: Entry) -> list[Fragment] | Problem:
             try:
-                found += [self._fragment(name, number, group) for number, group in enumerate(self._groups(name))]
+                groups = at.persisting(lambda: self._groups(at, one.name))
             except (OSError, ValueError, tarfile.TarError) as error:
-                problems.append(Problem(str(path), str(error), "a whole tar file of samples", "Correct or restore it."))
+                return Problem(where(at, one.name), str(error), "a whole tar file of samples", "Correct or restore it.")
+            return [self._fragment(one.name, number, group) for number, group in enumerate(groups)]
+
+        parts = in_parallel(at, listed, files_of(at, self.pattern, "tar files"))
+        found = [fragment for part in parts if isinstance(part, list) for fragment in part]
+        problems = [part for part in parts if isinstance(part, Problem)]
         if not found and not problems:
             problems.append(Problem(self.folder, "no samples in any file", "at least one", "Name another folder."))
         if problems:
@@ -87,22 +90,32 @@ class TarSource:
         Raises:
             DataError: the file was changed, or a value is not of its kind; names the file and the sample.
         """
-        path = Path(self.folder, fragment.path)
-        try:
-            groups = self._groups(fragment.path)
+        at = place_of(self.folder)
+        what = where(at, fragment.path)
+
+        def read(version: str) -> tuple[Sequence[Sample], int, bytes]:
+            groups = self._groups(at, fragment.path)
             if fragment.part >= len(groups) or self._fragment(fragment.path, fragment.part, groups[fragment.part]) != fragment:
-                raise DataError(f"{path}: the file has changed since the run's manifest was taken. Start a new run.")
+                raise changed(what)
             samples = groups[fragment.part]
-            with open(path, "rb") as file:
-                rows: Rows = {KEY: [key for key, _ in samples]}
-                for name, extension in self.columns.items():
-                    rows[name] = self._column(file.fileno(), path, samples, extension)
+            # Samples lie one behind the other, so all of them are one read.
+            spans = [places[extension] for _, places in samples for extension in self.columns.values()]
+            start = min((offset for offset, _ in spans), default=0)
+            end = max((offset + num_bytes for offset, num_bytes in spans), default=0)
+            return samples, start, at.read(fragment.path, start, end - start)
+
+        try:
+            samples, start, data = unchanged(at, fragment.path, read)
+            rows: Rows = {KEY: [key for key, _ in samples]}
+            for name, extension in self.columns.items():
+                rows[name] = self._column(data, start, samples, extension)
         except (OSError, ValueError, tarfile.TarError) as error:
-            raise DataError(f"{path}: cannot be read: {error}. Restore this file from its source, then resume.") from error
+            raise DataError(f"{what}: cannot be read: {error}. Restore this file from its source, then resume.") from error
         return rows
 
-    def _column(self, file: int, path: Path, samples: Sequence[Sample], extension: str) -> Column:
-        raw = [os.pread(file, num_bytes, offset) for offset, num_bytes in (places[extension] for _, places in samples)]
+    def _column(self, data: bytes, start: int, samples: Sequence[Sample], extension: str) -> Column:
+        spans = (places[extension] for _, places in samples)
+        raw = [data[offset - start : offset - start + num_bytes] for offset, num_bytes in spans]
         try:
             if extension == "cls":
                 return np.array([int(value) for value in raw], np.int64)
@@ -111,13 +124,11 @@ class TarSource:
             keys = [key for (key, _), value in zip(samples, raw, strict=True) if not _is_sound(value, extension)]
             raise ValueError(f"sample {keys[0] if keys else samples[0][0]!r}, {extension}: {error}") from error
 
-    def _groups(self, name: str) -> list[list[Sample]]:
+    def _groups(self, at: Place, name: str) -> list[list[Sample]]:
         """The samples of a file, as they are read together."""
-        path = Path(self.folder, name)
-        status = path.stat()
         groups: list[list[Sample]] = []
         room = 0
-        for key, places in _index(str(path), status.st_size, status.st_mtime_ns):
+        for key, places in _index(at, name, at.version(name)):
             if missing := [extension for extension in self.columns.values() if extension not in places]:
                 raise ValueError(f"sample {key!r} has no {', '.join(missing)}, but {', '.join(places)}")
             num_bytes = sum(places[extension][1] for extension in self.columns.values())
@@ -131,7 +142,7 @@ class TarSource:
     def _fragment(self, name: str, number: int, samples: Sequence[Sample]) -> Fragment:
         num_bytes = sum(places[extension][1] for _, places in samples for extension in self.columns.values())
         return Fragment(
-            name, number, len(samples), num_bytes, files.digest_of([(key, sorted(places.items())) for key, places in samples])
+            name, number, len(samples), num_bytes, digest_of([(key, sorted(places.items())) for key, places in samples])
         )
 
 
@@ -143,16 +154,17 @@ def _is_sound(value: bytes, extension: str) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _index(path: str, size_bytes: int, mtime_ns: int) -> tuple[Sample, ...]:
+def _index(place: Place, name: str, version: str) -> tuple[Sample, ...]:
     """The samples of a file, from its headers.
 
     Raises:
         ValueError, tarfile.TarError: it is damaged or cut short, or holds what is no file.
     """
     found: list[Sample] = []
-    places: dict[str, Place] = {}
+    places: dict[str, Span] = {}
     last = None
-    with tarfile.open(path, "r:") as archive:
+    size_bytes = place.entry(name).size_bytes
+    with place.open(name) as file, tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
             if member.isdir():
                 continue
