@@ -13,16 +13,8 @@ from pipelines.images import get_mnist
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
-JOB = (
-    "jobs/mnist/job.yaml",
-    "--json",
-    "--set",
-    "loop.epochs=1",
-    "--set",
-    "loop.strict=true",
-    "--set",
-    "checkpoint.every_steps=5",
-)
+STRICT = ("--set", "loop.strict=true", "--set", "checkpoint.every_steps=5")
+JOB = ("jobs/mnist/job.yaml", "--json", "--set", "loop.epochs=1", *STRICT)
 
 
 def test_a_worker_that_is_killed_costs_nothing(tmp_path: Path) -> None:
