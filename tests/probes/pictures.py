@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-from raymill.data.sources import ImageFolderSource, JsonLinesSource, TarSource, decode_images, split_by_share
+from raymill.data.sources import ArrowSource, ImageFolderSource, JsonLinesSource, TarSource, decode_images, split_by_share
 from raymill.task import Pipeline, Rows, Source, Task
 
 CLASSES = ("bright", "dark")
@@ -70,12 +71,19 @@ def write_lines(folder: Path) -> None:
         (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def decode(rows: Rows, split: str, generator: np.random.Generator) -> Rows:
+def write_csv(folder: Path) -> None:
+    """As CSV of their sizes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"{name},{label},{len(content)}" for name, label, content in make()]
+    (folder / "sizes.csv").write_text("\n".join(["name,label,size", *lines]) + "\n")
+
+
+def decode(rows: Rows, split: str, generator: np.random.Generator, image: str = "image") -> Rows:
     """Pixels [num_rows, 3, 8, 8]; half of the training pictures are mirrored."""
-    if isinstance(rows["image"][0], bytes):
-        pixels = np.asarray(decode_images(rows["image"], size=(8, 8)))
+    if isinstance(rows[image][0], bytes):
+        pixels = np.asarray(decode_images(rows[image], size=(8, 8)))
     else:
-        pixels = np.stack([np.stack([image] * 3, axis=-1) for image in rows["image"]])
+        pixels = np.stack([np.stack([one] * 3, axis=-1) for one in rows[image]])
     pixels = np.moveaxis(pixels, 3, 1) / np.float32(255)
     if split == "train":
         mirrored = generator.random(len(pixels)) < 0.5
@@ -83,10 +91,10 @@ def decode(rows: Rows, split: str, generator: np.random.Generator) -> Rows:
     return {"image": np.ascontiguousarray(pixels, np.float32), "label": rows["label"]}
 
 
-def pipeline(source: Source) -> Pipeline:
+def pipeline(source: Source, image: str = "image") -> Pipeline:
     """Of any of them."""
     splits = split_by_share(source, {"train": 0.8, "validation": 0.2}, stratify="label")
-    return Pipeline(sources=splits, schema=source.schema, transform=decode)  # type: ignore[attr-defined]
+    return Pipeline(sources=splits, schema=source.schema, transform=partial(decode, image=image))  # type: ignore[attr-defined]
 
 
 def folders(folder: str) -> Pipeline:
@@ -104,7 +112,27 @@ def lines(folder: str) -> Pipeline:
     return pipeline(JsonLinesSource.inferred(folder))
 
 
-KINDS = {"folders": (write_folders, folders), "tar": (write_tar, tars), "lines": (write_lines, lines)}
+def write_arrow(folder: Path) -> None:
+    """As Hugging Face keeps them: a stream of small batches in each of two files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in range(2):
+        names, labels, contents = zip(*make()[part::2], strict=True)
+        table = pa.table({"name": names, "label": labels, "image": [{"bytes": one, "path": None} for one in contents]})
+        with pa.ipc.new_stream(folder / f"data-0000{part}-of-00002.arrow", table.schema) as stream:
+            stream.write_table(table, max_chunksize=4)
+
+
+def arrows(folder: str) -> Pipeline:
+    """Of Arrow's streams."""
+    return pipeline(ArrowSource.inferred(folder, ["image.bytes", "label"]), image="image.bytes")
+
+
+KINDS = {
+    "arrow": (write_arrow, arrows),
+    "folders": (write_folders, folders),
+    "tar": (write_tar, tars),
+    "lines": (write_lines, lines),
+}
 
 
 def made(kind: str, folder: Path) -> partial[Pipeline]:

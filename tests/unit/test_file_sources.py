@@ -28,11 +28,11 @@ from raymill.data.sources import (
     TarSource,
     TextSource,
     decode_images,
-    files,
     image_folder,
     split_by_share,
     tar,
 )
+from raymill.data.sources.lines import pieces
 from raymill.errors import DataError, InputError
 from raymill.task import Column, Field, Pipeline, Source
 
@@ -78,7 +78,7 @@ def test_each_line_is_in_one_piece(tmp_path_factory: Any, lines: list[str], end:
     (folder / "a.txt").write_bytes((end.join(lines) + (end if closed and lines else "")).encode())
     expected = [line for line in lines if line.encode().strip()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "PIECE_BYTES", piece_bytes)
+        patch.setattr(pieces, "PIECE_BYTES", piece_bytes)
         if expected:
             assert column(TextSource(str(folder)), "text") == expected
         else:
@@ -109,8 +109,8 @@ def test_a_file_that_was_changed_is_noticed(tmp_path: Path) -> None:
 def test_a_line_without_end_a_link_that_leads_out_and_no_folder_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "MOST_LINE_BYTES", 100)
-    monkeypatch.setattr(files, "PIECE_BYTES", 10)
+    monkeypatch.setattr(pieces, "MOST_LINE_BYTES", 100)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 10)
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.txt").write_text("x" * 1000)
     assert "a.txt: found a line of more than 100 bytes" in refused(TextSource(str(tmp_path / "set")))
@@ -137,7 +137,7 @@ def written(folder: Path, objects: list[Any], name: str = "a.jsonl") -> str:
 def test_json_is_inferred_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = JsonLinesSource.inferred(written(tmp_path, OBJECTS), ["id", "text", "score", "x", "in.deep", "when"])
     assert source.schema["score"] == Field("float64")
-    monkeypatch.setattr(files, "PIECE_BYTES", 10)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 10)
     written(tmp_path, [*OBJECTS, *OBJECTS], "b.jsonl")
     assert len(source.fragments()) >= 4
     assert column(source, "id") == [1, 2, 1, 2, 1, 2]
@@ -171,11 +171,11 @@ def test_json_that_does_not_fit_is_named(tmp_path: Path, line: str, field: Field
 
 
 def test_a_missing_name_may_be_filled_or_make_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "PIECE_BYTES", 1)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
     folder = written(tmp_path, [{"id": 1, "x": 1}, {"id": 2}, {"id": 3, "x": None}])
     assert column(JsonLinesSource(folder, {"id": Field("int64"), "x": Field("int64", fill=7)}), "x") == [1, 7, 7]
-    monkeypatch.setattr(files, "PIECE_BYTES", 10**6)
-    files._pieces.cache_clear()
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 10**6)
+    pieces._pieces.cache_clear()
     source = JsonLinesSource(folder, {"id": Field("int64"), "x": Field("int64")}, nulls="bad_rows")
     pipeline = Pipeline(sources={"train": source}, schema=source.schema)
     (fragment,) = take_manifest(pipeline, lenient=True).splits["train"].fragments
@@ -187,7 +187,7 @@ def test_a_missing_name_may_be_filled_or_make_a_bad_row(tmp_path: Path, monkeypa
 
 
 def test_csv_is_inferred_and_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "PIECE_BYTES", 12)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 12)
     (tmp_path / "a.csv").write_text('id,name,value,day\r\n1,a,1.5,2024-01-02\r\n2,"b,c",2,2024-01-03\r\n3,NA,3.25,2024-01-04\r\n')
     source = CsvSource.inferred(str(tmp_path), value=Field("float64"))
     assert list(source.schema) == ["id", "name", "value", "day"]

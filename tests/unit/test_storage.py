@@ -13,6 +13,8 @@ import pytest
 from object_store import KINDS, ObjectStore, serving
 from probes import pictures
 from raymill.data.sources import (
+    ArrowSource,
+    CsvSource,
     ImageFolderSource,
     JsonLinesSource,
     ParquetSource,
@@ -39,6 +41,8 @@ SOURCES: dict[str, tuple[Callable[[Path], None], Callable[[str], Source]]] = {
     "inferred": (write_rows, lambda folder: ParquetSource.inferred(folder)),
     "folders": (pictures.write_folders, lambda folder: ImageFolderSource(folder)),
     "tar": (pictures.write_tar, lambda folder: TarSource(folder, {"image": "png", "label": "cls"}, classes=2)),
+    "arrow": (pictures.write_arrow, lambda folder: ArrowSource.inferred(folder, ["image.bytes", "label"])),
+    "csv": (pictures.write_csv, lambda folder: CsvSource.inferred(folder)),
     "lines": (pictures.write_lines, lambda folder: JsonLinesSource.inferred(folder)),
 }
 
@@ -94,7 +98,7 @@ def test_what_fails_now_and_then_costs_no_row(kind: str, name: str, store: Objec
     assert store.faults > before + 1
 
 
-@pytest.mark.parametrize("name", ["parquet", "folders", "tar", "lines"])
+@pytest.mark.parametrize("name", ["parquet", "folders", "tar", "lines", "arrow"])
 def test_an_object_that_changes_while_it_is_read_gives_no_row(name: str, store: ObjectStore, bucket: str, tmp_path: Path) -> None:
     write, source = SOURCES[name]
     write(tmp_path / "set")

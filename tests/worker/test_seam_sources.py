@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from probes import pictures
-from raymill.data.sources import files, image_folder, tar
+from raymill.data.sources import arrow_ipc, image_folder, tar
+from raymill.data.sources.lines import pieces
 from raymill.task import Pipeline, Schema, Task
 from worker_harness import Experiment, NewRun, stopped_and_killed, strict_at_other_numbers
 
@@ -20,13 +21,13 @@ def brightness(schema: Schema) -> Task:
 
 def in_small_pieces(make_pipeline: Callable[[], Pipeline]) -> Pipeline:
     """As if there were more of it."""
-    files.PIECE_BYTES, image_folder.MOST_FILES, tar.MOST_BYTES = 2000, 7, 3000
+    pieces.PIECE_BYTES, image_folder.MOST_FILES, tar.MOST_BYTES, arrow_ipc.MOST_BYTES = 2000, 7, 3000, 3000
     return make_pipeline()
 
 
 @pytest.fixture(params=pictures.KINDS)
 def experiment(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
-    for module, name in ((files, "PIECE_BYTES"), (image_folder, "MOST_FILES"), (tar, "MOST_BYTES")):
+    for module, name in ((pieces, "PIECE_BYTES"), (image_folder, "MOST_FILES"), (tar, "MOST_BYTES"), (arrow_ipc, "MOST_BYTES")):
         monkeypatch.setattr(module, name, getattr(module, name))
     make = partial(in_small_pieces, pictures.made(request.param, tmp_path / "data"))
     assert len(make().sources["train"].fragments()) > 5

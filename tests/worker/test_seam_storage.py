@@ -11,7 +11,8 @@ import pytest
 
 from object_store import ObjectStore, serving
 from probes import pictures
-from raymill.data.sources import files, image_folder, tar
+from raymill.data.sources import arrow_ipc, image_folder, tar
+from raymill.data.sources.lines import pieces
 from raymill.storage import far
 from raymill.task import Pipeline, Schema, Task
 from worker_harness import Experiment, NewRun, stopped_and_killed
@@ -27,7 +28,7 @@ def brightness(schema: Schema) -> Task:
 
 def in_small_pieces(make_pipeline: Callable[[], Pipeline], environment: Mapping[str, str]) -> Pipeline:
     """As if there were more of it; in a process that finds the service and does not wait long."""
-    files.PIECE_BYTES, image_folder.MOST_FILES, tar.MOST_BYTES = 2000, 7, 3000
+    pieces.PIECE_BYTES, image_folder.MOST_FILES, tar.MOST_BYTES, arrow_ipc.MOST_BYTES = 2000, 7, 3000, 3000
     far.WAITS_S, far.CLIENT_TRIES = (0.01,) * 12, 1
     os.environ.update(environment)
     # A rank process may have found another service before.
@@ -37,7 +38,7 @@ def in_small_pieces(make_pipeline: Callable[[], Pipeline], environment: Mapping[
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    for module, name in ((files, "PIECE_BYTES"), (image_folder, "MOST_FILES"), (tar, "MOST_BYTES")):
+    for module, name in ((pieces, "PIECE_BYTES"), (image_folder, "MOST_FILES"), (tar, "MOST_BYTES"), (arrow_ipc, "MOST_BYTES")):
         monkeypatch.setattr(module, name, getattr(module, name))
     for name in ("WAITS_S", "CLIENT_TRIES"):
         monkeypatch.setattr(far, name, getattr(far, name))
@@ -46,7 +47,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
     far.far.cache_clear()
 
 
-@pytest.mark.parametrize(("kind", "world_size"), [("lines", 1), ("folders", 2), ("tar", 3)])
+@pytest.mark.parametrize(("kind", "world_size"), [("lines", 1), ("folders", 2), ("tar", 3), ("arrow", 2)])
 def test_stopped_and_killed_it_ends_with_the_weights_of_the_same_rows_on_disk(
     kind: str, world_size: int, store: ObjectStore, new_run: NewRun, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ What reads files asks a place for them and knows no more of it. So a source of r
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -180,3 +181,13 @@ def in_parallel(place: Place, function: Callable[[S], T], items: Iterable[S]) ->
         return [function(item) for item in given]
     with ThreadPoolExecutor(min(place.num_readers, len(given))) as pool:
         return list(pool.map(function, given))
+
+
+def digest(data: bytes) -> str:
+    """24 hex digits that change when the bytes do."""
+    return hashlib.blake2b(data, digest_size=12).hexdigest()
+
+
+def digest_of(parts: Sequence[object]) -> str:
+    """24 hex digits that change when one of these values does."""
+    return digest(repr(tuple(parts)).encode())

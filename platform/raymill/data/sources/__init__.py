@@ -5,16 +5,18 @@ Not here: in which order that is done (`data`).
 """
 
 from raymill.data.sources.arrays import ArraySource
+from raymill.data.sources.arrow_ipc import ArrowSource
 from raymill.data.sources.image_folder import ImageFolderSource, decode_images
+from raymill.data.sources.lines.tables import CsvSource, JsonLinesSource
+from raymill.data.sources.lines.text import TextSource
 from raymill.data.sources.map_style import MapStyleSource
 from raymill.data.sources.parquet import ParquetSource, write_parquet
 from raymill.data.sources.splits import resample, split_by_key, split_by_share, split_by_time, split_into_folds
 from raymill.data.sources.tar import TarSource
-from raymill.data.sources.text import TextSource
-from raymill.data.sources.text_tables import CsvSource, JsonLinesSource
 
 __all__ = [
     "ArraySource",
+    "ArrowSource",
     "CsvSource",
     "ImageFolderSource",
     "JsonLinesSource",

@@ -10,9 +10,8 @@ from itertools import groupby
 
 import numpy as np
 
-from raymill.data.sources.files import digest_of
 from raymill.errors import DataError, InputError, Problem
-from raymill.storage.place import Entry, files_of, in_parallel, place_of, where
+from raymill.storage.place import Entry, digest_of, files_of, in_parallel, place_of, where
 from raymill.task import Field, Fragment, Rows, Schema
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")

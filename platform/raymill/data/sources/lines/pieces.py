@@ -5,14 +5,13 @@ A piece is known by the digest of its bytes, so that what was changed since the 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO
 
 from raymill.errors import DataError, InputError, Problem
-from raymill.storage.place import Entry, Place, changed, files_of, in_parallel, place_of, where
+from raymill.storage.place import Entry, Place, changed, digest, files_of, in_parallel, place_of, where
 from raymill.task import Fragment
 
 PIECE_BYTES = 4 * 2**20
@@ -79,7 +78,7 @@ def _pieces(place: Place, one: Entry, header: bool, whole: bool) -> tuple[Piece,
             # A file that is read as a whole may hold line ends within its values.
             num_lines = count_lines(data)
             if num_lines:
-                found.append(Piece(start, len(data), num_lines, _digest(data)))
+                found.append(Piece(start, len(data), num_lines, digest(data)))
             start += len(data)
     if start < one.size_bytes:
         raise OSError(f"{start} bytes came where there are {one.size_bytes}")
@@ -114,13 +113,13 @@ def read_piece(folder: str, fragment: Fragment) -> bytes:
         DataError: the file is gone, or was changed.
     """
     at = place_of(folder)
-    start, digest = fragment.identity.split(" ")
+    start, expected = fragment.identity.split(" ")
     try:
         data = at.read(fragment.path, int(start), fragment.num_bytes)
     except OSError as error:
         what = where(at, fragment.path)
         raise DataError(f"{what}: cannot be read: {error}. Restore this file from its source, then resume.") from error
-    if _digest(data) != digest:
+    if digest(data) != expected:
         raise changed(where(at, fragment.path))
     return data
 
@@ -128,12 +127,3 @@ def read_piece(folder: str, fragment: Fragment) -> bytes:
 def place(folder: str, fragment: Fragment) -> str:
     """Where a fragment is, for messages."""
     return f"{where(place_of(folder), fragment.path)}, from byte {fragment.identity.split(' ')[0]} on"
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=12).hexdigest()
-
-
-def digest_of(parts: Sequence[object]) -> str:
-    """24 hex digits that change when one of these values does."""
-    return _digest(repr(tuple(parts)).encode())

@@ -18,8 +18,9 @@ import pyarrow.json
 from raymill.data import arrow_types
 from raymill.data.arrow import rows_of_table, schema_problems
 from raymill.data.rows import num_rows
-from raymill.data.sources import files
+from raymill.data.sources.lines import pieces
 from raymill.errors import DataError, InputError, Problem, did_you_mean
+from raymill.storage.place import place_of
 from raymill.task import Field, Fragment, Rows, Schema
 
 Nulls = Literal["refuse", "bad_rows"]
@@ -34,7 +35,7 @@ class JsonLinesSource:
     """The rows of all JSON Lines files of a folder (https://jsonlines.org); a fragment is about 4 MiB of whole lines.
 
     Attributes:
-        folder: holds the files.
+        folder: holds the pieces.
         schema: the names to read; others are left alone. Inside of objects, "image.path". Numbers in lists are arrays.
         pattern: which files, as in `Path.glob`.
         nulls: what null or a missing name is for which its field has no `fill`: refused, or what makes its row bad.
@@ -58,16 +59,16 @@ class JsonLinesSource:
         """The same with the schema that the first piece has; see `ParquetSource.inferred`."""
         source = cls(folder, {}, pattern, nulls)
         first = source.fragments()[0]
-        table = _parsed(lambda: _read_json(files.read_piece(folder, first), {}), files.place(folder, first))
-        return cls(folder, inferred_schema(table, columns, fields, files.place(folder, first)), pattern, nulls)
+        table = _parsed(lambda: _read_json(pieces.read_piece(folder, first), {}), pieces.place(folder, first))
+        return cls(folder, inferred_schema(table, columns, fields, pieces.place(folder, first)), pattern, nulls)
 
     def fragments(self) -> Sequence[Fragment]:
-        """List the pieces, in one pass over the files.
+        """List the pieces, in one pass over the pieces.
 
         Raises:
             InputError: there are no files or no rows, or one cannot be read.
         """
-        return files.line_fragments(self.folder, self.pattern, "JSON Lines files")
+        return pieces.line_fragments(self.folder, self.pattern, "JSON Lines files")
 
     def read(self, fragment: Fragment) -> Rows:
         """The rows of one piece.
@@ -75,7 +76,7 @@ class JsonLinesSource:
         Raises:
             DataError: the file was changed, a line is no JSON, or a value does not fit its field; names file and place.
         """
-        where, data = files.place(self.folder, fragment), files.read_piece(self.folder, fragment)
+        where, data = pieces.place(self.folder, fragment), pieces.read_piece(self.folder, fragment)
         return _rows(lambda: _read_json(data, self.schema), self.schema, self.nulls, fragment, where)
 
 
@@ -84,7 +85,7 @@ class CsvSource:
     """The rows of all CSV files of a folder, the first line of each with the names; a fragment is about 4 MiB of whole lines.
 
     Attributes:
-        folder: holds the files.
+        folder: holds the pieces.
         schema: the columns to read; others are left alone.
         pattern: which files, as in `Path.glob`.
         delimiter: between values.
@@ -114,18 +115,18 @@ class CsvSource:
         """The same with the schema that the first piece has; see `ParquetSource.inferred`."""
         source = cls(folder, {}, pattern, delimiter, newlines_in_values, nulls)
         first = source.fragments()[0]
-        where = files.place(folder, first)
-        table = _parsed(lambda: source._table(first, files.read_piece(folder, first)), where)
+        where = pieces.place(folder, first)
+        table = _parsed(lambda: source._table(first, pieces.read_piece(folder, first)), where)
         schema = inferred_schema(table, columns, fields, where)
         return cls(folder, schema, pattern, delimiter, newlines_in_values, nulls)
 
     def fragments(self) -> Sequence[Fragment]:
-        """List the pieces, in one pass over the files.
+        """List the pieces, in one pass over the pieces.
 
         Raises:
             InputError: there are no files or no rows, or one cannot be read.
         """
-        found = files.line_fragments(
+        found = pieces.line_fragments(
             self.folder, self.pattern, "CSV files", header=not self.newlines_in_values, whole=self.newlines_in_values
         )
         if not self.newlines_in_values:
@@ -139,18 +140,23 @@ class CsvSource:
         Raises:
             DataError: the file was changed, a line has other values than there are names, or one does not fit its field.
         """
-        where, data = files.place(self.folder, fragment), files.read_piece(self.folder, fragment)
+        where, data = pieces.place(self.folder, fragment), pieces.read_piece(self.folder, fragment)
         return _rows(lambda: self._table(fragment, data), self.schema, self.nulls, fragment, where)
 
     def _count(self, fragment: Fragment) -> int:
-        where = files.place(self.folder, fragment)
-        return int(_parsed(lambda: self._table(fragment, files.read_piece(self.folder, fragment)), where).num_rows)
+        where = pieces.place(self.folder, fragment)
+        return int(_parsed(lambda: self._table(fragment, pieces.read_piece(self.folder, fragment)), where).num_rows)
 
     def _table(self, fragment: Fragment, data: bytes) -> pa.Table:
         names = None
         if not self.newlines_in_values:
-            with open(f"{self.folder}/{fragment.path}", "rb") as file:
-                header = file.readline(files.MOST_LINE_BYTES)
+            at = place_of(self.folder)
+
+            def first_line() -> bytes:
+                with at.open(fragment.path) as file:
+                    return file.readline(pieces.MOST_LINE_BYTES)
+
+            header = at.persisting(first_line)
             parsed = pyarrow.csv.read_csv(io.BytesIO(header), parse_options=self._parse_options())
             names = parsed.column_names
         texts = {name: pa.string() for name, field in self.schema.items() if field.dtype == "text"}

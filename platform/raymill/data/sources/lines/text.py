@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from raymill.data.sources import files
+from raymill.data.sources.lines import pieces
 from raymill.errors import DataError
 from raymill.task import Field, Fragment, Rows, Schema
 
@@ -16,7 +16,7 @@ class TextSource:
     """The lines of all text files of a folder that are not empty, or the files, as the column "text"; UTF-8.
 
     Attributes:
-        folder: holds the files.
+        folder: holds the pieces.
         pattern: which files, as in `Path.glob`.
         by: what a row is. A fragment is about 4 MiB of lines, or one file.
     """
@@ -28,12 +28,12 @@ class TextSource:
     schema: ClassVar[Schema] = {"text": Field("text")}
 
     def fragments(self) -> Sequence[Fragment]:
-        """List the pieces, in one pass over the files.
+        """List the pieces, in one pass over the pieces.
 
         Raises:
             InputError: there are no files or no text, or one cannot be read.
         """
-        found = files.line_fragments(self.folder, self.pattern, "text files", whole=self.by == "file")
+        found = pieces.line_fragments(self.folder, self.pattern, "text files", whole=self.by == "file")
         one = self.by == "file"
         return [Fragment(each.path, each.part, 1 if one else each.num_rows, each.num_bytes, each.identity) for each in found]
 
@@ -43,9 +43,9 @@ class TextSource:
         Raises:
             DataError: the file was changed, or is no UTF-8; names the file and the byte.
         """
-        data = files.read_piece(self.folder, fragment)
+        data = pieces.read_piece(self.folder, fragment)
         try:
-            texts = [data.decode()] if self.by == "file" else [line.decode() for line in files.lines_of(data)]
+            texts = [data.decode()] if self.by == "file" else [line.decode() for line in pieces.lines_of(data)]
         except UnicodeDecodeError:
             where, at = f"{self.folder}/{fragment.path}", int(fragment.identity.split(" ")[0]) + _first_wrong(data)
             fix = "Write the file as UTF-8, or read it with a Source of your own."
