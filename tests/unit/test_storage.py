@@ -25,7 +25,7 @@ from raymill.data.sources import (
 from raymill.errors import DataError, InputError
 from raymill.storage import far
 from raymill.storage.far import glob_expression
-from raymill.storage.place import place_of
+from raymill.storage.find import place_of
 from raymill.task import Field, Rows, Schema, Source
 
 SCHEMA: Schema = {"number": Field("int64"), "name": Field("text")}

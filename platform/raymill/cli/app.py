@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from raymill.cli import data, jobs, models, runs
+from raymill.cli.tune import tune
 
 app = typer.Typer(
     help="Distributed PyTorch training on Ray.",
@@ -13,7 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (jobs.init, jobs.check, jobs.plan, jobs.train, jobs.list_jobs, models.evaluate, models.predict, models.ui):
+for command in (jobs.init, jobs.check, jobs.plan, jobs.train, tune, jobs.list_jobs, models.evaluate, models.predict, models.ui):
     app.command(name="jobs" if command is jobs.list_jobs else None)(command)
 app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")

@@ -192,6 +192,23 @@ def examine_job(job: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:
     return LoadedJob(spec, path, lines, overridden, placed, faults)
 
 
+def read_values(path: Path) -> dict[str, Any]:
+    """The values of a YAML file that belongs to a job, read as strictly.
+
+    Raises:
+        InputError: with everything that is wrong with it as YAML.
+    """
+    with path.open("rb") as file:
+        document = strict_yaml.parse(file.read(strict_yaml.MAX_BYTES + 1))
+    problems = list(document.problems)
+    if not isinstance(document.value, dict) and not problems:
+        problems.append(Problem("", shortened(document.value), "a mapping of fields to values", "Write one field a line."))
+    if problems:
+        raise InputError(_placed(problems, path, document.lines, frozenset()))
+    values: dict[str, Any] = document.value
+    return values
+
+
 def import_pipeline(spec: JobSpec, fitted: Mapping[str, bytes] = NOTHING_FITTED) -> Pipeline:
     """Import the job's pipeline function and call it with `spec.data`, and with `fitted` if it has such a parameter.
 

@@ -10,7 +10,10 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from raymill.config.search import SearchSpec
+from raymill.config.strict_model import StrictModel
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -32,12 +35,6 @@ Threads = Annotated[int, Field(gt=0, le=1024)]
 
 PLATEAU = "ReduceLROnPlateau"
 """The one schedule that goes by a metric."""
-
-
-class StrictModel(BaseModel):
-    """Frozen and closed: an unknown key is an error, and so is a string where a number belongs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class ClassSpec(StrictModel):
@@ -335,6 +332,7 @@ class JobSpec(StrictModel):
     retry: RetrySpec = Field(default_factory=RetrySpec)
     bad_rows: BadRowsSpec = Field(default_factory=BadRowsSpec)
     register_: RegisterSpec | None = Field(default=None, alias="register", description="null: do not register")
+    search: SearchSpec | None = Field(default=None, description="for `raymill tune`; it may stand in search.yaml beside the job")
 
     @model_validator(mode="after")
     def _each_split_once(self) -> Self:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymill.checkpoint.directory import read_state, verify
-from raymill.config.spec import JobSpec
+from raymill.config.spec import JobSpec, RegisterSpec
 from raymill.data.arrow import schema_of
 from raymill.data.bad_rows import read_good_rows
 from raymill.data.rows import join, num_rows, take
@@ -63,7 +63,7 @@ VERSIONS_TAG = "mlflow.modelVersions"
 """What MLflow gives a logged model once it is registered."""
 
 
-def register(folder: RunFolder, export: str | None = None) -> dict[str, Any]:
+def register(folder: RunFolder, export: str | None = None, under: RegisterSpec | None = None) -> dict[str, Any]:
     """Register the best weights of a finished run, and move the job's alias to the version.
 
     Doing it again for the same weights finds the same version. The alias never moves back to an older version. To be called
@@ -71,6 +71,7 @@ def register(folder: RunFolder, export: str | None = None) -> dict[str, Any]:
 
     Args:
         export: in place of the job's `register.export`.
+        under: in place of the job's `register`.
 
     Returns:
         name, version and alias; and not_exported, why the version has no exported graph, where it has none.
@@ -83,10 +84,11 @@ def register(folder: RunFolder, export: str | None = None) -> dict[str, Any]:
         MlflowException, SQLAlchemyError, OSError: when the store cannot be reached; calling again goes on.
     """
     spec = JobSpec.model_validate(read_record(folder.spec))
-    if spec.register_ is None:
+    chosen = under or spec.register_
+    if chosen is None:
         fix = "Add `register: {model: NAME}` to the job."
         raise InputError([Problem("register", "nothing", "the name to register the model under", fix)])
-    name, alias, export = spec.register_.model, spec.register_.alias, export or spec.register_.export
+    name, alias, export = chosen.model, chosen.alias, export or chosen.export
     events, _ = read_events(folder.events)
     end = next((event for event in reversed(events) if isinstance(event, RunFinished)), None)
     if end is None or not end.best_checkpoint:

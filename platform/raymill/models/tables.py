@@ -29,7 +29,7 @@ from raymill.data.sources import ParquetSource
 from raymill.data.sources.parquet import DAMAGE, read_footer
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.files import STAGE
-from raymill.storage.place import place_of
+from raymill.storage.find import place_of
 from raymill.task import Column, Field, Rows, Schema
 
 STANDARD = "-"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from raymill.config.plan import ClusterFacts
@@ -41,6 +42,14 @@ IN_PROCESS = Executor(
     "in this process",
     cluster_facts.local_facts,
     in_process.execute,
+    in_process.preflight,
+    only_one_worker=True,
+    has_ray_log=False,
+)
+TRIAL = Executor(
+    "in a trial of a search",
+    cluster_facts.local_facts,
+    partial(in_process.execute, deliver=False),
     in_process.preflight,
     only_one_worker=True,
     has_ray_log=False,

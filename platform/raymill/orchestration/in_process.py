@@ -34,8 +34,8 @@ def preflight(folder: RunFolder, prepared: Prepared) -> AbstractContextManager[L
     return nullcontext(here(job, prepared.where, newest_weights(folder)))
 
 
-def execute(folder: RunFolder, prepared: Prepared, show: Show, look: Look) -> dict[str, Any]:
-    """Train to the end, then deliver to MLflow and register.
+def execute(folder: RunFolder, prepared: Prepared, show: Show, look: Look, *, deliver: bool = True) -> dict[str, Any]:
+    """Train to the end, then deliver to MLflow and register, unless somebody else delivers.
 
     Raises:
         Refusal: the job's own code was found wrong by `look`.
@@ -52,9 +52,10 @@ def execute(folder: RunFolder, prepared: Prepared, show: Show, look: Look) -> di
         raise
     except Exception as error:
         append_event(folder, RunStopped(reason="failed", message=tell(error)))
-        _deliver(folder, show)
+        if deliver:
+            _deliver(folder, show)
         raise
-    return read_record(folder.summary) | _deliver(folder, show)
+    return read_record(folder.summary) | (_deliver(folder, show) if deliver else {})
 
 
 def _attempt(folder: RunFolder, job: Job, show: Show) -> RaymillError | None:

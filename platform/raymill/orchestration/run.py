@@ -28,7 +28,16 @@ Watch = Callable[[RunFolder], Show]
 """Is given a run's folder before anything starts; what it returns is given every event as it happens."""
 
 
-def train(prepared: Prepared, executor: Executor, watch: Watch, started_s: float, *, preflight: bool = True) -> dict[str, Any]:
+def train(
+    prepared: Prepared,
+    executor: Executor,
+    watch: Watch,
+    started_s: float,
+    *,
+    preflight: bool = True,
+    run_id: str | None = None,
+    parent: str | None = None,
+) -> dict[str, Any]:
     """Start a new run and train it to the end.
 
     Args:
@@ -37,6 +46,8 @@ def train(prepared: Prepared, executor: Executor, watch: Watch, started_s: float
         watch: shows the run to people.
         started_s: when the command was given, Unix seconds.
         preflight: try the job's own code on a few rows first, or while the run starts.
+        run_id: what it is called; None: by the job's name, the time and something at random.
+        parent: the study that it is a trial of.
 
     Returns:
         The summary, which is also written to the run's folder.
@@ -47,11 +58,10 @@ def train(prepared: Prepared, executor: Executor, watch: Watch, started_s: float
         RunError: the run could not go on.
     """
     prepared = fitted(prepared)
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    folder = run_folder(f"{prepared.spec.name}-{stamp}-{secrets.token_hex(3)}")
+    folder = run_folder(run_id or new_id(prepared.spec.name))
     make_private_folder(folder.path)
     write_record(folder.data_manifest, manifest.as_record(prepared.manifest))
-    write_record(folder.environment, environment())
+    write_record(folder.environment, {**environment(), **({"parent_run_id": parent} if parent else {})})
     record_fitted.keep(folder.path, prepared.fitted)
     start, given = prepared.start, {name: (prepared.spec.inputs[name], one) for name, one in prepared.inputs.items()}
     keep_inputs(folder.path, given, (start.given.model, start.trained) if start else None)
@@ -63,6 +73,11 @@ def train(prepared: Prepared, executor: Executor, watch: Watch, started_s: float
         # Ignored is what a process that is being ended writes there still.
         shutil.rmtree(folder.path, ignore_errors=True)
         raise InputError(refusal.problems) from refusal.__cause__
+
+
+def new_id(name: str) -> str:
+    """What a new run or study of a job is called."""
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
 
 
 def try_code(prepared: Prepared) -> None:

@@ -6,7 +6,6 @@ What reads files asks a place for them and knows no more of it. So a source of r
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 MAX_SHOWN_LETTERS = 200
-
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 
 @dataclass(frozen=True)
@@ -109,21 +106,6 @@ class Place(Protocol):
 
     def persisting(self, function: Callable[[], T]) -> T:
         """Call a function that reads files; where a failure may pass, again."""
-
-
-def place_of(root: str) -> Place:
-    """The place that is named so.
-
-    Raises:
-        InputError: an address of a kind that cannot be read, or whose parts are wrong.
-    """
-    if not (scheme := _SCHEME.match(root)):
-        from raymill.storage.near import Near
-
-        return Near(root)
-    from raymill.storage.far import far
-
-    return far(root, scheme[1].lower())
 
 
 def files_of(place: Place, pattern: str, what: str, *, may_link: bool = False) -> list[Entry]:

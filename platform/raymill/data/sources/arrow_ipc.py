@@ -18,7 +18,8 @@ from raymill.data import arrow_types
 from raymill.data.arrow import describe, fits, rows_of_table, schema_problems
 from raymill.data.rows import num_rows
 from raymill.errors import DataError, InputError, Problem, did_you_mean
-from raymill.storage.place import Entry, Place, changed, digest, files_of, in_parallel, place_of, unchanged, where
+from raymill.storage.find import place_of
+from raymill.storage.place import Entry, Place, changed, digest, files_of, in_parallel, unchanged, where
 from raymill.task import Field, Fragment, Rows, Schema
 
 MOST_BYTES = 16 * 2**20

@@ -11,7 +11,8 @@ from itertools import groupby
 import numpy as np
 
 from raymill.errors import DataError, InputError, Problem
-from raymill.storage.place import Entry, digest_of, files_of, in_parallel, place_of, where
+from raymill.storage.find import place_of
+from raymill.storage.place import Entry, digest_of, files_of, in_parallel, where
 from raymill.task import Field, Fragment, Rows, Schema
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")

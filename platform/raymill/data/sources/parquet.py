@@ -36,7 +36,8 @@ from raymill.data.arrow import (
 from raymill.data.rows import num_rows, take
 from raymill.data.sources.parquet_index import ColumnChunk, all_pages_have_checksums, read_index
 from raymill.errors import DataError, InputError, Problem, did_you_mean
-from raymill.storage.place import Entry, Place, changed, files_of, in_parallel, place_of, unchanged, where
+from raymill.storage.find import place_of
+from raymill.storage.place import Entry, Place, changed, files_of, in_parallel, unchanged, where
 from raymill.task import Field, Fragment, Rows, Schema
 
 # ---------------------------------------------------------------- Parquet

@@ -22,7 +22,7 @@ from raymill.data.rows import join, num_rows
 from raymill.data.sources.parquet import DIGEST_KEY, ParquetSource, inspect_file, read_footer, write_file
 from raymill.errors import DataError, InputError, Problem
 from raymill.files import parse_json, replace_file
-from raymill.storage.place import place_of
+from raymill.storage.find import place_of
 from raymill.task import Pipeline, Rows
 
 RECORD = "prepared.json"

@@ -15,7 +15,8 @@ from functools import lru_cache
 import numpy as np
 
 from raymill.errors import DataError, InputError, Problem
-from raymill.storage.place import Entry, Place, changed, digest_of, files_of, in_parallel, place_of, unchanged, where
+from raymill.storage.find import place_of
+from raymill.storage.place import Entry, Place, changed, digest_of, files_of, in_parallel, unchanged, where
 from raymill.task import Column, Field, Fragment, Rows, Schema
 
 MOST_BYTES = 16 * 2**20

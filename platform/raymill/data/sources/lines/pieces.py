@@ -11,7 +11,8 @@ from functools import lru_cache
 from typing import IO
 
 from raymill.errors import DataError, InputError, Problem
-from raymill.storage.place import Entry, Place, changed, digest, files_of, in_parallel, place_of, where
+from raymill.storage.find import place_of
+from raymill.storage.place import Entry, Place, changed, digest, files_of, in_parallel, where
 from raymill.task import Fragment
 
 PIECE_BYTES = 4 * 2**20

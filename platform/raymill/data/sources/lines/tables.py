@@ -20,7 +20,7 @@ from raymill.data.arrow import rows_of_table, schema_problems
 from raymill.data.rows import num_rows
 from raymill.data.sources.lines import pieces
 from raymill.errors import DataError, InputError, Problem, did_you_mean
-from raymill.storage.place import place_of
+from raymill.storage.find import place_of
 from raymill.task import Field, Fragment, Rows, Schema
 
 Nulls = Literal["refuse", "bad_rows"]

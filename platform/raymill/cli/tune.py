@@ -1,0 +1,147 @@
+"""The verbs about searches: tune JOB; tune list, show, export, stop."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from raymill.cli.output import Aligned, JsonOption, SetOption, duration, emit, errors, in_words, moment, plain_console, show_table
+from raymill.redaction import for_people
+
+StudyArgument = Annotated[str, typer.Argument(help="a study's name, as `raymill tune list` shows it")]
+
+
+def tune(
+    job: Annotated[str, typer.Argument(help="a job file, its folder, or a name in jobs/; or list, show, export, stop")],
+    study: Annotated[str | None, typer.Argument(help="with show, export and stop: the study")] = None,
+    set_: SetOption = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="same as --set search.trials=N, for a new search")] = None,
+    add_trials: Annotated[int, typer.Option("--add-trials", help="so many more than before", min=0)] = 0,
+    resume: Annotated[str | None, typer.Option("--resume", help="go on with this study")] = None,
+    new: Annotated[bool, typer.Option("--new", help="begin anew, whatever was begun before")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="with export: a .csv or .json file")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Search over a job's fields; or list, show, export or stop searches. Killed or stopped, the same command goes on."""
+    with errors(json_):
+        verbs = {"list": _list, "show": _show, "export": _export, "stop": _stop}
+        if job in verbs:
+            verbs[job](study, out, json_)
+            return
+        from raymill.tune.command import Asked, with_trials
+        from raymill.tune.command import tune as search
+
+        console = plain_console(stderr=True)
+        begun_s = time.time()
+        asked = Asked(job, with_trials(set_ or [], trials), resume, new, add_trials)
+        summary = search(asked, _teller(console, begun_s), lambda text: console.print(for_people(text), soft_wrap=True))
+        emit(summary, json_, lambda console: _show_summary(console, summary))
+
+
+def _teller(console: Console, begun_s: float) -> Any:
+    best: list[float] = []
+
+    def tell(trial: dict[str, Any]) -> None:
+        value = in_words(trial["value"])
+        took = f", {duration(trial['seconds'])}" if trial["seconds"] else ""
+        line = f"trial {trial['number']}  {trial['state']}  {value}{took}  {in_words(trial['values'])}"
+        console.print(for_people(line), soft_wrap=True)
+        if trial["message"]:
+            console.print(for_people(trial["message"]), soft_wrap=True)
+        best.append(time.time() - begun_s)
+
+    return tell
+
+
+def _show_summary(console: Console, summary: dict[str, Any]) -> None:
+    table = Aligned()
+    table.add_row("study", summary["study"])
+    table.add_row("trials", summary["trials"])
+    table.add_row("searched for", f"{summary['mode']} {summary['metric']}")
+    if summary["job_as_it_stands"] is not None:
+        table.add_row("the job as it stands", summary["job_as_it_stands"])
+    if best := summary["best"]:
+        deviation = f" (deviation {in_words(best['deviation'])})" if best["deviation"] is not None else ""
+        table.add_row("best", f"{in_words(best['value'])}{deviation}, trial {best['number']}")
+        table.add_row("its values", best["values"])
+        table.add_row("its run", best["runs"])
+    if model := summary.get("model"):
+        table.add_row("model", f"{model['name']} version {model['version']}, alias {model['alias']}")
+    console.print(table, soft_wrap=True)
+    if summary["top"]:
+        console.print()
+        show_table(
+            console,
+            ("trial", "value", "seconds", "values"),
+            [[t["number"], t["value"], t["seconds"], t["values"]] for t in summary["top"]],
+        )
+    if summary.get("note"):
+        console.print(f"\n{for_people(summary['note'])}", soft_wrap=True)
+    console.print("\nNext:")
+    if summary["best"]:
+        sets = " ".join(f"--set {name}={json.dumps(value)}" for name, value in summary["best"]["values"].items())
+        console.print(for_people(f"  raymill train {summary['job']} {sets}"), soft_wrap=True)
+    console.print(f"  raymill tune show {summary['study']}\n  raymill ui")
+
+
+def _list(study: str | None, out: Path | None, json_: bool) -> None:
+    from raymill.tune.folder import all_studies
+    from raymill.tune.outcome import show
+
+    found = [show(folder) for folder in all_studies()]
+    columns = ("study", "begun", "trials", "metric", "best")
+    bests = [one["best"]["value"] if one["best"] else None for one in found]
+    rows = [
+        [one["study"], moment(one["begun_s"]), one["trials"], one["metric"], best] for one, best in zip(found, bests, strict=True)
+    ]
+    emit({"studies": found}, json_, lambda console: show_table(console, columns, rows))
+
+
+def _show(study: str | None, out: Path | None, json_: bool) -> None:
+    from raymill.files import read_record
+    from raymill.tune.folder import find_study
+    from raymill.tune.outcome import show
+
+    folder = find_study(study or "")
+    summary = show(folder) | (read_record(folder.delivered) if folder.delivered.exists() else {})
+    emit(summary, json_, lambda console: _show_summary(console, summary))
+
+
+def _export(study: str | None, out: Path | None, json_: bool) -> None:
+    from raymill.tune.folder import find_study
+    from raymill.tune.outcome import table
+
+    columns, rows = table(find_study(study or ""))
+    if out is not None and out.suffix == ".json":
+        out.write_text(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=1))
+    elif not json_ or out is not None:
+        with out.open("w", newline="") if out is not None else _stdout() as file:
+            writer = csv.writer(file)
+            writer.writerows([columns, *rows])
+    if json_:
+        emit({"columns": columns, "rows": rows}, json_, lambda console: None)
+
+
+def _stdout() -> Any:
+    from contextlib import nullcontext
+
+    return nullcontext(sys.stdout)
+
+
+def _stop(study: str | None, out: Path | None, json_: bool) -> None:
+    from raymill.tune.folder import find_study
+
+    folder = find_study(study or "")
+    folder.stop_request.touch()
+    emit(
+        {"study": folder.name, "stopping": True},
+        json_,
+        lambda console: console.print(f"{folder.name}: its trials are asked to stop"),
+    )

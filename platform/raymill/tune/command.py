@@ -1,0 +1,346 @@
+"""A search from the command's point of view: prepared and checked, driven by a process that is started again when it dies, shown.
+
+Whatever the processes have to say to each other stands in the study's folder. Killed at any moment, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raymill import errors
+from raymill.config import load, plan
+from raymill.config.search import SearchSpec
+from raymill.config.spec import JobSpec
+from raymill.errors import InputError, Interrupted, Problem, RunError
+from raymill.files import make_private_folder, private, read_record, run_lock, write_record
+from raymill.orchestration.executors import Executor, choose
+from raymill.orchestration.on_ray import session_folder
+from raymill.orchestration.prepare import Prepared, prepare
+from raymill.orchestration.run import new_id, try_code
+from raymill.paths import project_root
+from raymill.tune import space
+from raymill.tune.folder import StudyFolder, find_study, studies_folder, unfinished_study
+
+BESIDE = "search.yaml"
+"""A job's search may stand in this file beside it."""
+
+POLL_S = 0.2
+MOST_DRIVERS = 3
+"""That may die one after the other without a trial between them."""
+
+SESSION_TIMEOUT_S = 10.0
+
+Tell = Callable[[dict[str, Any]], None]
+"""Is given each trial that is over."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command asks for.
+
+    Attributes:
+        job: what `load.find_job` takes.
+        overrides: "field.path=value" each.
+        resume: a study by its name; None: the newest of this job and search that is not over, or a new one.
+        new: a new study in any case.
+        add_trials: beside those that the search or an earlier command says.
+    """
+
+    job: str
+    overrides: Sequence[str] = ()
+    resume: str | None = None
+    new: bool = False
+    add_trials: int = 0
+
+
+def tune(asked: Asked, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]:
+    """Search to the end.
+
+    Args:
+        tell: shows a trial.
+        say: shows a line.
+
+    Returns:
+        The summary: study, trials (by state), best (number, value, values, run), job_as_it_stands, what was registered.
+
+    Raises:
+        InputError: with everything that is wrong with the job, its search and each corner of the space; nothing was started.
+        Interrupted: stopped on request; the same command goes on.
+        RunError: the search could not go on.
+    """
+    folder = _study(asked, say)
+    with ExitStack() as stack:
+        stack.enter_context(run_lock(folder.command_lock))
+        with run_lock(folder.driver_lock):
+            folder.stop_request.unlink(missing_ok=True)
+            folder.failure.unlink(missing_ok=True)
+        say(f"study {folder.name}")
+        say(f"its files: {folder.path}")
+        stack.enter_context(_stop_on_signal(folder))
+        delivery = stack.enter_context(_delivery(folder))
+        _drive(folder, tell)
+        if folder.stop_request.exists():
+            raise Interrupted(folder.name, 0)
+        from raymill.tune.outcome import conclude
+
+        summary = conclude(folder)
+        delivered = delivery.finish()
+        summary |= delivered
+        write_record(folder.summary, summary)
+    return summary
+
+
+def _study(asked: Asked, say: Callable[[str], None]) -> StudyFolder:
+    """The study to go on with, or a new one, checked."""
+    executor = choose(this_process=False)
+    if asked.resume is not None:
+        folder = find_study(asked.resume)
+        record = read_record(folder.record)
+    else:
+        overrides, loaded = with_search(asked.job, asked.overrides)
+        search = loaded.spec.search
+        if search is None:
+            fix = f"Add `search:` to the job, or write it into {BESIDE} beside it."
+            raise InputError([Problem("search", "nothing", "a space to search", fix)])
+        named: dict[str, Any] = {"job": str(loaded.path.resolve()), "search": search.model_dump(mode="json")}
+        folder_there = None if asked.new else unfinished_study(named["job"], named["search"])
+        if folder_there is None:
+            return _new_study(asked, overrides, loaded, search, executor, named, say)
+        folder, record = folder_there, read_record(folder_there.record)
+        say("going on with what was begun (--new begins anew)")
+    if asked.add_trials:
+        write_record(folder.record, {**record, "trials": record["trials"] + asked.add_trials})
+        folder.summary.unlink(missing_ok=True)
+    return folder
+
+
+def _new_study(
+    asked: Asked,
+    overrides: list[str],
+    loaded: load.LoadedJob,
+    search: SearchSpec,
+    executor: Executor,
+    named: dict[str, Any],
+    say: Callable[[str], None],
+) -> StudyFolder:
+    prepared = checked(loaded, overrides, search, executor)
+    try_code(prepared)
+    first, outside = space.as_it_stands(prepared.spec, search)
+    if outside:
+        say(f"the job's own values of {', '.join(outside)} lie outside of the space: the first trial is not the job as it stands")
+    folder = StudyFolder(studies_folder() / new_id(prepared.spec.name))
+    make_private_folder(folder.path)
+    write_record(folder.plan, prepared.plan.as_record())
+    record = {
+        **named,
+        "spec": load.resolved(prepared.spec),
+        "overrides": [one for one in asked.overrides if not one.startswith("search")],
+        "cwd": str(Path.cwd()),
+        "metric": search.metric or prepared.spec.checkpoint.metric,
+        "mode": search.mode or prepared.spec.checkpoint.mode,
+        "first": [*([] if search.sampler.kind == "grid" else [first]), *search.points],
+        "first_is_the_job": not outside and search.sampler.kind != "grid",
+        "trials": _num_trials(search) + asked.add_trials,
+        "begun_s": time.time(),
+    }
+    write_record(folder.record, record)
+    return folder
+
+
+def _num_trials(search: SearchSpec) -> int:
+    if search.sampler.kind != "grid":
+        return search.trials
+    count = 1
+    for values in space.grid(search).values():
+        count *= len(values)
+    return count
+
+
+def with_search(job: str, overrides: Sequence[str]) -> tuple[list[str], load.LoadedJob]:
+    """A job with its search, which may stand beside it.
+
+    Raises:
+        InputError: it stands in both places.
+    """
+    beside = load.find_job(job).with_name(BESIDE)
+    if not beside.is_file():
+        return list(overrides), load.examine_job(job, overrides)
+    given = [f"search={json.dumps(load.read_values(beside))}", *overrides]
+    own = load.examine_job(job, [one for one in overrides if not one.startswith("search")])
+    if "search" in own.lines:
+        fix = "Delete one of the two."
+        raise InputError([Problem(own.where("search"), f"a search, and another one in {beside}", "one of them", fix)])
+    return given, load.examine_job(job, given)
+
+
+def checked(loaded: load.LoadedJob, overrides: Sequence[str], search: SearchSpec, executor: Executor) -> Prepared:
+    """The job as it stands, once it and each corner of its space are found right.
+
+    Raises:
+        InputError: with everything that is wrong.
+    """
+    problems: list[Problem] = []
+    facts = executor.find_facts()
+    prepared: Prepared | None = None
+    try:
+        prepared = prepare(loaded, facts)
+    except InputError as error:
+        problems += error.problems
+    if (search.metric or loaded.spec.checkpoint.metric) is None:
+        fix = "Set search.metric or checkpoint.metric, such as validation/accuracy."
+        problems.append(Problem("search.metric", "nothing", "what is searched for", fix))
+    bare = [*overrides, "search=null"]
+
+    def judge(spec: JobSpec) -> list[Problem]:
+        return plan.find_problems(spec, prepared.manifest if prepared else None, facts, str)
+
+    problems += space.find_problems(str(loaded.path), bare, search, judge)
+    if problems or prepared is None:
+        raise InputError(problems)
+    return prepared
+
+
+def with_trials(overrides: Sequence[str], trials: int | None) -> list[str]:
+    """The overrides of a command line, with its number of trials."""
+    return [*overrides, *([f"search.trials={trials}"] if trials is not None else [])]
+
+
+# ---------------------------------------------------------------- the driver
+
+
+def _drive(folder: StudyFolder, tell: Tell) -> None:
+    """Have the search driven to its end, by one process after the other where they die.
+
+    Raises:
+        RunError: the search cannot go on.
+    """
+    offset = folder.trials.stat().st_size if folder.trials.exists() else 0
+    deaths = 0
+    while True:
+        with session_folder.new_session() as session:
+            process = _start(folder, session)
+            try:
+                while process.poll() is None:
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(POLL_S)
+                    offset, count = _show_new(folder, offset, tell)
+                    deaths = 0 if count else deaths
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+                session_folder.end_session(session, SESSION_TIMEOUT_S)
+        offset, _ = _show_new(folder, offset, tell)
+        if process.returncode in (0, 3):
+            return
+        if folder.failure.exists():
+            raise errors.from_record(read_record(folder.failure))
+        deaths += 1
+        if deaths > MOST_DRIVERS:
+            raise RunError(f"the search's driver died {deaths} times without a trial between; see {folder.log}")
+
+
+def _start(folder: StudyFolder, session: Path) -> subprocess.Popen[bytes]:
+    with open(folder.log, "ab", opener=private) as log:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "raymill.tune.driver", str(folder.path)],
+            cwd=project_root(),
+            env={**os.environ, session_folder.VARIABLE: str(session)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def _show_new(folder: StudyFolder, offset: int, tell: Tell) -> tuple[int, int]:
+    if not folder.trials.exists():
+        return offset, 0
+    with folder.trials.open("rb") as file:
+        file.seek(offset)
+        data = file.read()
+    # A line may be half written.
+    whole = data[: data.rfind(b"\n") + 1]
+    lines = whole.splitlines()
+    for line in lines:
+        tell(json.loads(line))
+    return offset + len(whole), len(lines)
+
+
+@contextmanager
+def _stop_on_signal(folder: StudyFolder) -> Iterator[None]:
+    """Within this, SIGINT and SIGTERM end the search, its running trials saved; a second SIGINT at once."""
+
+    def ask(number: int, frame: Any) -> None:
+        if folder.stop_request.exists() and number == signal.SIGINT:
+            raise Interrupted(folder.name, 0)
+        folder.stop_request.touch()
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------- the delivery to MLflow
+
+
+class _Delivery:
+    """The process that delivers finished trials to MLflow, as they come."""
+
+    def __init__(self, folder: StudyFolder) -> None:
+        self._folder = folder
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with open(self._folder.log, "ab", opener=private) as log:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "raymill.tune.delivery", str(self._folder.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def finish(self) -> dict[str, Any]:
+        """Wait until all is delivered, the best model registered; returns what the summary says of it."""
+        code = self._process.wait()
+        if code < 0:
+            self._process = self._start()
+            code = self._process.wait()
+        done = read_record(self._folder.delivered) if self._folder.delivered.exists() else {}
+        found = {"delivered_to_mlflow": code == 0, **{name: done[name] for name in ("model", "note") if done.get(name)}}
+        if code != 0 and "note" not in found:
+            found["note"] = f"MLflow did not take everything; see {self._folder.log}. The same command delivers the rest."
+        return found
+
+    def end(self) -> None:
+        """End it, if it has not ended."""
+        if self._process.poll() is None:
+            self._process.terminate()
+        self._process.wait()
+
+
+@contextmanager
+def _delivery(folder: StudyFolder) -> Iterator[_Delivery]:
+    delivery = _Delivery(folder)
+    try:
+        yield delivery
+    finally:
+        delivery.end()

@@ -1,0 +1,190 @@
+"""The process that drives a search: a Ray of its own (or a cluster's), on which Ray Tune runs the trials.
+
+    python -m raymill.tune.driver STUDY_FOLDER
+
+Ray Tune finds room for trials, keeps their actors warm from one to the next, and starts lost ones again; what they try and which
+end early comes from the study, whose store is all that is kept. So this process may be killed at any moment: another goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from raymill import errors
+from raymill.config.plan import Plan
+from raymill.config.search import SearchSpec
+from raymill.config.spec import JobSpec
+from raymill.errors import RaymillError, RunError
+from raymill.files import private, read_record, run_lock, write_record
+from raymill.orchestration.on_ray.ray_session import ray_for
+from raymill.orchestration.on_ray.session_folder import VARIABLE
+from raymill.paths import home
+from raymill.redaction import print_redacted, redact, redact_text
+from raymill.tune.folder import StudyFolder
+from raymill.tune.study import DEVIATION, MESSAGE, METRICS, RUNS, SECONDS, Study, Suggestion, facts_of
+from raymill.tune.trial import TrialSpec
+
+FINISHED, FAILED, INTERRUPTED = 0, 1, 3
+
+SETTINGS = {
+    # Ray Tune's own result files and TensorBoard's: a third of the time of a short trial.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # A trial that failed has no value.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # What is kept of a search is the study.
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    # A trial that ends early saves its state first.
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
+}
+"""Of Ray Tune."""
+
+
+class Search:
+    """What Ray Tune asks and tells: the study, its budget, and what becomes of each trial. Called in one thread."""
+
+    def __init__(self, folder: StudyFolder) -> None:
+        """Of a study that was prepared."""
+        record = read_record(folder.record)
+        self.folder, self.record = folder, record
+        self.search = SearchSpec.model_validate(record["search"])
+        self.spec = JobSpec.model_validate(record["spec"])
+        self.metric, self.mode = record["metric"], record["mode"]
+        self.study = Study(folder.store, folder.name, self.search, self.mode, record["first"])
+        self._steps: dict[int, int] = {}
+        self._evaluations: dict[int, int] = {}
+        self.failed: str | None = None
+
+    @property
+    def num_workers(self) -> int:
+        """Of each run of a trial."""
+        return self.search.workers or self.spec.scale.max_num_workers
+
+    @property
+    def in_process(self) -> bool:
+        """Whether a trial's runs have one worker, and so need no process but the actor's."""
+        return self.num_workers == 1
+
+    def next(self) -> TrialSpec | None:
+        """The next trial; None: there is none to begin."""
+        if self.is_over():
+            return None
+        suggestion = self.study.next(self.record["trials"])
+        return None if suggestion is None else self._spec_of(suggestion)
+
+    def _spec_of(self, suggestion: Suggestion) -> TrialSpec:
+        from raymill.tune.space import as_overrides
+
+        fixed = ["register=null", "search=null", *self.record["overrides"]]
+        if self.in_process or self.search.workers:
+            fixed += [f"scale.workers={self.num_workers}", "scale.min_workers=null", "scale.max_workers=null"]
+        if self.in_process and self.spec.loop.threads is None:
+            # As many trials run at once as there are CPUs.
+            fixed.append("loop.threads=1")
+        repeats = self.search.repeats(self.spec.loop.seed)
+        name = f"{self.folder.name}-{suggestion.number:04d}"
+        ids = [name] if len(repeats) == 1 else [f"{name}.{number}" for number in range(len(repeats))]
+        values = as_overrides(suggestion.values)
+        return TrialSpec(
+            study=self.folder.name,
+            number=suggestion.number,
+            job=self.record["job"],
+            runs={run_id: [*fixed, *values, *own] for run_id, own in zip(ids, repeats, strict=True)},
+            metric=self.metric,
+            mode=self.mode,
+            cwd=self.record["cwd"],
+            in_process=self.in_process,
+        )
+
+    def report(self, number: int, step: int, value: float) -> bool:
+        """A trial was evaluated; returns whether it is to end."""
+        if step <= self._steps.get(number, -1):
+            # Done again by a trial that goes on from its last commit.
+            return False
+        self._steps[number] = step
+        self._evaluations[number] = self._evaluations.get(number, 0) + 1
+        return self.study.report(number, self._evaluations[number], value)
+
+    def ended(self, number: int, result: dict[str, Any] | None, *, pruned: bool) -> None:
+        """A trial is over: note it, unless the search was stopped and the trial is to be gone on with."""
+        result = result or {}
+        if result.get("interrupted"):
+            return
+        facts = {RUNS: result.get("runs", [f"{self.folder.name}-{number:04d}"])}
+        if "score" in result:
+            facts |= {METRICS: result["metrics"], SECONDS: result["seconds"], DEVIATION: result["deviation"]}
+            self.study.tell(number, "complete", result["score"], facts)
+        elif pruned:
+            self.study.tell(number, "pruned", None, facts)
+        elif self.is_stopped():
+            return
+        else:
+            said = result.get("failed", "its process died, and died again when it was started anew; see ray.log of the study")
+            self.study.tell(number, "failed", None, {**facts, MESSAGE: redact_text(said)})
+            if self.search.on_error == "stop":
+                self.failed = said
+        trial = next(one for one in self.study.trials() if one.number == number)
+        with open(self.folder.trials, "a", opener=private) as file:
+            file.write(json.dumps(redact({"time_s": time.time(), **facts_of(trial)})) + "\n")
+
+    def is_stopped(self) -> bool:
+        """Whether running trials are to end too."""
+        return self.folder.stop_request.exists() or self.failed is not None
+
+    def is_over(self) -> bool:
+        """Whether no more trials are to begin."""
+        hours, target, best = self.search.max_hours, self.search.target, self.study.best()
+        return (
+            self.is_stopped()
+            or (hours is not None and time.time() > self.record["begun_s"] + 3600 * hours)
+            or (target is not None and best is not None and self.study.worth(best.value) >= self.study.worth(target))
+        )
+
+
+def main(arguments: list[str]) -> int:
+    """Drive a search; returns 0 finished, 3 stopped, 1 anything else, with the reason in `failure.json`."""
+    folder = StudyFolder(Path(arguments[0]))
+
+    def stop(number: int, frame: Any) -> None:
+        folder.stop_request.touch()
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        with run_lock(folder.driver_lock):
+            return _drive(folder)
+    except RaymillError as error:
+        write_record(folder.failure, redact(errors.as_record(error)))
+        return FAILED
+    except Exception as error:
+        write_record(folder.failure, redact(errors.as_record(RunError(f"{type(error).__name__}: {error}"))))
+        raise
+
+
+def _drive(folder: StudyFolder) -> int:
+    plan = Plan.from_record(read_record(folder.plan))
+    os.environ |= SETTINGS | {"RAYMILL_HOME": str(home())}
+    search = Search(folder)
+    with ray_for(plan, meanwhile=lambda: None):
+        signal.signal(signal.SIGTERM, lambda number, frame: folder.stop_request.touch())
+        # Imported here: `ray_for` sets what Ray reads when it is imported.
+        from raymill.tune import ray_tune
+
+        ray_tune.run(search, Path(os.environ[VARIABLE], "tune"))
+    if search.failed is not None:
+        raise RunError(f"a trial failed, and search.on_error is stop:\n{search.failed}")
+    with suppress(FileNotFoundError):
+        folder.failure.unlink()
+    return INTERRUPTED if folder.stop_request.exists() else FINISHED
+
+
+if __name__ == "__main__":
+    sys.excepthook = print_redacted
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,76 @@
+"""What came of a study: its summary, as the command prints it, and what is shown of one that goes on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from raymill.config.search import SearchSpec
+from raymill.errors import InputError, Problem
+from raymill.files import read_record, write_record
+from raymill.tune.folder import StudyFolder
+from raymill.tune.study import Study, facts_of
+
+NUM_SHOWN = 5
+
+
+def open_study(folder: StudyFolder) -> Study:
+    """A study, to be looked at."""
+    record = read_record(folder.record)
+    return Study(folder.store, folder.name, SearchSpec.model_validate(record["search"]), record["mode"])
+
+
+def conclude(folder: StudyFolder) -> dict[str, Any]:
+    """The summary of a study that is over; also written to its folder."""
+    summary = show(folder)
+    write_record(folder.summary, summary)
+    return summary
+
+
+def show(folder: StudyFolder) -> dict[str, Any]:
+    """What is known of a study.
+
+    Returns:
+        study, job, metric, mode, trials (state -> how many), most_trials, best (see `facts_of`), top (the best five),
+        job_as_it_stands (the value of the first trial, where that is the job), begun_s.
+    """
+    record, study = read_record(folder.record), open_study(folder)
+    trials = [facts_of(one) for one in study.trials()]
+    done = sorted(
+        (one for one in trials if one["state"] == "complete"), key=lambda one: (-study.worth(one["value"]), one["number"])
+    )
+    first = next((one for one in trials if one["number"] == 0 and one["state"] == "complete"), None)
+    return {
+        "study": folder.name,
+        "job": record["job"],
+        "metric": record["metric"],
+        "mode": record["mode"],
+        "trials": dict(Counter(one["state"] for one in trials)),
+        "most_trials": record["trials"],
+        "best": done[0] if done else None,
+        "top": done[:NUM_SHOWN],
+        "job_as_it_stands": first["value"] if first and record["first_is_the_job"] else None,
+        "begun_s": record["begun_s"],
+    }
+
+
+def table(folder: StudyFolder) -> tuple[list[str], list[list[Any]]]:
+    """All trials as a table: names of columns, rows."""
+    trials = [facts_of(one) for one in open_study(folder).trials()]
+    fields = sorted({name for one in trials for name in one["values"]})
+    columns = ["number", "state", "value", "deviation", "seconds", *fields, "message"]
+    return columns, [[one["values"].get(name) if name in fields else one[name] for name in columns] for one in trials]
+
+
+def best_run(summary: dict[str, Any]) -> str:
+    """The run of the best trial; of several, the first.
+
+    Raises:
+        InputError: no trial ran to its end.
+    """
+    if not summary["best"]:
+        fix = "Look at the trials with `raymill tune show`, and correct the space or the job."
+        raise InputError([Problem("search", "no trial that ran to its end", "at least one", fix)])
+    runs: Sequence[str] = summary["best"]["runs"]
+    return runs[0]

@@ -1,0 +1,71 @@
+"""Pictures of a search, as PNG files: how it went, which fields count, where good values lie, which trials ended early.
+
+Optuna draws them with matplotlib; one that cannot be drawn of few trials is left out.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from raymill.tune.folder import StudyFolder
+from raymill.tune.outcome import open_study
+from raymill.tune.study import Study, importance
+
+log = logging.getLogger("raymill.tune")
+
+
+def draw(folder: StudyFolder) -> tuple[dict[str, float], list[Path]]:
+    """Draw a study; returns the importance of each field, and the pictures' files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from optuna.visualization import matplotlib as plots
+
+    study = open_study(folder)
+    found = importance(study)
+    folder.pictures.mkdir(exist_ok=True)
+    wanted: Mapping[str, Callable[[Any], Any]] = {
+        "history": plots.plot_optimization_history,
+        "parallel_coordinates": plots.plot_parallel_coordinate,
+        "slices": plots.plot_slice,
+        "intermediate_values": plots.plot_intermediate_values,
+    }
+    drawn = [path for name, plot in wanted.items() if (path := _drawn(name, plot, study, folder.pictures))]
+    if found:
+        drawn.append(_importance(found, folder.pictures / "importance.png"))
+    return found, drawn
+
+
+def _drawn(name: str, plot: Callable[[Any], Any], study: Study, into: Path) -> Path | None:
+    import matplotlib.pyplot as plt
+
+    path = into / f"{name}.png"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            axes = plot(study.optuna)
+            figure = (axes if hasattr(axes, "figure") else axes.flat[0]).figure
+            figure.set_size_inches(max(8.0, figure.get_size_inches()[0]), max(5.0, figure.get_size_inches()[1]))
+            figure.savefig(path, dpi=100, bbox_inches="tight")
+    except Exception as error:  # matplotlib raises whatever its parts raise, and no picture is worth a search
+        log.warning("the picture %s was not drawn: %s: %s", name, type(error).__name__, error)
+        return None
+    finally:
+        plt.close("all")
+    return path
+
+
+def _importance(found: Mapping[str, float], path: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 0.4 * len(found)))
+    axes = figure.subplots()
+    names = list(found)[::-1]
+    axes.barh([name.replace("$", r"\$") for name in names], [found[name] for name in names])
+    axes.set_xlabel("share of the differences between trials that the field explains (fANOVA)")
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+    return path

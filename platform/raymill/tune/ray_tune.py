@@ -1,0 +1,131 @@
+"""Ray Tune as it runs a search: a searcher and a scheduler that ask the study, and the function that its actors call.
+
+Nothing that Ray Tune keeps is read again: its experiment lies in the session's folder and goes with it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+if TYPE_CHECKING:
+    from raymill.tune.driver import Search
+
+OUTCOME = "outcome"
+"""What a trial has come to, in its last report."""
+
+MOST_DEATHS = 3
+"""Of a trial's process, each time gone on with from its last commit."""
+
+
+class Suggestions(Searcher):
+    """Asks the study what to try, and tells it what came of it."""
+
+    def __init__(self, search: Search, ended_early: set[int]) -> None:
+        """Of this search; `ended_early` are the numbers of trials that the scheduler has ended."""
+        super().__init__(metric="value", mode=search.mode)
+        self._search, self._ended_early = search, ended_early
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial, as the configuration of an actor."""
+        trial = self._search.next()
+        if trial is None:
+            return Searcher.FINISHED
+        self._numbers[trial_id] = trial.number
+        return asdict(trial)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """A trial is over."""
+        number = self._numbers.pop(trial_id)
+        outcome = None if error or not result else json.loads(result.get(OUTCOME) or "null")
+        self._search.ended(number, outcome, pruned=number in self._ended_early)
+
+    def save(self, checkpoint_path: str) -> None:
+        """There is nothing to save: the study is."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Likewise."""
+
+
+class EndsEarly(FIFOScheduler):
+    """Asks the study whether a trial goes on."""
+
+    def __init__(self, search: Search, ended_early: set[int]) -> None:
+        """Of this search; notes which trials it ends."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._search, self._ended_early = search, ended_early
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """A trial was evaluated."""
+        if "value" not in result:
+            return str(TrialScheduler.CONTINUE)
+        number = trial.config["number"]
+        if not self._search.report(number, result["step"], result["value"]):
+            return str(TrialScheduler.CONTINUE)
+        self._ended_early.add(number)
+        return str(TrialScheduler.STOP)
+
+
+class WhenStopped(tune.Stopper):
+    """Ends running trials too, once the search is to stop."""
+
+    def __init__(self, search: Search) -> None:
+        """Of this search."""
+        self._search = search
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether one trial is to end."""
+        return self._search.is_stopped()
+
+    def stop_all(self) -> bool:
+        """Whether all are."""
+        return self._search.is_stopped()
+
+
+def run(search: Search, scratch: Path) -> None:
+    """Run trials until the study is over.
+
+    Args:
+        scratch: for what Ray Tune writes.
+    """
+    ended_early: set[int] = set()
+    # What a trial takes is its workers': the actor itself, and what drives several of them, mostly waits.
+    scale = search.spec.scale
+    per_worker = {"CPU": scale.cpus_per_worker or 1, "GPU": scale.gpus_per_worker}
+    resources = {name: amount * search.num_workers for name, amount in per_worker.items() if amount}
+    tuner = tune.Tuner(
+        tune.with_resources(trial_in_actor, resources),
+        tune_config=tune.TuneConfig(
+            search_alg=Suggestions(search, ended_early),
+            scheduler=EndsEarly(search, ended_early),
+            num_samples=-1,
+            max_concurrent_trials=search.search.parallel,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="search",
+            storage_path=str(scratch),
+            stop=WhenStopped(search),
+            failure_config=tune.FailureConfig(max_failures=MOST_DEATHS),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def trial_in_actor(config: dict[str, Any]) -> None:
+    """A trial, in an actor of Ray Tune's that outlives it."""
+    from raymill.tune.trial import TrialSpec, run_trial
+
+    def report(step: int, value: float) -> None:
+        tune.report({"step": step, "value": value})
+
+    # As text: Ray Tune would take it apart.
+    tune.report({OUTCOME: json.dumps(run_trial(TrialSpec(**config), report))})

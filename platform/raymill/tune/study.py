@@ -1,0 +1,210 @@
+"""The study: Optuna's, in a store of its own, which is all that is kept of a search. Every change is one transaction.
+
+What is suggested for a trial follows from the seed, the trial's number and what is known by then: the sampler is made anew for
+each field of each trial, so a search that was killed between any two of them suggests the same again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from raymill.config.search import ParameterSpec, SearchSpec
+from raymill.tune.space import Values, grid, in_order, is_tried
+
+DEVIATION, MESSAGE, METRICS, RUNS, SECONDS = "deviation", "message", "metrics", "runs", "seconds"
+"""What is noted of a trial beside its value, as attributes."""
+
+
+STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A trial that is to be run.
+
+    Attributes:
+        number: of the trial, from 0 on.
+        values: what it tries.
+    """
+
+    number: int
+    values: Values
+
+
+class Study:
+    """One search's study. One process at a time suggests and tells."""
+
+    def __init__(self, store: Path, name: str, search: SearchSpec, mode: str, first: Sequence[Values] = ()) -> None:
+        """Open it, or make it.
+
+        Args:
+            store: Optuna's file.
+            mode: "max" or "min".
+            first: values to begin with; for a field that is left out, one is suggested.
+        """
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        self.search, self.mode = search, mode
+        self.optuna = optuna.create_study(
+            storage=f"sqlite:///{store}",
+            study_name=name,
+            direction="maximize" if mode == "max" else "minimize",
+            load_if_exists=True,
+            pruner=_pruner(search),
+        )
+        store.chmod(0o600)
+        for values in first:
+            self.optuna.enqueue_trial(dict(values), skip_if_exists=True)
+        # Begun by a process that is no more: to be run again, each under its number.
+        self._begun = [one.number for one in self.trials() if one.state == TrialState.RUNNING]
+
+    def trials(self) -> list[FrozenTrial]:
+        """All trials that were begun, by number."""
+        return [one for one in self.optuna.get_trials(deepcopy=False) if one.state != TrialState.WAITING]
+
+    def best(self) -> FrozenTrial | None:
+        """The best of the trials that ran to their end."""
+        done = [one for one in self.trials() if one.state == TrialState.COMPLETE]
+        return max(done, key=lambda one: (self.worth(one.value), -one.number), default=None)
+
+    def worth(self, value: float | None) -> float:
+        """A value such that more is better."""
+        if value is None or math.isnan(value):
+            return -math.inf
+        return value if self.mode == "max" else -value
+
+    def next(self, most_trials: int) -> Suggestion | None:
+        """The next trial: one that was begun before, or a new one; None: there are enough."""
+        if self._begun:
+            number = self._begun.pop(0)
+            self._reseed(number, "")
+            trial = optuna.trial.Trial(self.optuna, self._frozen(number)._trial_id)
+        elif len(self.trials()) < most_trials:
+            self._reseed(len(self.trials()), "")
+            trial = self.optuna.ask()
+        else:
+            return None
+        values: dict[str, Any] = {}
+        for name in in_order(self.search.space):
+            if is_tried(self.search.space[name], values):
+                self._reseed(trial.number, name)
+                values[name] = suggest(trial, name, self.search.space[name])
+        return Suggestion(trial.number, values)
+
+    def report(self, number: int, step: int, value: float) -> bool:
+        """Note what a trial has come to so far; returns whether it is to end there."""
+        trial = optuna.trial.Trial(self.optuna, self._frozen(number)._trial_id)
+        trial.report(value, step)
+        return self.search.scheduler.kind != "none" and bool(trial.should_prune())
+
+    def tell(self, number: int, state: str, value: float | None, facts: Mapping[str, Any]) -> None:
+        """Note how a trial ended. Done once: a trial that is over stays as it is.
+
+        Args:
+            state: "complete", "pruned" or "failed".
+            facts: name -> what else is known of it, JSON-ready.
+        """
+        frozen = self._frozen(number)
+        if frozen.state.is_finished():
+            return
+        trial = optuna.trial.Trial(self.optuna, frozen._trial_id)
+        for name, fact in facts.items():
+            trial.set_user_attr(name, fact)
+        self.optuna.tell(number, None if state == "failed" else value, state=STATES[state], skip_if_finished=True)
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        return next(one for one in self.optuna.get_trials(deepcopy=False) if one.number == number)
+
+    def _reseed(self, number: int, name: str) -> None:
+        digest = hashlib.blake2b(json.dumps([self.search.seed, number, name]).encode(), digest_size=4).digest()
+        self.optuna.sampler = _sampler(self.search, int.from_bytes(digest, "little"))
+
+
+def suggest(trial: optuna.trial.Trial, name: str, one: ParameterSpec) -> Any:
+    """A field's value in a trial."""
+    if one.values is not None:
+        return trial.suggest_categorical(name, one.values)
+    assert one.low is not None
+    assert one.high is not None
+    if one.kind == "int":
+        return trial.suggest_int(name, int(one.low), int(one.high), step=int(one.step or 1), log=one.log)
+    return trial.suggest_float(name, one.low, one.high, step=one.step, log=one.kind == "loguniform")
+
+
+def _sampler(search: SearchSpec, seed: int) -> optuna.samplers.BaseSampler:
+    kind, startup = search.sampler.kind, search.sampler.startup_trials
+    match kind:
+        case "grid":
+            return optuna.samplers.GridSampler(grid(search), seed=search.seed)
+        case "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        case "quasirandom":
+            return optuna.samplers.QMCSampler(seed=search.seed, scramble=True)
+        case "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
+        case "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=seed)
+        case "tpe":
+            # Trials that run are taken for bad ones, so that those beside them look elsewhere.
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
+
+
+def _pruner(search: SearchSpec) -> optuna.pruners.BasePruner:
+    """Which ends trials early; by what stands in the store, so it decides the same after a restart.
+
+    Sources: Li et al., "A System for Massively Parallel Hyperparameter Tuning" (ASHA), 2020; Li et al., "Hyperband", 2018;
+    Golovin et al., "Google Vizier" (median), 2017.
+    """
+    kind, grace, factor = search.scheduler.kind, search.scheduler.grace, search.scheduler.reduction_factor
+    match kind:
+        case "asha":
+            return optuna.pruners.SuccessiveHalvingPruner(min_resource=grace, reduction_factor=factor)
+        case "hyperband":
+            return optuna.pruners.HyperbandPruner(min_resource=grace, reduction_factor=factor)
+        case "median":
+            return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=grace)
+        case "none":
+            return optuna.pruners.NopPruner()
+
+
+def importance(study: Study) -> dict[str, float]:
+    """How much of the differences between trials each field explains, by fANOVA (Hutter et al., 2014); {} of few trials."""
+    done = [one for one in study.trials() if one.state == TrialState.COMPLETE]
+    if len(done) < 4 or len({one.value for one in done}) == 1:
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return dict(optuna.importance.get_param_importances(study.optuna, evaluator=evaluator))
+
+
+def facts_of(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial as it is shown, JSON-ready: number, state, value, deviation, seconds, values, runs, metrics, message."""
+    names = {
+        TrialState.COMPLETE: "complete",
+        TrialState.PRUNED: "pruned",
+        TrialState.FAIL: "failed",
+        TrialState.RUNNING: "running",
+    }
+    noted = trial.user_attrs
+    last = max(trial.intermediate_values, default=None)
+    value = trial.value if last is None or trial.state == TrialState.COMPLETE else trial.intermediate_values[last]
+    return {
+        "number": trial.number,
+        "state": names.get(trial.state, "waiting"),
+        "value": value,
+        "deviation": noted.get(DEVIATION),
+        "seconds": noted.get(SECONDS),
+        "values": dict(trial.params),
+        "runs": noted.get(RUNS, []),
+        "metrics": noted.get(METRICS, {}),
+        "message": noted.get(MESSAGE),
+    }

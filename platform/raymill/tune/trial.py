@@ -1,0 +1,183 @@
+"""One trial, in a Ray Tune actor that outlives it: each of its runs is an ordinary run of raymill, in this process.
+
+A trial is known by its number, and so are its runs: one that was killed goes on from its own last commit, in whichever process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from raymill.errors import InputError, Interrupted, RunError
+from raymill.files import read_record
+from raymill.own_code.traces import tell
+from raymill.record.events import EvaluationDone, Event, read_events
+from raymill.record.folder import RunFolder, run_folder
+
+Report = Callable[[int, float], None]
+"""Is given step and value of each evaluation; raises SystemExit where the trial is to end."""
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """What an actor is told of a trial; plain values only.
+
+    Attributes:
+        study, number: which trial.
+        job: the job file.
+        runs: run id -> its overrides.
+        metric, mode: what is searched for.
+        cwd: where the command was given.
+        in_process: its runs have one worker, and need no other process.
+    """
+
+    study: str
+    number: int
+    job: str
+    runs: dict[str, list[str]]
+    metric: str
+    mode: str
+    cwd: str
+    in_process: bool
+
+
+def run_trial(trial: TrialSpec, report: Report) -> dict[str, Any]:
+    """Run a trial to its end.
+
+    Returns:
+        score, deviation, metrics and runs; or failed, with what the job's own code said.
+    """
+    begun_s = time.perf_counter()
+    os.chdir(trial.cwd)
+    scores: list[float] = []
+    metrics: dict[str, float] = {}
+    try:
+        for run_id, overrides in trial.runs.items():
+            summary = _run(trial, run_id, overrides, report)
+            if trial.metric not in summary["metrics"]:
+                known = sorted(summary["metrics"])
+                raise RunError(f"the run did not measure {trial.metric!r}, but {known}. Correct search.metric.")
+            metrics = summary["metrics"]
+            scores.append(metrics[trial.metric])
+    except Interrupted:
+        return {"interrupted": True}
+    except Exception as error:  # the job's own code may raise anything, and no other trial is to end by it
+        problems = [str(problem) for problem in error.problems] if isinstance(error, InputError) else []
+        return {"failed": "\n".join([tell(error), *problems]), "runs": list(trial.runs)}
+    return {
+        "score": statistics.fmean(scores),
+        "deviation": statistics.stdev(scores) if len(scores) > 1 else None,
+        "metrics": metrics,
+        "runs": list(trial.runs),
+        "seconds": time.perf_counter() - begun_s,
+    }
+
+
+def _run(trial: TrialSpec, run_id: str, overrides: list[str], report: Report) -> dict[str, Any]:
+    """Train one run, or go on with it; returns its summary."""
+    folder = run_folder(run_id)
+    if folder.summary.exists() and read_record(folder.summary).get("status") == "finished":
+        return read_record(folder.summary)
+    if trial.in_process:
+        return train(trial, folder, overrides, report)
+    return _in_a_process_of_its_own(trial, folder, overrides, report)
+
+
+def train(trial: TrialSpec, folder: RunFolder, overrides: list[str], report: Report) -> dict[str, Any]:
+    """Train a run in this process, or have it supervised; what is reported may end it, its state saved."""
+    from raymill.config import load
+    from raymill.orchestration import executors, run
+    from raymill.orchestration.attempts import Show
+    from raymill.orchestration.prepare import prepare
+
+    executor = executors.TRIAL if trial.in_process else executors.SUPERVISED
+
+    def watch(folder: RunFolder) -> Show:
+        return lambda event: _hear(event, trial.metric, folder, report)
+
+    if folder.command.exists():
+        return run.resume(folder.run_id, None, [], executor, watch, time.time(), preflight=False)
+    # Whatever is there was killed before it was a run.
+    shutil.rmtree(folder.path, ignore_errors=True)
+    prepared = prepare(load.load_job(trial.job, overrides), executor.find_facts())
+    return run.train(prepared, executor, watch, time.time(), preflight=False, run_id=folder.run_id, parent=trial.study)
+
+
+def _hear(event: Event, metric: str, folder: RunFolder, report: Report) -> None:
+    if isinstance(event, EvaluationDone) and metric in event.metrics:
+        try:
+            report(event.step, event.metrics[metric])
+        except SystemExit:
+            # It ends behind the step that comes, with its state saved: it may be gone on with.
+            folder.stop_request.touch()
+
+
+# ---------------------------------------------------------------- a trial of several workers
+
+
+def _in_a_process_of_its_own(trial: TrialSpec, folder: RunFolder, overrides: list[str], report: Report) -> dict[str, Any]:
+    """Have a run with workers of its own trained by another process, which knows nothing of the Ray that this one belongs to."""
+    mine = ("RAY_", "RAYMILL_SESSION")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(mine)}
+    told = json.dumps({"trial": asdict(trial), "run_id": folder.run_id, "overrides": overrides})
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "raymill.tune.trial"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+    try:
+        assert process.stdin is not None
+        process.stdin.write(told)
+        process.stdin.close()
+        offset = 0
+        while process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.5)
+            if folder.events.exists():
+                events, offset = read_events(folder.events, offset)
+                for event in events:
+                    _hear(event, trial.metric, folder, report)
+        assert process.stdout is not None
+        answer = json.loads(process.stdout.read() or "{}")
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if answer.get("interrupted"):
+        raise Interrupted(folder.run_id, 0)
+    if "summary" not in answer:
+        raise RunError(answer.get("failed", f"the process of run {folder.run_id} ended with {process.returncode}"))
+    found: dict[str, Any] = answer["summary"]
+    return found
+
+
+def main() -> None:
+    """Train the run that stdin names; the answer goes to stdout."""
+    told = json.loads(sys.stdin.read())
+    trial = TrialSpec(**told["trial"])
+    out = sys.stdout
+    sys.stdout = sys.stderr
+    answer: dict[str, Any]
+    try:
+        answer = {"summary": train(trial, run_folder(told["run_id"]), told["overrides"], lambda step, value: None)}
+    except Interrupted:
+        answer = {"interrupted": True}
+    except Exception as error:
+        problems = [str(problem) for problem in error.problems] if isinstance(error, InputError) else []
+        answer = {"failed": "\n".join([tell(error), *problems])}
+    print(json.dumps(answer), file=out)
+
+
+if __name__ == "__main__":
+    main()
