@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from raymill import errors
 from raymill.config import load, plan
 from raymill.config.search import SearchSpec
@@ -81,14 +83,14 @@ def tune(asked: Asked, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]
     folder = _study(asked, say)
     with ExitStack() as stack:
         stack.enter_context(run_lock(folder.command_lock))
-        with run_lock(folder.driver_lock):
-            folder.stop_request.unlink(missing_ok=True)
-            folder.failure.unlink(missing_ok=True)
         say(f"study {folder.name}")
         say(f"its files: {folder.path}")
+        folder.stop_request.unlink(missing_ok=True)
         stack.enter_context(_stop_on_signal(folder))
         delivery = stack.enter_context(_delivery(folder))
-        _drive(folder, tell)
+        offset = _follow_other(folder, tell)
+        folder.failure.unlink(missing_ok=True)
+        _drive(folder, offset, tell)
         if folder.stop_request.exists():
             raise Interrupted(folder.name, 0)
         from raymill.tune.outcome import conclude
@@ -136,7 +138,9 @@ def _new_study(
     prepared = checked(loaded, overrides, search, executor)
     try_code(prepared)
     first, outside = space.as_it_stands(prepared.spec, search)
-    if outside:
+    is_grid = search.sampler.kind == "grid"
+    begin_with = space.grid(search) if is_grid else [first, *search.points]
+    if outside and not is_grid:
         say(f"the job's own values of {', '.join(outside)} lie outside of the space: the first trial is not the job as it stands")
     folder = StudyFolder(studies_folder() / new_id(prepared.spec.name))
     make_private_folder(folder.path)
@@ -148,22 +152,13 @@ def _new_study(
         "cwd": str(Path.cwd()),
         "metric": search.metric or prepared.spec.checkpoint.metric,
         "mode": search.mode or prepared.spec.checkpoint.mode,
-        "first": [*([] if search.sampler.kind == "grid" else [first]), *search.points],
-        "first_is_the_job": not outside and search.sampler.kind != "grid",
-        "trials": _num_trials(search) + asked.add_trials,
+        "first": begin_with,
+        "first_is_the_job": not outside and not is_grid,
+        "trials": (len(begin_with) if is_grid else search.trials) + asked.add_trials,
         "begun_s": time.time(),
     }
     write_record(folder.record, record)
     return folder
-
-
-def _num_trials(search: SearchSpec) -> int:
-    if search.sampler.kind != "grid":
-        return search.trials
-    count = 1
-    for values in space.grid(search).values():
-        count *= len(values)
-    return count
 
 
 def with_search(job: str, overrides: Sequence[str]) -> tuple[list[str], load.LoadedJob]:
@@ -218,13 +213,24 @@ def with_trials(overrides: Sequence[str], trials: int | None) -> list[str]:
 # ---------------------------------------------------------------- the driver
 
 
-def _drive(folder: StudyFolder, tell: Tell) -> None:
+def _follow_other(folder: StudyFolder, tell: Tell) -> int:
+    """Follow a driver that outlived the command that started it; returns how far the trials were shown."""
+    offset = folder.trials.stat().st_size if folder.trials.exists() else 0
+    while True:
+        try:
+            with FileLock(folder.driver_lock, blocking=False, mode=0o600):
+                return offset
+        except Timeout:
+            time.sleep(POLL_S)
+            offset, _ = _show_new(folder, offset, tell)
+
+
+def _drive(folder: StudyFolder, offset: int, tell: Tell) -> None:
     """Have the search driven to its end, by one process after the other where they die.
 
     Raises:
         RunError: the search cannot go on.
     """
-    offset = folder.trials.stat().st_size if folder.trials.exists() else 0
     deaths = 0
     while True:
         with session_folder.new_session() as session:

@@ -130,7 +130,7 @@ class Search:
             said = result.get("failed", "its process died, and died again when it was started anew; see ray.log of the study")
             self.study.tell(number, "failed", None, {**facts, MESSAGE: redact_text(said)})
             if self.search.on_error == "stop":
-                self.failed = said
+                self.failed = f"trial {number} failed, and search.on_error is stop: {said}"
         trial = next(one for one in self.study.trials() if one.number == number)
         with open(self.folder.trials, "a", opener=private) as file:
             file.write(json.dumps(redact({"time_s": time.time(), **facts_of(trial)})) + "\n")
@@ -179,7 +179,7 @@ def _drive(folder: StudyFolder) -> int:
 
         ray_tune.run(search, Path(os.environ[VARIABLE], "tune"))
     if search.failed is not None:
-        raise RunError(f"a trial failed, and search.on_error is stop:\n{search.failed}")
+        raise RunError(search.failed)
     with suppress(FileNotFoundError):
         folder.failure.unlink()
     return INTERRUPTED if folder.stop_request.exists() else FINISHED

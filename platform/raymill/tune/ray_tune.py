@@ -43,9 +43,14 @@ class Suggestions(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """A trial is over."""
-        number = self._numbers.pop(trial_id)
+        number = self._numbers[trial_id]
         outcome = None if error or not result else json.loads(result.get(OUTCOME) or "null")
-        self._search.ended(number, outcome, pruned=number in self._ended_early)
+        try:
+            self._search.ended(number, outcome, pruned=number in self._ended_early)
+        except Exception as failure:
+            # Ray Tune would take it for the trial's, and start that again.
+            self._search.failed = f"the study could not be written: {type(failure).__name__}: {failure}"
+            raise
 
     def save(self, checkpoint_path: str) -> None:
         """There is nothing to save: the study is."""

@@ -189,6 +189,7 @@ def as_it_stands(spec: JobSpec, search: SearchSpec) -> tuple[Values, list[str]]:
     return found, outside
 
 
-def grid(search: SearchSpec) -> dict[str, list[Any]]:
-    """The values of each field of a grid."""
-    return {name: values_of(one) for name, one in search.space.items()}
+def grid(search: SearchSpec) -> list[Values]:
+    """The points of a grid, the last field changing fastest."""
+    values = [values_of(one) for one in search.space.values()]
+    return [dict(zip(search.space, one, strict=True)) for one in itertools.product(*values)]

@@ -19,7 +19,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from raymill.config.search import ParameterSpec, SearchSpec
-from raymill.tune.space import Values, grid, in_order, is_tried
+from raymill.tune.space import Values, in_order, is_tried
 
 DEVIATION, MESSAGE, METRICS, RUNS, SECONDS = "deviation", "message", "metrics", "runs", "seconds"
 """What is noted of a trial beside its value, as attributes."""
@@ -63,8 +63,8 @@ class Study:
             pruner=_pruner(search),
         )
         store.chmod(0o600)
-        for values in first:
-            self.optuna.enqueue_trial(dict(values), skip_if_exists=True)
+        for values in first[len(self.optuna.get_trials(deepcopy=False)) :]:
+            self.optuna.enqueue_trial(dict(values))
         # Begun by a process that is no more: to be run again, each under its number.
         self._begun = [one.number for one in self.trials() if one.state == TrialState.RUNNING]
 
@@ -144,9 +144,8 @@ def suggest(trial: optuna.trial.Trial, name: str, one: ParameterSpec) -> Any:
 def _sampler(search: SearchSpec, seed: int) -> optuna.samplers.BaseSampler:
     kind, startup = search.sampler.kind, search.sampler.startup_trials
     match kind:
-        case "grid":
-            return optuna.samplers.GridSampler(grid(search), seed=search.seed)
-        case "random":
+        case "random" | "grid":
+            # A grid's trials are all given.
             return optuna.samplers.RandomSampler(seed=seed)
         case "quasirandom":
             return optuna.samplers.QMCSampler(seed=search.seed, scramble=True)

@@ -1,0 +1,165 @@
+"""Searches: killed anywhere they end as if nothing had been; what is wrong is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from integration.commands import Home, wait_until
+from raymill.files import read_record
+from raymill.record.folder import RunFolder
+from raymill.tune.folder import StudyFolder
+from raymill.tune.outcome import open_study
+from raymill.tune.study import facts_of
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+SEARCH = {
+    "space": {
+        "optimizer.lr": {"kind": "loguniform", "low": 1e-3, "high": 0.2},
+        "model.hidden": {"kind": "choice", "values": [8, 16]},
+        "optimizer.momentum": {"kind": "uniform", "low": 0.0, "high": 0.95, "when": {"model.hidden": 16}},
+    },
+    "trials": 8,
+    "workers": 1,
+    "parallel": 1,
+    "sampler": {"kind": "random"},
+    "metric": "validation/loss",
+    "mode": "min",
+}
+
+
+def command(search: dict[str, Any] = SEARCH, *more: str) -> list[str]:
+    return ["tune", "smoke", "--json", "--set", f"search={json.dumps(search)}", "--set", "checkpoint.every_steps=3", *more]
+
+
+def study_of(home: Home) -> StudyFolder:
+    (path,) = (home.path / "studies").iterdir()
+    return StudyFolder(path)
+
+
+def num_over(home: Home) -> int:
+    files = list((home.path / "studies").glob("*/trials.jsonl"))
+    return len(files[0].read_text().splitlines()) if files else 0
+
+
+def told(home: Home) -> list[Any]:
+    """What stands in the study: number, state, values, value and weights of each trial."""
+    found = []
+    for trial in map(facts_of, open_study(study_of(home)).trials()):
+        weights = [read_record(RunFolder(home.path / "runs" / run).summary)["weights_sha256"] for run in trial["runs"]]
+        found.append((trial["number"], trial["state"], trial["values"], trial["value"], weights))
+    return found
+
+
+def process_of(home: Home, what: str) -> psutil.Process | None:
+    """A process of the study's driver: itself, or one of its descendants by its command line."""
+    for process in psutil.process_iter():
+        try:
+            line = process.cmdline()
+            if "raymill.tune.driver" not in line or not line[-1].startswith(str(home.path)):
+                continue
+            if what == "driver":
+                return process
+            return next((one for one in process.children(recursive=True) if what in " ".join(one.cmdline())), None)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return None
+
+
+def kill(home: Home, what: str) -> Callable[[], bool]:
+    def killed() -> bool:
+        process = process_of(home, what)
+        if process is not None:
+            process.kill()
+        return process is not None
+
+    return killed
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    home = Home(tmp_path_factory.mktemp("undisturbed"))
+    summary = home.json(*command())
+    assert summary["trials"] == {"complete": 8}
+    assert not home.left_over()
+    return told(home)
+
+
+def test_killed_anywhere_it_ends_as_if_nothing_had_been(undisturbed: list[Any], tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    # A trial's process dies in the middle of a trial, each part of the search once while others wait.
+    variables = {
+        "RAYMILL_FAULT": "step_done:kill:step=7,step_done:delay:step=13:seconds=1",
+        "RAYMILL_FAULT_FOLDER": str(tmp_path),
+    }
+    begun = home.start(*command(), variables=variables)
+    for count, what in ((1, "driver"), (3, "raylet")):
+        wait_until(lambda count=count: num_over(home) >= count, begun)  # type: ignore[misc]
+        wait_until(kill(home, what), begun)
+    wait_until(lambda: num_over(home) >= 5, begun)
+    begun.kill()
+    begun.communicate()
+    code, stdout, stderr = home.run(*command())
+    assert code == 0, stderr
+    assert "going on with what was begun" in stderr
+    assert told(home) == undisturbed
+    assert [number for number, *_ in undisturbed] == list(range(8))
+    assert json.loads(stdout)["delivered_to_mlflow"]
+    assert not home.left_over()
+
+
+def test_a_search_of_ten_mistakes_names_all_and_starts_nothing(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    wrong = {
+        **SEARCH,
+        "space": {
+            "optimizer.lrr": {"kind": "uniform", "low": 0.1, "high": 0.2},
+            "model.widht": {"kind": "choice", "values": [1]},
+            "loop.epochs": {"kind": "uniform", "low": 0.5, "high": 2.5},
+            "loop.seed": {"kind": "int", "low": -5, "high": 3},
+            "loop.precision": {"kind": "choice", "values": ["fp32", "fp8"]},
+            "optimizer.momentum": {"kind": "choice", "values": [0.9, "much"]},
+            "loop.global_batch_rows": {"kind": "int", "low": 0, "high": 60},
+            "model.hidden": {"kind": "choice", "values": [8], "when": {"nobody": 1}},
+        },
+        "points": [{"loop.precision": "fp7"}, {"elsewhere": 1}],
+    }
+    code, stdout, _ = home.run(*command(wrong))
+    assert code == 2
+    places = {problem["where"] for problem in json.loads(stdout)["problems"]}
+    expected = {f"search.space.{name}" for name in wrong["space"]} - {"search.space.model.hidden"}  # type: ignore[attr-defined]
+    expected |= {"search.space.model.hidden.when"}
+    assert expected | {"search.points.0.loop.precision", "search.points.1.elsewhere"} <= places
+    assert not list(home.path.glob("studies/*"))
+    assert not list(home.path.glob("runs/*"))
+
+
+def test_a_trial_that_fails_takes_no_other_along(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    search = {
+        **SEARCH,
+        "space": {
+            "model.hidden": {"kind": "choice", "values": [8, 16]},
+            "loop.on_nan": {"kind": "choice", "values": ["stop"]},
+            "optimizer.lr": {"kind": "choice", "values": [0.1, 1e30]},
+        },
+        "sampler": {"kind": "grid"},
+        "seeds": 2,
+    }
+    code, stdout, stderr = home.run(*command(search))
+    assert code == 0, stderr
+    summary = json.loads(stdout)
+    assert summary["trials"] == {"complete": 2, "failed": 2}
+    assert summary["best"]["deviation"] > 0
+    assert len(summary["best"]["runs"]) == 2
+    failed = [trial for trial in map(facts_of, open_study(study_of(home)).trials()) if trial["state"] == "failed"]
+    assert {trial["values"]["optimizer.lr"] for trial in failed} == {1e30}
+    assert all("Lower optimizer.lr" in trial["message"] for trial in failed)
+    rows = home.json("tune", "export", study_of(home).name, "--json")["rows"]
+    assert len(rows) == 4
