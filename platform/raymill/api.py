@@ -112,6 +112,41 @@ class Job:
         )
         return Run(summary["run_id"])
 
+    def tune(self, *, trials: int | None = None, new: bool = False, quiet: bool = False) -> pd.DataFrame:
+        """Search over the job's fields, as its `search:` says, or search.yaml beside it; shows trials unless `quiet`.
+
+        Args:
+            trials: in place of the search's own number.
+            new: begin anew, whatever was begun before; else a search that is not over goes on.
+
+        Returns:
+            The trials by number: state, value, deviation, seconds, the fields of the space, message. `attrs["summary"]` is what
+            the command prints.
+
+        Raises:
+            InputError: with everything that is wrong with the job, its search and each corner of the space.
+            Interrupted: stopped on request; the same call goes on.
+            RunError: the search could not go on.
+        """
+        import pandas as pd
+
+        from raymill.tune import outcome
+        from raymill.tune.command import Asked, tune, with_trials
+        from raymill.tune.folder import find_study
+
+        console = _console(quiet)
+
+        def say(line: object) -> None:
+            if console is not None:
+                console.print(line, highlight=False, soft_wrap=True)
+
+        asked = Asked(self.name, with_trials(self.overrides, trials), new=new)
+        summary = tune(asked, lambda trial: say(outcome.in_a_line(trial)), say)
+        columns, rows = outcome.table(find_study(summary["study"]))
+        table = pd.DataFrame(rows, columns=columns).set_index("number")
+        table.attrs["summary"] = summary
+        return table
+
     def _prepare(self) -> Prepared:
         facts = executors.choose(this_process=False).find_facts()
         return prepare(job_files.examine_job(self.name, self.overrides), facts)

@@ -163,3 +163,32 @@ def test_a_trial_that_fails_takes_no_other_along(tmp_path: Path) -> None:
     assert all("Lower optimizer.lr" in trial["message"] for trial in failed)
     rows = home.json("tune", "export", study_of(home).name, "--json")["rows"]
     assert len(rows) == 4
+
+
+@pytest.mark.cluster
+def test_two_searches_at_once_both_end_and_trials_of_two_workers_find_room(tmp_path: Path) -> None:
+    homes = [Home(tmp_path / "one"), Home(tmp_path / "two")]
+    wide = {**SEARCH, "trials": 3, "workers": 2, "parallel": None}
+    searches = [home.start(*command(search)) for home, search in zip(homes, (SEARCH, wide), strict=True)]
+    for process in searches:
+        _, stderr = process.communicate(timeout=500)
+        assert process.returncode == 0, stderr
+    for home, count in zip(homes, (8, 3), strict=True):
+        assert [(number, state) for number, state, *_ in told(home)] == [(number, "complete") for number in range(count)]
+        assert not home.left_over()
+
+
+def test_what_ends_early_is_saved_and_a_search_goes_on_with_more_trials(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    search = {**SEARCH, "trials": 7, "parallel": None, "scheduler": {"kind": "asha", "grace": 1, "reduction_factor": 2}}
+    longer = ("--set", "loop.epochs=6", "--set", "scale.workers=1")
+    summary = home.json(*command(search, *longer))
+    assert summary["trials"]["pruned"] >= 1
+    assert sum(summary["trials"].values()) == 7
+    ended = [trial for trial in map(facts_of, open_study(study_of(home)).trials()) if trial["state"] == "pruned"]
+    run = RunFolder(home.path / "runs" / ended[0]["runs"][0])
+    # It may be gone on with, as any run that was stopped.
+    resumed = home.json("train", "--resume", run.run_id, "--in-process", "--json")
+    assert resumed["steps"] == 60
+    more = home.json("tune", "smoke", "--json", "--resume", summary["study"], "--add-trials", "2")
+    assert sum(more["trials"].values()) == 9

@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from raymill.cli.output import Aligned, JsonOption, SetOption, duration, emit, errors, in_words, moment, plain_console, show_table
+from raymill.cli.output import Aligned, JsonOption, SetOption, emit, errors, in_words, moment, plain_console, show_table
 from raymill.redaction import for_people
 
 StudyArgument = Annotated[str, typer.Argument(help="a study's name, as `raymill tune list` shows it")]
@@ -39,23 +39,16 @@ def tune(
         from raymill.tune.command import tune as search
 
         console = plain_console(stderr=True)
-        begun_s = time.time()
         asked = Asked(job, with_trials(set_ or [], trials), resume, new, add_trials)
-        summary = search(asked, _teller(console, begun_s), lambda text: console.print(for_people(text), soft_wrap=True))
+        summary = search(asked, _teller(console), lambda text: console.print(for_people(text), soft_wrap=True))
         emit(summary, json_, lambda console: _show_summary(console, summary))
 
 
-def _teller(console: Console, begun_s: float) -> Any:
-    best: list[float] = []
+def _teller(console: Console) -> Callable[[dict[str, Any]], None]:
+    from raymill.tune.outcome import in_a_line
 
     def tell(trial: dict[str, Any]) -> None:
-        value = in_words(trial["value"])
-        took = f", {duration(trial['seconds'])}" if trial["seconds"] else ""
-        line = f"trial {trial['number']}  {trial['state']}  {value}{took}  {in_words(trial['values'])}"
-        console.print(for_people(line), soft_wrap=True)
-        if trial["message"]:
-            console.print(for_people(trial["message"]), soft_wrap=True)
-        best.append(time.time() - begun_s)
+        console.print(for_people(in_a_line(trial)), soft_wrap=True)
 
     return tell
 

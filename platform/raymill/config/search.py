@@ -116,5 +116,5 @@ def values_of(one: ParameterSpec) -> list[Any]:
     assert one.high is not None
     step = one.step or 1
     count = int((one.high - one.low) / step + 1e-9) + 1
-    found = [one.low + number * step for number in range(count)]
+    found = [min(one.low + number * step, one.high) for number in range(count)]
     return [int(value) for value in found] if one.kind == "int" else found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def tune(asked: Asked, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]
         Interrupted: stopped on request; the same command goes on.
         RunError: the search could not go on.
     """
-    folder = _study(asked, say)
+    folder, prepared = _study(asked, say)
     with ExitStack() as stack:
         stack.enter_context(run_lock(folder.command_lock))
         say(f"study {folder.name}")
@@ -90,7 +92,13 @@ def tune(asked: Asked, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]
         delivery = stack.enter_context(_delivery(folder))
         offset = _follow_other(folder, tell)
         folder.failure.unlink(missing_ok=True)
-        _drive(folder, offset, tell)
+        try:
+            _drive(folder, offset, tell, partial(try_code, prepared) if prepared else None)
+        except InputError:
+            # The job's own code is wrong: there is no search.
+            for left in [folder.path, *folder.path.parent.parent.glob(f"runs/{folder.name}-*")]:
+                shutil.rmtree(left, ignore_errors=True)
+            raise
         if folder.stop_request.exists():
             raise Interrupted(folder.name, 0)
         from raymill.tune.outcome import conclude
@@ -102,8 +110,8 @@ def tune(asked: Asked, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]
     return summary
 
 
-def _study(asked: Asked, say: Callable[[str], None]) -> StudyFolder:
-    """The study to go on with, or a new one, checked."""
+def _study(asked: Asked, say: Callable[[str], None]) -> tuple[StudyFolder, Prepared | None]:
+    """The study to go on with; or a new one, with the job whose code is still to be tried."""
     executor = choose(this_process=False)
     if asked.resume is not None:
         folder = find_study(asked.resume)
@@ -123,7 +131,7 @@ def _study(asked: Asked, say: Callable[[str], None]) -> StudyFolder:
     if asked.add_trials:
         write_record(folder.record, {**record, "trials": record["trials"] + asked.add_trials})
         folder.summary.unlink(missing_ok=True)
-    return folder
+    return folder, None
 
 
 def _new_study(
@@ -134,9 +142,8 @@ def _new_study(
     executor: Executor,
     named: dict[str, Any],
     say: Callable[[str], None],
-) -> StudyFolder:
+) -> tuple[StudyFolder, Prepared]:
     prepared = checked(loaded, overrides, search, executor)
-    try_code(prepared)
     first, outside = space.as_it_stands(prepared.spec, search)
     is_grid = search.sampler.kind == "grid"
     begin_with = space.grid(search) if is_grid else [first, *search.points]
@@ -158,7 +165,7 @@ def _new_study(
         "begun_s": time.time(),
     }
     write_record(folder.record, record)
-    return folder
+    return folder, prepared
 
 
 def with_search(job: str, overrides: Sequence[str]) -> tuple[list[str], load.LoadedJob]:
@@ -225,10 +232,14 @@ def _follow_other(folder: StudyFolder, tell: Tell) -> int:
             offset, _ = _show_new(folder, offset, tell)
 
 
-def _drive(folder: StudyFolder, offset: int, tell: Tell) -> None:
+def _drive(folder: StudyFolder, offset: int, tell: Tell, look: Callable[[], None] | None) -> None:
     """Have the search driven to its end, by one process after the other where they die.
 
+    Args:
+        look: tries the job's own code while the first of them starts.
+
     Raises:
+        InputError: by `look`.
         RunError: the search cannot go on.
     """
     deaths = 0
@@ -236,6 +247,9 @@ def _drive(folder: StudyFolder, offset: int, tell: Tell) -> None:
         with session_folder.new_session() as session:
             process = _start(folder, session)
             try:
+                if look is not None:
+                    look()
+                    look = None
                 while process.poll() is None:
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(POLL_S)

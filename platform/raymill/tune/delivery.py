@@ -26,6 +26,7 @@ from raymill.record.environment import environment
 from raymill.record.folder import RunFolder, run_folder
 from raymill.redaction import print_redacted, redact
 from raymill.tracking import description
+from raymill.tracking.brief import deliver_briefly
 from raymill.tracking.description import RUN_ID_TAG
 from raymill.tracking.mlflow_client import connect, experiment_id, mlflow_settings, plain_key, store_failures
 from raymill.tracking.mlflow_sync import deliver_all
@@ -39,7 +40,7 @@ log = logging.getLogger("raymill.tune")
 
 POLL_S = 1.0
 GIVE_UP_S = 120.0
-NICENESS = 5
+NICENESS = 15
 
 
 class StudyDelivery:
@@ -50,11 +51,15 @@ class StudyDelivery:
         self.folder = folder
         self.record = read_record(folder.record)
         begun: dict[str, Any] = {"offset": 0, "parent": None, "closed": False}
-        self.done = read_record(folder.delivered) if folder.delivered.exists() else begun
+        self._goes_on = folder.delivered.exists()
+        self.done = read_record(folder.delivered) if self._goes_on else begun
+        self._client: MlflowClient | None = None
+        self._experiment = ""
 
     def deliver(self) -> bool:
         """Deliver what is new; returns whether the study is over and all of it is delivered."""
-        client = connect()
+        client = self._client = self._client or connect()
+        self._experiment = self._experiment or experiment_id(client, self.record["spec"]["name"])
         if self.done["parent"] is None:
             self._note(parent=self._open(client))
         over = self.folder.summary.exists()
@@ -74,8 +79,7 @@ class StudyDelivery:
 
     def _open(self, client: MlflowClient) -> str:
         """The parent run, made where it is not there."""
-        name = self.record["spec"]["name"]
-        experiment = experiment_id(client, name)
+        name, experiment = self.record["spec"]["name"], self._experiment
         there = client.search_runs([experiment], f"tags.`{RUN_ID_TAG}` = '{self.folder.name}'", max_results=1)
         if there:
             return str(there[0].info.run_id)
@@ -94,17 +98,16 @@ class StudyDelivery:
 
     def _trial(self, client: MlflowClient, trial: dict[str, Any]) -> None:
         """One trial: its own runs, and its place in the parent's history."""
+        parent = self.done["parent"]
         for run_id in trial["runs"]:
             folder = run_folder(run_id)
-            if not folder.events.exists():
-                continue
-            if not deliver_all(folder, _no_model):
-                raise DeliveryFailed(read_record(folder.tracking_failure)["message"])
-            child = read_record(folder.delivery)["mlflow_run_id"]
-            for key, value in {"raymill.trial": trial["number"], "raymill.trial.state": trial["state"]}.items():
-                client.set_tag(child, key, str(value))
+            if folder.events.exists():
+                tags = {"raymill.trial": str(trial["number"]), "raymill.trial.state": trial["state"]}
+                place = client, folder, self._experiment, parent
+                deliver_briefly(*place, trial["values"], tags, may_be_there=self._goes_on)
+        self._goes_on = False
         if trial["value"] is not None:
-            client.log_metric(self.done["parent"], "trial", trial["value"], int(trial["time_s"] * 1000), trial["number"])
+            client.log_metric(parent, "trial", trial["value"], int(trial["time_s"] * 1000), trial["number"])
 
     def _close(self, client: MlflowClient, summary: dict[str, Any]) -> None:
         """The end of the parent run: what came of it, pictures, the best trial's model."""
@@ -119,6 +122,11 @@ class StudyDelivery:
         for path in drawn:
             client.log_artifact(parent, str(path))
         spec = JobSpec.model_validate(self.record["spec"])
+        if best:
+            # The best one whole: every step, its records and pictures.
+            folder = run_folder(best["runs"][0])
+            if not deliver_all(folder, _no_model):
+                raise DeliveryFailed(read_record(folder.tracking_failure)["message"])
         if best and spec.register_ is not None:
             self._register(client, run_folder(best["runs"][0]), spec.register_, summary)
         client.set_terminated(parent, "FINISHED")

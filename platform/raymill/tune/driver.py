@@ -8,6 +8,7 @@ end early comes from the study, whose store is all that is kept. So this process
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -59,8 +60,6 @@ class Search:
         self.spec = JobSpec.model_validate(record["spec"])
         self.metric, self.mode = record["metric"], record["mode"]
         self.study = Study(folder.store, folder.name, self.search, self.mode, record["first"])
-        self._steps: dict[int, int] = {}
-        self._evaluations: dict[int, int] = {}
         self.failed: str | None = None
 
     @property
@@ -104,14 +103,9 @@ class Search:
             in_process=self.in_process,
         )
 
-    def report(self, number: int, step: int, value: float) -> bool:
-        """A trial was evaluated; returns whether it is to end."""
-        if step <= self._steps.get(number, -1):
-            # Done again by a trial that goes on from its last commit.
-            return False
-        self._steps[number] = step
-        self._evaluations[number] = self._evaluations.get(number, 0) + 1
-        return self.study.report(number, self._evaluations[number], value)
+    def report(self, number: int, evaluation: int, value: float) -> bool:
+        """A trial was evaluated, for the first, second, ... time; returns whether it is to end."""
+        return self.study.report(number, evaluation, value)
 
     def ended(self, number: int, result: dict[str, Any] | None, *, pruned: bool) -> None:
         """A trial is over: note it, unless the search was stopped and the trial is to be gone on with."""
@@ -172,7 +166,7 @@ def _drive(folder: StudyFolder) -> int:
     plan = Plan.from_record(read_record(folder.plan))
     os.environ |= SETTINGS | {"RAYMILL_HOME": str(home())}
     search = Search(folder)
-    with ray_for(plan, meanwhile=lambda: None):
+    with ray_for(plan, meanwhile=lambda: importlib.import_module("raymill.tune.ray_tune")):
         signal.signal(signal.SIGTERM, lambda number, frame: folder.stop_request.touch())
         # Imported here: `ray_for` sets what Ray reads when it is imported.
         from raymill.tune import ray_tune

@@ -55,6 +55,18 @@ def show(folder: StudyFolder) -> dict[str, Any]:
     }
 
 
+def in_a_line(trial: dict[str, Any]) -> str:
+    """A trial that is over, as it is shown."""
+    values = "  ".join(f"{name} {_short(value)}" for name, value in trial["values"].items())
+    took = f", {trial['seconds']:.3g} s" if trial["seconds"] else ""
+    said = f"\n{trial['message']}" if trial["message"] else ""
+    return f"trial {trial['number']}  {trial['state']}  {_short(trial['value'])}{took}  {values}{said}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
 def table(folder: StudyFolder) -> tuple[list[str], list[list[Any]]]:
     """All trials as a table: names of columns, rows."""
     trials = [facts_of(one) for one in open_study(folder).trials()]

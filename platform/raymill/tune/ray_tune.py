@@ -72,7 +72,7 @@ class EndsEarly(FIFOScheduler):
         if "value" not in result:
             return str(TrialScheduler.CONTINUE)
         number = trial.config["number"]
-        if not self._search.report(number, result["step"], result["value"]):
+        if not self._search.report(number, result["evaluation"], result["value"]):
             return str(TrialScheduler.CONTINUE)
         self._ended_early.add(number)
         return str(TrialScheduler.STOP)
@@ -129,8 +129,18 @@ def trial_in_actor(config: dict[str, Any]) -> None:
     """A trial, in an actor of Ray Tune's that outlives it."""
     from raymill.tune.trial import TrialSpec, run_trial
 
-    def report(step: int, value: float) -> None:
-        tune.report({"step": step, "value": value})
+    ends: list[int] = []
 
+    def report(evaluation: int, value: float) -> None:
+        try:
+            tune.report({"evaluation": evaluation, "value": value})
+        except SystemExit:
+            ends.append(evaluation)
+            raise
+
+    outcome = run_trial(TrialSpec(**config), report)
+    if ends:
+        # Its state is saved by now; nobody waits for another report.
+        raise SystemExit
     # As text: Ray Tune would take it apart.
-    tune.report({OUTCOME: json.dumps(run_trial(TrialSpec(**config), report))})
+    tune.report({OUTCOME: json.dumps(outcome)})

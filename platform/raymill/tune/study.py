@@ -66,6 +66,7 @@ class Study:
         for values in first[len(self.optuna.get_trials(deepcopy=False)) :]:
             self.optuna.enqueue_trial(dict(values))
         # Begun by a process that is no more: to be run again, each under its number.
+        self._live: dict[int, optuna.trial.Trial] = {}
         self._begun = [one.number for one in self.trials() if one.state == TrialState.RUNNING]
 
     def trials(self) -> list[FrozenTrial]:
@@ -94,6 +95,7 @@ class Study:
             trial = self.optuna.ask()
         else:
             return None
+        self._live[trial.number] = trial
         values: dict[str, Any] = {}
         for name in in_order(self.search.space):
             if is_tried(self.search.space[name], values):
@@ -101,23 +103,22 @@ class Study:
                 values[name] = suggest(trial, name, self.search.space[name])
         return Suggestion(trial.number, values)
 
-    def report(self, number: int, step: int, value: float) -> bool:
-        """Note what a trial has come to so far; returns whether it is to end there."""
-        trial = optuna.trial.Trial(self.optuna, self._frozen(number)._trial_id)
-        trial.report(value, step)
+    def report(self, number: int, evaluation: int, value: float) -> bool:
+        """Note what a trial has come to at its n-th evaluation; returns whether it is to end there. The same twice is once."""
+        trial = self._live[number]
+        trial.report(value, evaluation)
         return self.search.scheduler.kind != "none" and bool(trial.should_prune())
 
     def tell(self, number: int, state: str, value: float | None, facts: Mapping[str, Any]) -> None:
-        """Note how a trial ended. Done once: a trial that is over stays as it is.
+        """Note how a trial ended that `next` has given. Done once: a trial that is over stays as it is.
 
         Args:
             state: "complete", "pruned" or "failed".
             facts: name -> what else is known of it, JSON-ready.
         """
-        frozen = self._frozen(number)
-        if frozen.state.is_finished():
+        if number not in self._live:
             return
-        trial = optuna.trial.Trial(self.optuna, frozen._trial_id)
+        trial = self._live.pop(number)
         for name, fact in facts.items():
             trial.set_user_attr(name, fact)
         self.optuna.tell(number, None if state == "failed" else value, state=STATES[state], skip_if_finished=True)

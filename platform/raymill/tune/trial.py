@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from raymill.errors import InputError, Interrupted, RunError
 from raymill.files import read_record
@@ -24,7 +24,7 @@ from raymill.record.events import EvaluationDone, Event, read_events
 from raymill.record.folder import RunFolder, run_folder
 
 Report = Callable[[int, float], None]
-"""Is given step and value of each evaluation; raises SystemExit where the trial is to end."""
+"""Is given number (from 1 on) and value of each evaluation; raises SystemExit where the trial is to end."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,12 @@ def train(trial: TrialSpec, folder: RunFolder, overrides: list[str], report: Rep
 
     executor = executors.TRIAL if trial.in_process else executors.SUPERVISED
 
+    # Of a run that goes on, the evaluations before count too.
+    before = read_events(folder.events)[0] if folder.events.exists() else []
+    steps = {event.step for event in before if _counts(event, trial.metric)}
+
     def watch(folder: RunFolder) -> Show:
-        return lambda event: _hear(event, trial.metric, folder, report)
+        return lambda event: _hear(event, trial.metric, steps, folder, report)
 
     if folder.command.exists():
         return run.resume(folder.run_id, None, [], executor, watch, time.time(), preflight=False)
@@ -112,10 +116,16 @@ def train(trial: TrialSpec, folder: RunFolder, overrides: list[str], report: Rep
     return run.train(prepared, executor, watch, time.time(), preflight=False, run_id=folder.run_id, parent=trial.study)
 
 
-def _hear(event: Event, metric: str, folder: RunFolder, report: Report) -> None:
-    if isinstance(event, EvaluationDone) and metric in event.metrics:
+def _counts(event: Event, metric: str) -> TypeGuard[EvaluationDone]:
+    return isinstance(event, EvaluationDone) and metric in event.metrics
+
+
+def _hear(event: Event, metric: str, steps: set[int], folder: RunFolder, report: Report) -> None:
+    """Report an evaluation, as the n-th of the run; `steps` are those of the evaluations so far."""
+    if _counts(event, metric):
+        steps.add(event.step)
         try:
-            report(event.step, event.metrics[metric])
+            report(len([step for step in steps if step <= event.step]), event.metrics[metric])
         except SystemExit:
             # It ends behind the step that comes, with its state saved: it may be gone on with.
             folder.stop_request.touch()
@@ -140,14 +150,14 @@ def _in_a_process_of_its_own(trial: TrialSpec, folder: RunFolder, overrides: lis
         assert process.stdin is not None
         process.stdin.write(told)
         process.stdin.close()
-        offset = 0
+        offset, steps = 0, set[int]()
         while process.poll() is None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
             if folder.events.exists():
                 events, offset = read_events(folder.events, offset)
                 for event in events:
-                    _hear(event, trial.metric, folder, report)
+                    _hear(event, trial.metric, steps, folder, report)
         assert process.stdout is not None
         answer = json.loads(process.stdout.read() or "{}")
     finally:

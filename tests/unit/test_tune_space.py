@@ -1,0 +1,207 @@
+"""The space of a search: its corners, what of it is tried, what a study suggests, also one that goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from raymill.config.search import SearchSpec
+from raymill.errors import InputError
+from raymill.tune import space
+from raymill.tune.study import Study, importance
+
+
+def search(space: dict[str, Any], **more: Any) -> SearchSpec:
+    return SearchSpec.model_validate({"space": space, **more})
+
+
+RATE = {"kind": "loguniform", "low": 1e-4, "high": 1.0}
+TREE = {
+    "kind": {"kind": "choice", "values": ["flat", "deep"]},
+    "depth": {"kind": "int", "low": 1, "high": 9, "when": {"kind": "deep"}},
+    "rate": RATE,
+    "decay": {"kind": "uniform", "low": 0.0, "high": 1.0, "when": {"depth": [1, 9]}},
+}
+
+
+def test_corners_hold_what_is_tried_there_and_nothing_else() -> None:
+    found = list(space.corners(search(TREE).space))
+    assert all(("depth" in values) == (values["kind"] == "deep") for values in found)
+    assert all(("decay" in values) == ("depth" in values) for values in found)
+    assert {values["rate"] for values in found} == {1e-4, 1.0}
+    assert {values.get("depth") for values in found} == {None, 1, 9}
+
+
+@given(st.integers(1, 12))
+def test_of_a_large_space_every_end_is_in_a_corner(count: int) -> None:
+    wide = {f"f{number}": {"kind": "choice", "values": [0, 1, 2]} for number in range(count)}
+    found = list(space.corners(search(wide).space))
+    assert len(found) <= max(space.MOST_CORNERS, 3 * count)
+    for name in wide:
+        assert {values[name] for values in found} == {0, 1, 2}
+
+
+def test_fields_that_wait_for_each_other_are_named() -> None:
+    circle = {"a": {**RATE, "when": {"b": 1}}, "b": {**RATE, "when": {"a": 1}}, "c": {**RATE, "when": {"nobody": 1}}, "d": RATE}
+    with pytest.raises(InputError) as caught:
+        space.in_order(search(circle).space)
+    assert [problem.where for problem in caught.value.problems] == [f"search.space.{name}.when" for name in "abc"]
+
+
+@pytest.mark.parametrize(
+    ("one", "said"),
+    [
+        ({"kind": "choice"}, "choice needs them"),
+        ({"kind": "choice", "values": [1], "low": 0.0, "high": 1.0}, "every kind but choice"),
+        ({"kind": "uniform", "low": 1.0, "high": 1.0}, "is not below"),
+        ({"kind": "uniform", "low": 1.0}, "both low and high"),
+        ({"kind": "loguniform", "low": 0.0, "high": 1.0}, "above 0"),
+        ({"kind": "int", "low": 0.5, "high": 2.0}, "whole"),
+        ({"kind": "int", "low": 0, "high": 2, "log": True}, "from 1 on"),
+        ({"kind": "normal"}, "choice"),
+    ],
+)
+def test_a_field_that_makes_no_sense_is_refused(one: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        search({"x": one})
+
+
+def test_a_grid_has_each_point_once() -> None:
+    made = search(
+        {
+            "a": {"kind": "choice", "values": ["x", "y"]},
+            "b": {"kind": "int", "low": 0, "high": 4, "step": 2},
+            "c": {"kind": "uniform", "low": 0.0, "high": 0.3, "step": 0.1},
+        },
+        sampler={"kind": "grid"},
+    )
+    points = space.grid(made)
+    assert len({tuple(point.items()) for point in points}) == len(points) == 2 * 3 * 4
+    assert all(space.holds(made.space[name], value) for point in points for name, value in point.items())
+    with pytest.raises(ValidationError, match="always tried"):
+        search({"a": RATE}, sampler={"kind": "grid"})
+
+
+def worth(values: space.Values) -> float:
+    """Of the one-dimensional test function of Forrester et al. (2008), -6.0207 at x = 0.757."""
+    import math
+
+    x = float(values["x"])
+    return (6 * x - 2) ** 2 * math.sin(12 * x - 4)
+
+
+def run(study: Study, trials: int) -> list[tuple[int, space.Values, float]]:
+    found = []
+    while (suggestion := study.next(trials)) is not None:
+        value = worth(suggestion.values)
+        study.tell(suggestion.number, "complete", value, {})
+        found.append((suggestion.number, suggestion.values, value))
+    return found
+
+
+LINE = {"x": {"kind": "uniform", "low": 0.0, "high": 1.0}}
+
+
+@pytest.mark.parametrize("kind", ["random", "tpe", "gp", "cmaes", "quasirandom"])
+def test_a_study_that_goes_on_suggests_what_it_would_have(kind: str, tmp_path: Path) -> None:
+    made = search({**LINE, "y": RATE}, sampler={"kind": kind, "startup_trials": 4})
+    whole = run(Study(tmp_path / "whole.db", "s", made, "min"), 8)
+    parts = run(Study(tmp_path / "parts.db", "s", made, "min"), 3)
+    # Killed with a suggestion that nobody has answered.
+    lost = Study(tmp_path / "parts.db", "s", made, "min").next(8)
+    again = run(Study(tmp_path / "parts.db", "s", made, "min"), 8)
+    assert lost is not None
+    assert [number for number, *_ in parts + again] == list(range(8))
+    if kind != "quasirandom":
+        assert lost.values == again[0][1]
+        assert parts + again == whole
+
+
+def test_points_come_first_and_once(tmp_path: Path) -> None:
+    made = search(LINE, sampler={"kind": "random"})
+    first = [{"x": 0.25}, {"x": 0.75}]
+    begun = Study(tmp_path / "s.db", "s", made, "min", first).next(5)
+    assert begun is not None
+    assert begun.values == {"x": 0.25}
+    found = run(Study(tmp_path / "s.db", "s", made, "min", first), 5)
+    assert [values["x"] for _, values, _ in found][:2] == [0.25, 0.75]
+    assert len(found) == 5
+
+
+def test_a_trial_that_is_over_stays_as_it_is(tmp_path: Path) -> None:
+    study = Study(tmp_path / "s.db", "s", search(LINE), "max")
+    assert study.next(1) is not None
+    study.tell(0, "complete", 2.0, {})
+    study.tell(0, "failed", None, {"message": "late"})
+    assert study.best() is not None
+    assert [(one.value, one.user_attrs) for one in study.trials()] == [(2.0, {})]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tpe_comes_closer_to_two_published_functions_than_chance(seed: int, tmp_path: Path) -> None:
+    """Branin's and Rosenbrock's (as in Surjanovic and Bingham, "Virtual Library of Simulation Experiments")."""
+    import math
+
+    def branin(x: float, y: float) -> float:
+        a = y - 5.1 / (4 * math.pi**2) * x**2 + 5 / math.pi * x - 6
+        return a**2 + 10 * (1 - 1 / (8 * math.pi)) * math.cos(x) + 10
+
+    def rosenbrock(x: float, y: float) -> float:
+        return 100 * (y - x**2) ** 2 + (1 - x) ** 2
+
+    for function in (branin, rosenbrock):
+        best = {}
+        for kind in ("random", "tpe"):
+            made = search(
+                {"x": {"kind": "uniform", "low": -5.0, "high": 10.0}, "y": {"kind": "uniform", "low": -5.0, "high": 15.0}},
+                sampler={"kind": kind},
+                seed=seed,
+            )
+            study = Study(tmp_path / f"{function.__name__}-{kind}.db", "s", made, "min")
+            while (suggestion := study.next(50)) is not None:
+                study.tell(suggestion.number, "complete", function(suggestion.values["x"], suggestion.values["y"]), {})
+            found = study.best()
+            assert found is not None
+            best[kind] = found.value
+        WINS.append(best["tpe"] < best["random"])
+    if seed == 4:
+        assert sum(WINS) >= 7, WINS
+
+
+WINS: list[bool] = []
+
+
+def test_asha_finds_the_best_of_known_curves_with_less_than_half_of_the_work(tmp_path: Path) -> None:
+    """Each trial's curve rises to its own height, 1 - (x - 0.7)^2, in 27 evaluations; the best height wins."""
+    made = search(LINE, sampler={"kind": "random"}, scheduler={"kind": "asha", "grace": 1, "reduction_factor": 3}, seed=1)
+    study = Study(tmp_path / "s.db", "s", made, "max")
+    heights, work = {}, 0
+    while (suggestion := study.next(60)) is not None:
+        x, ended = suggestion.values["x"], False
+        heights[suggestion.number] = 1 - (x - 0.7) ** 2
+        for step in range(1, 28):
+            work += 1
+            value = heights[suggestion.number] * (1 - 0.8**step)
+            if study.report(suggestion.number, step, value):
+                study.tell(suggestion.number, "pruned", None, {})
+                ended = True
+                break
+        if not ended:
+            study.tell(suggestion.number, "complete", value, {})
+    best = study.best()
+    assert best is not None
+    assert best.number == max(heights, key=lambda number: heights[number])
+    assert work <= 0.4 * 60 * 27, work / (60 * 27)
+
+
+def test_what_counts_is_found(tmp_path: Path) -> None:
+    study = Study(tmp_path / "s.db", "s", search({**LINE, "y": RATE}, sampler={"kind": "random"}), "min")
+    run(study, 40)
+    assert importance(study)["x"] > 0.8
+    assert optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 's.db'}").best_trial.number >= 0
