@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +114,23 @@ def test_killed_anywhere_it_ends_as_if_nothing_had_been(undisturbed: list[Any], 
     assert told(home) == undisturbed
     assert [number for number, *_ in undisturbed] == list(range(8))
     assert json.loads(stdout)["delivered_to_mlflow"]
+    assert not home.left_over()
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("seed", range(10))
+def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(undisturbed: list[Any], seed: int, tmp_path: Path) -> None:
+    home, draw = Home(tmp_path / "home"), random.Random(seed)
+    begun = home.start(*command())
+    for what in draw.sample(["driver", "raylet", "ray::ImplicitFunc"], 3):
+        wait_until(lambda what=what: process_of(home, what) is not None or begun.poll() is not None, begun)  # type: ignore[misc]
+        with suppress(subprocess.TimeoutExpired):
+            # Where in the search that is, chance decides.
+            begun.wait(draw.uniform(0, 6))
+        kill(home, what)()
+    _, stderr = begun.communicate(timeout=300)
+    assert begun.returncode == 0, stderr
+    assert told(home) == undisturbed
     assert not home.left_over()
 
 

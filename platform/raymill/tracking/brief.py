@@ -28,6 +28,7 @@ def deliver_briefly(
     folder: RunFolder,
     experiment: str,
     parent: str,
+    name: str,
     values: Mapping[str, Any],
     tags: Mapping[str, str],
     *,
@@ -38,6 +39,7 @@ def deliver_briefly(
     Args:
         experiment: the id of MLflow's experiment.
         parent: the MLflow run that it is shown beneath.
+        name: what it is called there.
         values: what was tried, as parameters.
         tags: beside those of every run.
         may_be_there: an earlier process may have made its MLflow run, and been killed.
@@ -58,16 +60,15 @@ def deliver_briefly(
     else:
         known = redact({**description.opening_tags(folder.run_id, job, machine, parent), **tags})
         cut = {key: value[:MAX_TAG_LENGTH] for key, value in known.items()}
-        name = description.run_name(folder.run_id, job)
         run_id = str(client.create_run(experiment, begun_ms, cut, run_name=name).info.run_id)
     measured = {
-        (plain_key(name), event.step): Metric(plain_key(name), value, int(event.time_s * 1000), event.step)
+        (plain_key(metric), event.step): Metric(plain_key(metric), value, int(event.time_s * 1000), event.step)
         for event in events
         if isinstance(event, EvaluationDone)
-        for name, value in event.metrics.items()
+        for metric, value in event.metrics.items()
     }
     metrics = list(measured.values())
-    params = [Param(plain_key(name), str(value)[:MAX_PARAM_LENGTH]) for name, value in redact(dict(values)).items()]
+    params = [Param(plain_key(field), str(value)[:MAX_PARAM_LENGTH]) for field, value in redact(dict(values)).items()]
     # What is sent twice, behind a kill in between, has the same effect.
     for first in range(0, max(1, len(metrics)), METRICS_PER_CALL):
         client.log_batch(run_id, metrics=metrics[first : first + METRICS_PER_CALL], params=params if first == 0 else [])

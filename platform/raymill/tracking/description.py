@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -163,6 +164,27 @@ def describe_run(facts: RunFacts) -> str:
     mlflow_run = facts.known["mlflow_run_id"]
     parts += [f"![{path}](get-artifact?path={quote(path)}&run_uuid={mlflow_run})" for path in facts.pictures]
     parts.append(_list(_what_ran(facts)))
+    return "\n\n".join(parts)
+
+
+def describe_search(study: str, job: str, summary: Mapping[str, Any], mlflow_run: str, pictures: Sequence[str]) -> str:
+    """A search's description: what came of it, what to type next, pictures.
+
+    Args:
+        summary: see `tune.outcome.show`.
+        pictures: names of pictures among its artifacts.
+    """
+    best, count = summary["best"], sum(summary["trials"].values())
+    states = ", ".join(f"{number} {state}" for state, number in summary["trials"].items())
+    parts = [f"A search of {_count(count, 'trial')} ({states}) for the {summary['mode']} of `{summary['metric']}`."]
+    if best:
+        values = [(name, f"`{value}`") for name, value in best["values"].items()]
+        before = summary["job_as_it_stands"]
+        than = f"; the job as it stands has {before:.4g}" if before is not None else ""
+        parts += [f"The best is **{best['value']:.4g}**, trial {best['number']}{than}.", _list(values)]
+        sets = " ".join(f"--set {name}={json.dumps(value)}" for name, value in best["values"].items())
+        parts.append(_code_block([f"raymill tune show {study}", f"raymill train {job} {sets}"]))
+    parts += [f"![{name}](get-artifact?path={quote(name)}&run_uuid={mlflow_run})" for name in pictures]
     return "\n\n".join(parts)
 
 

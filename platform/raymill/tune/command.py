@@ -32,6 +32,7 @@ from raymill.orchestration.on_ray import session_folder
 from raymill.orchestration.prepare import Prepared, prepare
 from raymill.orchestration.run import new_id, try_code
 from raymill.paths import project_root
+from raymill.record.environment import environment
 from raymill.tune import space
 from raymill.tune.folder import StudyFolder, find_study, studies_folder, unfinished_study
 
@@ -163,6 +164,7 @@ def _new_study(
         "first_is_the_job": not outside and not is_grid,
         "trials": (len(begin_with) if is_grid else search.trials) + asked.add_trials,
         "begun_s": time.time(),
+        "environment": environment(),
     }
     write_record(folder.record, record)
     return folder, prepared

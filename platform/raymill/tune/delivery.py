@@ -22,12 +22,11 @@ from raymill.config.spec import JobSpec, RegisterSpec
 from raymill.errors import RaymillError
 from raymill.files import read_record, waiting_lock, write_record
 from raymill.models.registration import register
-from raymill.record.environment import environment
 from raymill.record.folder import RunFolder, run_folder
-from raymill.redaction import print_redacted, redact
+from raymill.redaction import print_redacted, redact, redact_text
 from raymill.tracking import description
 from raymill.tracking.brief import deliver_briefly
-from raymill.tracking.description import RUN_ID_TAG
+from raymill.tracking.description import DESCRIPTION_TAG, RUN_ID_TAG
 from raymill.tracking.mlflow_client import connect, experiment_id, mlflow_settings, plain_key, store_failures
 from raymill.tracking.mlflow_sync import deliver_all
 from raymill.tune import pictures
@@ -83,7 +82,7 @@ class StudyDelivery:
         there = client.search_runs([experiment], f"tags.`{RUN_ID_TAG}` = '{self.folder.name}'", max_results=1)
         if there:
             return str(there[0].info.run_id)
-        tags = redact(description.opening_tags(self.folder.name, name, environment()))
+        tags = redact(description.opening_tags(self.folder.name, name, self.record["environment"]))
         begun_ms = int(self.record["begun_s"] * 1000)
         called = f"search {description.run_name(self.folder.name, name)}"
         made = client.create_run(experiment, begun_ms, {**tags, "raymill.kind": "search"}, run_name=called)
@@ -103,7 +102,8 @@ class StudyDelivery:
             folder = run_folder(run_id)
             if folder.events.exists():
                 tags = {"raymill.trial": str(trial["number"]), "raymill.trial.state": trial["state"]}
-                place = client, folder, self._experiment, parent
+                name = f"trial {run_id.removeprefix(f'{self.folder.name}-')}"
+                place = client, folder, self._experiment, parent, name
                 deliver_briefly(*place, trial["values"], tags, may_be_there=self._goes_on)
         self._goes_on = False
         if trial["value"] is not None:
@@ -121,6 +121,9 @@ class StudyDelivery:
             client.log_metric(parent, plain_key(f"importance/{name}"), share)
         for path in drawn:
             client.log_artifact(parent, str(path))
+        job = self.record["spec"]["name"]
+        text = description.describe_search(self.folder.name, job, summary, parent, [path.name for path in drawn])
+        client.set_tag(parent, DESCRIPTION_TAG, description.signed(redact_text(text)))
         spec = JobSpec.model_validate(self.record["spec"])
         if best:
             # The best one whole: every step, its records and pictures.
