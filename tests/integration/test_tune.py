@@ -212,3 +212,38 @@ def test_what_ends_early_is_saved_and_a_search_goes_on_with_more_trials(tmp_path
     assert resumed["steps"] == 60
     more = home.json("tune", "smoke", "--json", "--resume", summary["study"], "--add-trials", "2")
     assert sum(more["trials"].values()) == 9
+
+
+def test_a_population_goes_on_from_its_best_and_a_killed_one_ends_alike(tmp_path: Path) -> None:
+    search = {
+        **SEARCH,
+        "space": {"optimizer.lr": {"kind": "loguniform", "low": 1e-4, "high": 0.2}},
+        "trials": 9,
+        "scheduler": {"kind": "pbt", "population": 3, "quantile": 0.34, "grace": 2},
+    }
+    job = command(search, "--set", "loop.epochs=6")
+    whole, killed = Home(tmp_path / "whole"), Home(tmp_path / "killed")
+    assert whole.json(*job)["trials"] == {"complete": 9}
+    folders = [RunFolder(whole.path / "runs" / trial["runs"][0]) for trial in map(facts_of, open_study(study_of(whole)).trials())]
+    begun = [read_record(folder.spec)["init_from"] for folder in folders]
+    assert begun[:3] == [None] * 3
+    parents = [int(one["model"][-4:]) for one in begun[3:]]
+    assert len(set(parents)) < 6, "the worst of a generation goes on from one of the best"
+    assert all(number // 3 == parent // 3 + 1 for number, parent in enumerate(parents, 3))
+    # The last generation has trained on every row of all six epochs, its forebears' included.
+    summaries = [read_record(folder.summary) for folder in folders[6:]]
+    assert [summary["rows"]["used"] for summary in summaries] == [6 * 600] * 3
+
+    fault = {"RAYMILL_FAULT": "step_done:kill:step=33,epoch_end:kill:step=40", "RAYMILL_FAULT_FOLDER": str(tmp_path)}
+    code, _, stderr = killed.run(*job, variables=fault)
+    assert code == 0, stderr
+
+    def weights(home: Home) -> list[Any]:
+        found = []
+        for trial in map(facts_of, open_study(study_of(home)).trials()):
+            folder = RunFolder(home.path / "runs" / trial["runs"][0])
+            state = read_record(folder.checkpoints / read_record(folder.checkpoints / "latest.json")["latest"] / "state.json")
+            found.append((trial["number"], trial["values"], trial["value"], state["weights_sha256"]))
+        return found
+
+    assert weights(killed) == weights(whole)

@@ -60,12 +60,14 @@ class SamplerSpec(StrictModel):
 class SchedulerSpec(StrictModel):
     """Which trials end early."""
 
-    kind: Literal["none", "asha", "hyperband", "median"] = Field(
+    kind: Literal["none", "asha", "hyperband", "median", "pbt"] = Field(
         default="none",
-        description="none; asha: of those that came as far, the best part goes on; hyperband; or median",
+        description="none; asha: of those that came as far, the best part goes on; hyperband; median; or pbt",
     )
     grace: int = Field(default=1, gt=0, description="evaluations before a trial may end")
     reduction_factor: int = Field(default=3, gt=1, description="asha, hyperband: one in so many goes on")
+    population: int = Field(default=8, gt=1, le=1000, description="pbt: members; trials / population is the generations")
+    quantile: float = Field(default=0.25, gt=0, le=0.5, description="pbt: share of the members that goes on from one of the best")
 
 
 class SearchSpec(StrictModel):
@@ -91,6 +93,11 @@ class SearchSpec(StrictModel):
     def _one_run_where_trials_end_early(self) -> Self:
         if self.scheduler.kind != "none" and (self.seeds > 1 or self.folds):
             raise ValueError("a scheduler ends trials of one run; leave it out, or seeds and folds")
+        if self.scheduler.kind == "pbt":
+            if self.trials % self.scheduler.population:
+                raise ValueError(f"trials {self.trials} is no multiple of the scheduler's population {self.scheduler.population}")
+            if named := [name for name, one in self.space.items() if one.when]:
+                raise ValueError(f"pbt changes each field of each member; {named[0]} is not always tried")
         if self.sampler.kind == "grid":
             free = [name for name, one in self.space.items() if one.when or (one.kind != "choice" and not _is_stepped(one))]
             if free:

@@ -25,7 +25,7 @@ from raymill import errors
 from raymill.config import load, plan
 from raymill.config.search import SearchSpec
 from raymill.config.spec import JobSpec
-from raymill.errors import InputError, Interrupted, Problem, RunError
+from raymill.errors import InputError, Interrupted, Problem, RunError, WorkerError
 from raymill.files import make_private_folder, private, read_record, run_lock, write_record
 from raymill.orchestration.executors import Executor, choose
 from raymill.orchestration.on_ray import session_folder
@@ -266,7 +266,11 @@ def _drive(folder: StudyFolder, offset: int, tell: Tell, look: Callable[[], None
         if process.returncode in (0, 3):
             return
         if folder.failure.exists():
-            raise errors.from_record(read_record(folder.failure))
+            error = errors.from_record(read_record(folder.failure))
+            if not isinstance(error, WorkerError):
+                raise error
+            # Ray did not start, or a part of it died.
+            folder.failure.unlink()
         deaths += 1
         if deaths > MOST_DRIVERS:
             raise RunError(f"the search's driver died {deaths} times without a trial between; see {folder.log}")

@@ -29,7 +29,7 @@ from raymill.orchestration.on_ray.session_folder import VARIABLE
 from raymill.paths import home
 from raymill.redaction import print_redacted, redact, redact_text
 from raymill.tune.folder import StudyFolder
-from raymill.tune.study import DEVIATION, MESSAGE, METRICS, RUNS, SECONDS, Study, Suggestion, facts_of
+from raymill.tune.study import DEVIATION, MESSAGE, METRICS, RUNS, SECONDS, Study, Suggestion, Wait, facts_of
 from raymill.tune.trial import TrialSpec
 
 FINISHED, FAILED, INTERRUPTED = 0, 1, 3
@@ -72,12 +72,12 @@ class Search:
         """Whether a trial's runs have one worker, and so need no process but the actor's."""
         return self.num_workers == 1
 
-    def next(self) -> TrialSpec | None:
+    def next(self) -> TrialSpec | Wait | None:
         """The next trial; None: there is none to begin."""
         if self.is_over():
             return None
         suggestion = self.study.next(self.record["trials"])
-        return None if suggestion is None else self._spec_of(suggestion)
+        return self._spec_of(suggestion) if isinstance(suggestion, Suggestion) else suggestion
 
     def _spec_of(self, suggestion: Suggestion) -> TrialSpec:
         from raymill.tune.space import as_overrides
@@ -92,6 +92,15 @@ class Search:
         name = f"{self.folder.name}-{suggestion.number:04d}"
         ids = [name] if len(repeats) == 1 else [f"{name}.{number}" for number in range(len(repeats))]
         values = as_overrides(suggestion.values)
+        stop_after = None
+        if self.search.scheduler.kind == "pbt":
+            size = self.search.scheduler.population
+            generation, generations = suggestion.number // size, self.record["trials"] // size
+            # The last one runs to its end, and so concludes as any run.
+            stop_after = self.search.scheduler.grace if generation < generations - 1 else None
+        if suggestion.parent is not None:
+            begins = {"model": f"{self.folder.name}-{suggestion.parent:04d}", "take": "all"}
+            values.append(f"init_from={json.dumps(begins)}")
         return TrialSpec(
             study=self.folder.name,
             number=suggestion.number,
@@ -101,6 +110,7 @@ class Search:
             mode=self.mode,
             cwd=self.record["cwd"],
             in_process=self.in_process,
+            stop_after=stop_after,
         )
 
     def report(self, number: int, evaluation: int, value: float) -> bool:

@@ -37,9 +37,8 @@ def show(folder: StudyFolder) -> dict[str, Any]:
     """
     record, study = read_record(folder.record), open_study(folder)
     trials = [facts_of(one) for one in study.trials()]
-    done = sorted(
-        (one for one in trials if one["state"] == "complete"), key=lambda one: (-study.worth(one["value"]), one["number"])
-    )
+    whole = [one for one in trials if one["state"] == "complete" and study.is_whole(one["number"])]
+    done = sorted(whole, key=lambda one: (-study.worth(one["value"]), one["number"]))
     first = next((one for one in trials if one["number"] == 0 and one["state"] == "complete"), None)
     return {
         "study": folder.name,

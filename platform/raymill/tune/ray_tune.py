@@ -14,6 +14,8 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from raymill.tune.trial import TrialSpec, run_trial
+
 if TYPE_CHECKING:
     from raymill.tune.driver import Search
 
@@ -38,6 +40,8 @@ class Suggestions(Searcher):
         trial = self._search.next()
         if trial is None:
             return Searcher.FINISHED
+        if not isinstance(trial, TrialSpec):
+            return None
         self._numbers[trial_id] = trial.number
         return asdict(trial)
 
@@ -127,8 +131,6 @@ def run(search: Search, scratch: Path) -> None:
 
 def trial_in_actor(config: dict[str, Any]) -> None:
     """A trial, in an actor of Ray Tune's that outlives it."""
-    from raymill.tune.trial import TrialSpec, run_trial
-
     ends: list[int] = []
 
     def report(evaluation: int, value: float) -> None:

@@ -19,6 +19,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from raymill.config.search import ParameterSpec, SearchSpec
+from raymill.tune.population import Member, changed, parent_of
 from raymill.tune.space import Values, in_order, is_tried
 
 DEVIATION, MESSAGE, METRICS, RUNS, SECONDS = "deviation", "message", "metrics", "runs", "seconds"
@@ -35,20 +36,26 @@ class Suggestion:
     Attributes:
         number: of the trial, from 0 on.
         values: what it tries.
+        parent: the trial that it goes on from; None: it begins anew.
     """
 
     number: int
     values: Values
+    parent: int | None = None
+
+
+class Wait:
+    """There is no trial yet: one that is to be known first still runs."""
 
 
 class Study:
     """One search's study. One process at a time suggests and tells."""
 
-    def __init__(self, store: Path, name: str, search: SearchSpec, mode: str, first: Sequence[Values] = ()) -> None:
+    def __init__(self, store: Path | None, name: str, search: SearchSpec, mode: str, first: Sequence[Values] = ()) -> None:
         """Open it, or make it.
 
         Args:
-            store: Optuna's file.
+            store: Optuna's file; None: it is not to be kept.
             mode: "max" or "min".
             first: values to begin with; for a field that is left out, one is suggested.
         """
@@ -56,13 +63,14 @@ class Study:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.search, self.mode = search, mode
         self.optuna = optuna.create_study(
-            storage=f"sqlite:///{store}",
+            storage=f"sqlite:///{store}" if store else None,
             study_name=name,
             direction="maximize" if mode == "max" else "minimize",
             load_if_exists=True,
             pruner=_pruner(search),
         )
-        store.chmod(0o600)
+        if store is not None:
+            store.chmod(0o600)
         for values in first[len(self.optuna.get_trials(deepcopy=False)) :]:
             self.optuna.enqueue_trial(dict(values))
         # Begun by a process that is no more: to be run again, each under its number.
@@ -75,8 +83,13 @@ class Study:
 
     def best(self) -> FrozenTrial | None:
         """The best of the trials that ran to their end."""
-        done = [one for one in self.trials() if one.state == TrialState.COMPLETE]
+        done = [one for one in self.trials() if one.state == TrialState.COMPLETE and self.is_whole(one.number)]
         return max(done, key=lambda one: (self.worth(one.value), -one.number), default=None)
+
+    def is_whole(self, number: int) -> bool:
+        """Whether a trial that ended is a whole training, and not a part of one that others go on from."""
+        size, trials = self.search.scheduler.population, len(self.trials())
+        return self.search.scheduler.kind != "pbt" or number >= trials - trials % size - (0 if trials % size else size)
 
     def worth(self, value: float | None) -> float:
         """A value such that more is better."""
@@ -84,8 +97,10 @@ class Study:
             return -math.inf
         return value if self.mode == "max" else -value
 
-    def next(self, most_trials: int) -> Suggestion | None:
+    def next(self, most_trials: int) -> Suggestion | Wait | None:
         """The next trial: one that was begun before, or a new one; None: there are enough."""
+        if self.search.scheduler.kind == "pbt" and not self._begun and self._must_wait(len(self.trials()), most_trials):
+            return Wait()
         if self._begun:
             number = self._begun.pop(0)
             self._reseed(number, "")
@@ -96,18 +111,36 @@ class Study:
         else:
             return None
         self._live[trial.number] = trial
+        inherited, parent = self._inherited(trial.number)
         values: dict[str, Any] = {}
         for name in in_order(self.search.space):
             if is_tried(self.search.space[name], values):
-                self._reseed(trial.number, name)
+                self._reseed(trial.number, name, inherited)
                 values[name] = suggest(trial, name, self.search.space[name])
-        return Suggestion(trial.number, values)
+        return Suggestion(trial.number, values, parent)
+
+    def _must_wait(self, number: int, most_trials: int) -> bool:
+        """Whether a trial's generation has to wait for the one before."""
+        first = number - number % self.search.scheduler.population
+        return number < most_trials and any(not one.state.is_finished() for one in self.trials()[:first])
+
+    def _inherited(self, number: int) -> tuple[Values, int | None]:
+        """What a trial of a later generation tries, and whom it goes on from; nothing for others."""
+        size = self.search.scheduler.population
+        if self.search.scheduler.kind != "pbt" or number < size:
+            return {}, None
+        member, first = number % size, number - number % size - size
+        before = [Member(dict(one.params), self.worth(one.value)) for one in self.trials()[first : first + size]]
+        seed = f"{self.search.seed} {number}"
+        parent = parent_of(member, before, self.search.scheduler.quantile, seed)
+        values = before[parent].values
+        return (values if parent == member else changed(values, self.search.space, seed)), first + parent
 
     def report(self, number: int, evaluation: int, value: float) -> bool:
         """Note what a trial has come to at its n-th evaluation; returns whether it is to end there. The same twice is once."""
         trial = self._live[number]
         trial.report(value, evaluation)
-        return self.search.scheduler.kind != "none" and bool(trial.should_prune())
+        return self.search.scheduler.kind not in ("none", "pbt") and bool(trial.should_prune())
 
     def tell(self, number: int, state: str, value: float | None, facts: Mapping[str, Any]) -> None:
         """Note how a trial ended that `next` has given. Done once: a trial that is over stays as it is.
@@ -126,9 +159,11 @@ class Study:
     def _frozen(self, number: int) -> FrozenTrial:
         return next(one for one in self.optuna.get_trials(deepcopy=False) if one.number == number)
 
-    def _reseed(self, number: int, name: str) -> None:
+    def _reseed(self, number: int, name: str, inherited: Values | None = None) -> None:
         digest = hashlib.blake2b(json.dumps([self.search.seed, number, name]).encode(), digest_size=4).digest()
-        self.optuna.sampler = _sampler(self.search, int.from_bytes(digest, "little"))
+        sampler = _sampler(self.search, int.from_bytes(digest, "little"))
+        fixed = optuna.samplers.PartialFixedSampler(dict(inherited), sampler) if inherited else sampler
+        self.optuna.sampler = fixed
 
 
 def suggest(trial: optuna.trial.Trial, name: str, one: ParameterSpec) -> Any:
@@ -173,7 +208,7 @@ def _pruner(search: SearchSpec) -> optuna.pruners.BasePruner:
             return optuna.pruners.HyperbandPruner(min_resource=grace, reduction_factor=factor)
         case "median":
             return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=grace)
-        case "none":
+        case "none" | "pbt":
             return optuna.pruners.NopPruner()
 
 

@@ -17,9 +17,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, TypeGuard
 
+from raymill.config import load
 from raymill.errors import InputError, Interrupted, RunError
 from raymill.files import read_record
+from raymill.orchestration import executors, run
+from raymill.orchestration.attempts import Show
+from raymill.orchestration.executors import Executor
+from raymill.orchestration.prepare import prepare
 from raymill.own_code.traces import tell
+from raymill.record.catalog import show_run
 from raymill.record.events import EvaluationDone, Event, read_events
 from raymill.record.folder import RunFolder, run_folder
 
@@ -38,6 +44,7 @@ class TrialSpec:
         metric, mode: what is searched for.
         cwd: where the command was given.
         in_process: its runs have one worker, and need no other process.
+        stop_after: evaluations behind which a run is stopped, saved, for others to go on from; None: it runs to its end.
     """
 
     study: str
@@ -48,6 +55,7 @@ class TrialSpec:
     mode: str
     cwd: str
     in_process: bool
+    stop_after: int | None = None
 
 
 def run_trial(trial: TrialSpec, report: Report) -> dict[str, Any]:
@@ -94,21 +102,44 @@ def _run(trial: TrialSpec, run_id: str, overrides: list[str], report: Report) ->
 
 def train(trial: TrialSpec, folder: RunFolder, overrides: list[str], report: Report) -> dict[str, Any]:
     """Train a run in this process, or have it supervised; what is reported may end it, its state saved."""
-    from raymill.config import load
-    from raymill.orchestration import executors, run
-    from raymill.orchestration.attempts import Show
-    from raymill.orchestration.prepare import prepare
-
     executor = executors.TRIAL if trial.in_process else executors.SUPERVISED
 
     # Of a run that goes on, the evaluations before count too.
     before = read_events(folder.events)[0] if folder.events.exists() else []
     steps = {event.step for event in before if _counts(event, trial.metric)}
 
-    def watch(folder: RunFolder) -> Show:
-        return lambda event: _hear(event, trial.metric, steps, folder, report)
+    last = [event.metrics for event in before if _counts(event, trial.metric)]
 
+    def heard(evaluation: int, value: float) -> None:
+        report(evaluation, value)
+        if evaluation == trial.stop_after:
+            folder.stop_request.touch()
+
+    def watch(folder: RunFolder) -> Show:
+        if trial.stop_after and len(steps) >= trial.stop_after:
+            # It was killed between its last evaluation and its end.
+            folder.stop_request.touch()
+
+        def show(event: Event) -> None:
+            if _counts(event, trial.metric):
+                last.append(event.metrics)
+            _hear(event, trial.metric, steps, folder, heard)
+
+        return show
+
+    try:
+        return _train(trial, folder, overrides, executor, watch)
+    except Interrupted:
+        if trial.stop_after and len(steps) >= trial.stop_after:
+            return {"metrics": last[-1]}
+        raise
+
+
+def _train(trial: TrialSpec, folder: RunFolder, overrides: list[str], executor: Executor, watch: run.Watch) -> dict[str, Any]:
+    """Train a run, or go on with it; one that was stopped where it was to be is as it was left."""
     if folder.command.exists():
+        if trial.stop_after and show_run(folder.run_id)["status"] == "interrupted":
+            raise Interrupted(folder.run_id, 0)
         return run.resume(folder.run_id, None, [], executor, watch, time.time(), preflight=False)
     # Whatever is there was killed before it was a run.
     shutil.rmtree(folder.path, ignore_errors=True)

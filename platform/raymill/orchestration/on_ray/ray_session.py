@@ -93,6 +93,11 @@ def _start(plan: Plan, facts: ClusterFacts, session: Path) -> None:
         raise RunError(f"Ray does not start on this machine as it is: {error}") from error
     except (ray.exceptions.RayError, RuntimeError, ConnectionError, TimeoutError) as error:
         raise WorkerError(f"Ray did not start on this machine: {error}", cause=Cause.LOST_PROCESS) from error
+    except Exception as error:
+        # Where a process of its own dies while it starts, Ray raises just this.
+        if type(error) is not Exception:
+            raise
+        raise WorkerError(f"Ray did not start on this machine: {error}", cause=Cause.LOST_PROCESS) from error
 
 
 def _connect(named: str) -> None:
