@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from integration.commands import Home, wait_until
+from raymill.checkpoint.directory import read_state
 from raymill.files import read_record
 from raymill.record.folder import RunFolder
 from raymill.tune.folder import StudyFolder
@@ -242,8 +243,9 @@ def test_a_population_goes_on_from_its_best_and_a_killed_one_ends_alike(tmp_path
         found = []
         for trial in map(facts_of, open_study(study_of(home)).trials()):
             folder = RunFolder(home.path / "runs" / trial["runs"][0])
-            state = read_record(folder.checkpoints / read_record(folder.checkpoints / "latest.json")["latest"] / "state.json")
-            found.append((trial["number"], trial["values"], trial["value"], state["weights_sha256"]))
+            (path, *_) = sorted(folder.checkpoints.glob(f"step-{10 * (2 * (trial['number'] // 3) + 2):08d}.*"), reverse=True)
+            weights_sha256 = read_state(path, "weights_sha256")["weights_sha256"]
+            found.append((trial["number"], trial["values"], trial["value"], weights_sha256))
         return found
 
     assert weights(killed) == weights(whole)

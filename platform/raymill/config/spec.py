@@ -295,6 +295,7 @@ class InitFromSpec(StrictModel):
         default="weights",
         description="weights and buffers of the best checkpoint; or all of a run's last one, and go on behind its step",
     )
+    step: int | None = Field(default=None, gt=0, description="with take: all, the checkpoint of this step; null: the last one")
     hyperparameters: Literal["checkpoint", "job"] = Field(
         default="job", description="with take: all, whose rates, schedules and other arguments of the optimizers count"
     )
@@ -303,6 +304,8 @@ class InitFromSpec(StrictModel):
     def _hyperparameters_are_used(self) -> Self:
         if self.take == "weights" and self.hyperparameters != "job":
             raise ValueError("hyperparameters goes with take: all; with take: weights they are the job's")
+        if self.take == "weights" and self.step is not None:
+            raise ValueError("step goes with take: all; with take: weights it is the best checkpoint")
         return self
 
 

@@ -76,7 +76,7 @@ def find_start(spec: JobSpec, planned: Plan, taken: Manifest, where: Callable[[s
     try:
         if given.take == "weights":
             return Start(find_model(given.model), given)
-        trained = _as_it_stands(given.model)
+        trained = _as_it_stands(given.model, given.step)
         position = read_state(trained.weights.parent, "position")["position"]
         recorded = from_record(read_record(trained.records / "data_manifest.json"))
     except InputError as error:
@@ -92,9 +92,16 @@ def _damaged(at: str, reference: str, error: CheckpointError) -> Problem:
     return Problem(at, f"{reference}: {error}", "a model whose files are as they were", "Restore it, or name another.")
 
 
-def _as_it_stands(run_id: str) -> Trained:
-    """The model of a run as its last checkpoint has it."""
+def _as_it_stands(run_id: str, step: int | None) -> Trained:
+    """The model of a run as its last checkpoint has it, or that of a step."""
     folder = find_run(run_id)
+    if step is not None:
+        there = sorted(folder.checkpoints.glob(f"step-{step:08d}.*"), key=lambda path: int(path.suffix[1:]))
+        if not there:
+            kept = sorted(path.name for path in folder.checkpoints.glob("step-*"))
+            fix = "Name one that is kept, or leave out `step`."
+            raise InputError([Problem("run", f"run {run_id}, which keeps {kept}", f"a checkpoint of step {step}", fix)])
+        return at_checkpoint(folder, there[-1])
     name = find_latest(folder.checkpoints, lambda passed_over: None)
     if name is None:
         raise InputError([Problem("run", f"run {run_id}, which has no checkpoint", "one that has saved", "Name another run.")])

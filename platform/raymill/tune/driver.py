@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,13 @@ from raymill.orchestration.on_ray.session_folder import VARIABLE
 from raymill.paths import home
 from raymill.redaction import print_redacted, redact, redact_text
 from raymill.tune.folder import StudyFolder
-from raymill.tune.study import DEVIATION, MESSAGE, METRICS, RUNS, SECONDS, Study, Suggestion, Wait, facts_of
+from raymill.tune.study import DEVIATION, MESSAGE, METRICS, RUNS, SECONDS, STEP, Study, Suggestion, Wait, facts_of
 from raymill.tune.trial import TrialSpec
 
 FINISHED, FAILED, INTERRUPTED = 0, 1, 3
+
+MOST_DEATHS = 3
+"""Of a trial's process; each time the trial goes on from its last commit."""
 
 SETTINGS = {
     # Ray Tune's own result files and TensorBoard's: a third of the time of a short trial.
@@ -61,6 +65,7 @@ class Search:
         self.metric, self.mode = record["metric"], record["mode"]
         self.study = Study(folder.store, folder.name, self.search, self.mode, record["first"])
         self.failed: str | None = None
+        self._deaths: Counter[int] = Counter()
 
     @property
     def num_workers(self) -> int:
@@ -98,8 +103,10 @@ class Search:
             generation, generations = suggestion.number // size, self.record["trials"] // size
             # The last one runs to its end, and so concludes as any run.
             stop_after = self.search.scheduler.grace if generation < generations - 1 else None
+            # Others go on from the checkpoint of the last evaluation, behind which there may be some more.
+            fixed.append(f"checkpoint.keep={max(self.spec.checkpoint.keep, 4)}")
         if suggestion.parent is not None:
-            begins = {"model": f"{self.folder.name}-{suggestion.parent:04d}", "take": "all"}
+            begins = {"model": f"{self.folder.name}-{suggestion.parent:04d}", "take": "all", "step": suggestion.step}
             values.append(f"init_from={json.dumps(begins)}")
         return TrialSpec(
             study=self.folder.name,
@@ -120,15 +127,19 @@ class Search:
     def ended(self, number: int, result: dict[str, Any] | None, *, pruned: bool) -> None:
         """A trial is over: note it, unless the search was stopped and the trial is to be gone on with."""
         result = result or {}
-        if result.get("interrupted"):
-            return
         facts = {RUNS: result.get("runs", [f"{self.folder.name}-{number:04d}"])}
         if "score" in result:
             facts |= {METRICS: result["metrics"], SECONDS: result["seconds"], DEVIATION: result["deviation"]}
+            facts |= {STEP: result["step"]}
             self.study.tell(number, "complete", result["score"], facts)
         elif pruned:
             self.study.tell(number, "pruned", None, facts)
         elif self.is_stopped():
+            return
+        elif (not result or result.get("interrupted")) and self._deaths[number] < MOST_DEATHS:
+            # Its process died, or was asked to end. Not left to Ray Tune, which knows nothing of what was committed.
+            self._deaths[number] += 1
+            self.study.again(number)
             return
         else:
             said = result.get("failed", "its process died, and died again when it was started anew; see ray.log of the study")

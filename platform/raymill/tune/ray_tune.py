@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 OUTCOME = "outcome"
 """What a trial has come to, in its last report."""
 
-MOST_DEATHS = 3
-"""Of a trial's process, each time gone on with from its last commit."""
-
 
 class Suggestions(Searcher):
     """Asks the study what to try, and tells it what came of it."""
@@ -34,20 +31,24 @@ class Suggestions(Searcher):
         super().__init__(metric="value", mode=search.mode)
         self._search, self._ended_early = search, ended_early
         self._numbers: dict[str, int] = {}
+        self._live: set[int] = set()
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial, as the configuration of an actor."""
         trial = self._search.next()
-        if trial is None:
+        if trial is None and not self._live:
             return Searcher.FINISHED
         if not isinstance(trial, TrialSpec):
+            # One that runs may have to be run again.
             return None
         self._numbers[trial_id] = trial.number
+        self._live.add(trial.number)
         return asdict(trial)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """A trial is over."""
         number = self._numbers[trial_id]
+        self._live.discard(number)
         outcome = None if error or not result else json.loads(result.get(OUTCOME) or "null")
         try:
             self._search.ended(number, outcome, pruned=number in self._ended_early)
@@ -122,7 +123,6 @@ def run(search: Search, scratch: Path) -> None:
             name="search",
             storage_path=str(scratch),
             stop=WhenStopped(search),
-            failure_config=tune.FailureConfig(max_failures=MOST_DEATHS),
             verbose=0,
         ),
     )

@@ -22,7 +22,7 @@ from raymill.config.search import ParameterSpec, SearchSpec
 from raymill.tune.population import Member, changed, parent_of
 from raymill.tune.space import Values, in_order, is_tried
 
-DEVIATION, MESSAGE, METRICS, RUNS, SECONDS = "deviation", "message", "metrics", "runs", "seconds"
+DEVIATION, MESSAGE, METRICS, RUNS, SECONDS, STEP = "deviation", "message", "metrics", "runs", "seconds", "step"
 """What is noted of a trial beside its value, as attributes."""
 
 
@@ -37,11 +37,13 @@ class Suggestion:
         number: of the trial, from 0 on.
         values: what it tries.
         parent: the trial that it goes on from; None: it begins anew.
+        step: of that one's run.
     """
 
     number: int
     values: Values
     parent: int | None = None
+    step: int | None = None
 
 
 class Wait:
@@ -117,7 +119,8 @@ class Study:
             if is_tried(self.search.space[name], values):
                 self._reseed(trial.number, name, inherited)
                 values[name] = suggest(trial, name, self.search.space[name])
-        return Suggestion(trial.number, values, parent)
+        step = None if parent is None else self.trials()[parent].user_attrs[STEP]
+        return Suggestion(trial.number, values, parent, step)
 
     def _must_wait(self, number: int, most_trials: int) -> bool:
         """Whether a trial's generation has to wait for the one before."""
@@ -135,6 +138,10 @@ class Study:
         parent = parent_of(member, before, self.search.scheduler.quantile, seed)
         values = before[parent].values
         return (values if parent == member else changed(values, self.search.space, seed)), first + parent
+
+    def again(self, number: int) -> None:
+        """Give a trial again: its process died."""
+        self._begun.append(number)
 
     def report(self, number: int, evaluation: int, value: float) -> bool:
         """Note what a trial has come to at its n-th evaluation; returns whether it is to end there. The same twice is once."""

@@ -25,8 +25,7 @@ from raymill.orchestration.attempts import Show
 from raymill.orchestration.executors import Executor
 from raymill.orchestration.prepare import prepare
 from raymill.own_code.traces import tell
-from raymill.record.catalog import show_run
-from raymill.record.events import EvaluationDone, Event, read_events
+from raymill.record.events import AttemptStarted, EvaluationDone, Event, RunStopped, read_events
 from raymill.record.folder import RunFolder, run_folder
 
 Report = Callable[[int, float], None]
@@ -68,13 +67,14 @@ def run_trial(trial: TrialSpec, report: Report) -> dict[str, Any]:
     os.chdir(trial.cwd)
     scores: list[float] = []
     metrics: dict[str, float] = {}
+    step = 0
     try:
         for run_id, overrides in trial.runs.items():
             summary = _run(trial, run_id, overrides, report)
             if trial.metric not in summary["metrics"]:
                 known = sorted(summary["metrics"])
                 raise RunError(f"the run did not measure {trial.metric!r}, but {known}. Correct search.metric.")
-            metrics = summary["metrics"]
+            metrics, step = summary["metrics"], summary["steps"]
             scores.append(metrics[trial.metric])
     except Interrupted:
         return {"interrupted": True}
@@ -86,6 +86,7 @@ def run_trial(trial: TrialSpec, report: Report) -> dict[str, Any]:
         "deviation": statistics.stdev(scores) if len(scores) > 1 else None,
         "metrics": metrics,
         "runs": list(trial.runs),
+        "step": step,
         "seconds": time.perf_counter() - begun_s,
     }
 
@@ -108,7 +109,7 @@ def train(trial: TrialSpec, folder: RunFolder, overrides: list[str], report: Rep
     before = read_events(folder.events)[0] if folder.events.exists() else []
     steps = {event.step for event in before if _counts(event, trial.metric)}
 
-    last = [event.metrics for event in before if _counts(event, trial.metric)]
+    last = [(event.step, event.metrics) for event in before if _counts(event, trial.metric)]
 
     def heard(evaluation: int, value: float) -> None:
         report(evaluation, value)
@@ -122,7 +123,7 @@ def train(trial: TrialSpec, folder: RunFolder, overrides: list[str], report: Rep
 
         def show(event: Event) -> None:
             if _counts(event, trial.metric):
-                last.append(event.metrics)
+                last.append((event.step, event.metrics))
             _hear(event, trial.metric, steps, folder, heard)
 
         return show
@@ -131,14 +132,18 @@ def train(trial: TrialSpec, folder: RunFolder, overrides: list[str], report: Rep
         return _train(trial, folder, overrides, executor, watch)
     except Interrupted:
         if trial.stop_after and len(steps) >= trial.stop_after:
-            return {"metrics": last[-1]}
+            # Where it was to be, whichever step it stopped behind.
+            step, metrics = last[-1]
+            return {"metrics": metrics, "steps": step}
         raise
 
 
 def _train(trial: TrialSpec, folder: RunFolder, overrides: list[str], executor: Executor, watch: run.Watch) -> dict[str, Any]:
     """Train a run, or go on with it; one that was stopped where it was to be is as it was left."""
     if folder.command.exists():
-        if trial.stop_after and show_run(folder.run_id)["status"] == "interrupted":
+        events, _ = read_events(folder.events) if folder.events.exists() else ([], 0)
+        ends = [event for event in events if isinstance(event, AttemptStarted | RunStopped)]
+        if trial.stop_after and ends and isinstance(ends[-1], RunStopped) and ends[-1].reason == "interrupted":
             raise Interrupted(folder.run_id, 0)
         return run.resume(folder.run_id, None, [], executor, watch, time.time(), preflight=False)
     # Whatever is there was killed before it was a run.
