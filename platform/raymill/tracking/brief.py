@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from raymill.files import read_record, write_record
 from raymill.record.events import EvaluationDone, RunFinished, RunStopped, read_events
 from raymill.record.folder import RunFolder
-from raymill.redaction import redact
+from raymill.redaction import redact, redact_text
 from raymill.tracking import description
 from raymill.tracking.description import RUN_ID_TAG
-from raymill.tracking.mlflow_client import plain_key
+from raymill.tracking.mlflow_client import plain_key, tracking_uri
 from raymill.tracking.mlflow_sync import MAX_PARAM_LENGTH, MAX_TAG_LENGTH, METRICS_PER_CALL, Delivered
 
 if TYPE_CHECKING:
@@ -76,5 +76,6 @@ def deliver_briefly(
     status = "KILLED" if end is None or (isinstance(end, RunStopped) and end.reason != "failed") else "FAILED"
     client.set_terminated(run_id, "FINISHED" if isinstance(end, RunFinished) else status, ended_ms)
     write_record(folder.delivery, asdict(Delivered(mlflow_run_id=run_id, started_s=events[0].time_s)))
-    write_record(folder.mlflow_run, {"store": "", "experiment_id": experiment, "experiment": job})
+    place = {"store": redact_text(tracking_uri()), "experiment_id": experiment, "experiment": job}
+    write_record(folder.mlflow_run, place)
     return run_id

@@ -13,11 +13,14 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from raymill import errors
 from raymill.config.plan import Plan
@@ -34,6 +37,8 @@ from raymill.tune.study import DEVIATION, MESSAGE, METRICS, RUNS, SECONDS, STEP,
 from raymill.tune.trial import TrialSpec
 
 FINISHED, FAILED, INTERRUPTED = 0, 1, 3
+
+WATCH_S = 1.0
 
 MOST_DEATHS = 3
 """Of a trial's process; each time the trial goes on from its last commit."""
@@ -189,6 +194,7 @@ def _drive(folder: StudyFolder) -> int:
     search = Search(folder)
     with ray_for(plan, meanwhile=lambda: importlib.import_module("raymill.tune.ray_tune")):
         signal.signal(signal.SIGTERM, lambda number, frame: folder.stop_request.touch())
+        threading.Thread(target=_end_with_ray, name="watches Ray", daemon=True).start()
         # Imported here: `ray_for` sets what Ray reads when it is imported.
         from raymill.tune import ray_tune
 
@@ -198,6 +204,16 @@ def _drive(folder: StudyFolder) -> int:
     with suppress(FileNotFoundError):
         folder.failure.unlink()
     return INTERRUPTED if folder.stop_request.exists() else FINISHED
+
+
+def _end_with_ray() -> None:
+    """End this process once one of Ray's that it has started is dead: Ray Tune may wait for ever, and another driver goes on."""
+    while True:
+        time.sleep(WATCH_S)
+        with suppress(psutil.NoSuchProcess):
+            children = psutil.Process().children()
+            if any(one.status() == psutil.STATUS_ZOMBIE and one.name() in ("raylet", "gcs_server") for one in children):
+                os._exit(FAILED)
 
 
 if __name__ == "__main__":
