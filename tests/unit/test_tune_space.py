@@ -246,7 +246,7 @@ def test_population_based_training_beats_chance_on_its_authors_toy(seed: int) ->
             assert isinstance(suggestion, Suggestion)
             begin = learned[suggestion.parent] if suggestion.parent is not None else (0.9, 0.9)
             learned[suggestion.number] = trained(begin, suggestion.values)
-            study.tell(suggestion.number, "complete", quality(learned[suggestion.number]), {})
+            study.tell(suggestion.number, "complete", quality(learned[suggestion.number]), {"step": 4})
         best[kind] = max(quality(learned[number]) for number in range(36, 40))
     assert best["pbt"] > best["none"]
 
@@ -259,10 +259,10 @@ def test_a_generation_waits_for_the_one_before_and_is_found_again(tmp_path: Path
     assert isinstance(second, Suggestion)
     study.tell(0, "failed", None, {})
     assert isinstance(study.next(6), Wait)
-    study.tell(1, "complete", 1.0, {})
+    study.tell(1, "complete", 1.0, {"step": 8})
     third = study.next(6)
     assert isinstance(third, Suggestion)
-    assert third.parent == 1, "who failed goes on from who did not"
+    assert (third.parent, third.step) == (1, 8), "who failed goes on from who did not"
     assert third.values != second.values
     again = Study(tmp_path / "s.db", "s", made, "max").next(6)
     assert again == third

@@ -438,7 +438,7 @@ def _with_full_paths(problems: list[Problem], values: dict[str, Any], packages: 
     if not any(problem.expected in (UNKNOWN_FIELD, UNKNOWN_ARGUMENT) for problem in problems):
         return problems
     fields = _fields_of(JobSpec)
-    known = {"": {*fields}} | {section: {*_fields_of(info.annotation)} for section, info in fields.items()}
+    known = {"": {*fields}} | {name: {*_fields_of(one.annotation)} for name, one in fields.items() if name != "search"}
     for section, names in argument_names(values, packages).items():
         known[section] |= names
 

@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "checkpoint.mode",
     "retry",
     "register",
+    "search",
     "loop.stall_timeout_s",
     "loop.on_nan",
     "loop.max_hours",

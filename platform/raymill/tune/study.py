@@ -137,6 +137,9 @@ class Study:
         seed = f"{self.search.seed} {number}"
         parent = parent_of(member, before, self.search.scheduler.quantile, seed)
         values = before[parent].values
+        if before[parent].worth == -math.inf:
+            # All have failed: it begins anew.
+            return values, None
         return (values if parent == member else changed(values, self.search.space, seed)), first + parent
 
     def again(self, number: int) -> None:
