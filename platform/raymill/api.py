@@ -125,7 +125,7 @@ class Job:
 
         Raises:
             InputError: with everything that is wrong with the job, its search and each corner of the space.
-            Interrupted: stopped on request; the same call goes on.
+            SearchStopped: on request; the same call goes on.
             RunError: the search could not go on.
         """
         import pandas as pd

@@ -171,6 +171,28 @@ class Interrupted(RaymillError):
         return f"run {self.run_id} was interrupted; its state is saved at step {self.step}. Continue with --resume {self.run_id}"
 
 
+class SearchStopped(RaymillError):
+    """A search stopped on request, what ran of it saved.
+
+    Args:
+        study: the study to go on with.
+    """
+
+    exit_code = 3
+
+    def __init__(self, study: str) -> None:
+        self.study = study
+        super().__init__(study)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The study."""
+        return (self.study,)
+
+    def __str__(self) -> str:
+        return f"study {self.study} was stopped; what ran of it is saved. The same command goes on, or --resume {self.study}"
+
+
 def as_record(error: RaymillError) -> dict[str, Any]:
     """An error as JSON-ready values, with its notes; `from_record` makes an equal one."""
     notes = list(getattr(error, "__notes__", ()))

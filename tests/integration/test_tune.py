@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
@@ -116,6 +117,19 @@ def test_killed_anywhere_it_ends_as_if_nothing_had_been(undisturbed: list[Any], 
     assert [number for number, *_ in undisturbed] == list(range(8))
     assert json.loads(stdout)["delivered_to_mlflow"]
     assert not home.left_over()
+
+
+def test_ctrl_c_saves_what_runs_and_the_same_command_goes_on(undisturbed: list[Any], tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    begun = home.start(*command())
+    wait_until(lambda: num_over(home) >= 2, begun)
+    begun.send_signal(signal.SIGINT)
+    stdout, _ = begun.communicate(timeout=120)
+    assert begun.returncode == 3
+    assert "The same command goes on" in json.loads(stdout)["message"]
+    assert 2 <= num_over(home) < 8
+    assert home.json(*command())["trials"] == {"complete": 8}
+    assert told(home) == undisturbed
 
 
 @pytest.mark.cluster

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from raymill import errors
-from raymill.errors import InputError, Interrupted, Problem, RaymillError, RunError, WorkerError, did_you_mean
+from raymill.errors import InputError, Interrupted, Problem, RaymillError, RunError, SearchStopped, WorkerError, did_you_mean
 
 PROBLEMS = (Problem("job.yaml:7 loop.epochs", "-1", "a number above 0", "Set it to 1."), Problem("a", "b", "c", "D."))
 
@@ -48,7 +48,7 @@ def test_an_error_survives_pickling_with_all_that_it_holds(kind: type[RaymillErr
 def test_exit_codes_tell_the_users_mistake_from_a_failure_and_a_stop() -> None:
     codes = {kind: kind.exit_code for kind in all_kinds()}
     assert {kind for kind, code in codes.items() if code == 2} == {InputError}
-    assert {kind for kind, code in codes.items() if code == 3} == {Interrupted}
+    assert {kind for kind, code in codes.items() if code == 3} == {Interrupted, SearchStopped}
     assert all(code == 1 for kind, code in codes.items() if issubclass(kind, RunError))
 
 

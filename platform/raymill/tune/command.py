@@ -25,7 +25,7 @@ from raymill import errors
 from raymill.config import load, plan
 from raymill.config.search import SearchSpec
 from raymill.config.spec import JobSpec
-from raymill.errors import InputError, Interrupted, Problem, RunError, WorkerError
+from raymill.errors import InputError, Problem, RunError, SearchStopped, WorkerError
 from raymill.files import make_private_folder, private, read_record, run_lock, write_record
 from raymill.orchestration.executors import Executor, choose
 from raymill.orchestration.on_ray import session_folder
@@ -80,7 +80,7 @@ def tune(asked: Asked, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]
 
     Raises:
         InputError: with everything that is wrong with the job, its search and each corner of the space; nothing was started.
-        Interrupted: stopped on request; the same command goes on.
+        SearchStopped: on request; the same command goes on.
         RunError: the search could not go on.
     """
     folder, prepared = _study(asked, say)
@@ -101,7 +101,7 @@ def tune(asked: Asked, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]
                 shutil.rmtree(left, ignore_errors=True)
             raise
         if folder.stop_request.exists():
-            raise Interrupted(folder.name, 0)
+            raise SearchStopped(folder.name)
         from raymill.tune.outcome import conclude
 
         summary = conclude(folder)
@@ -309,7 +309,7 @@ def _stop_on_signal(folder: StudyFolder) -> Iterator[None]:
 
     def ask(number: int, frame: Any) -> None:
         if folder.stop_request.exists() and number == signal.SIGINT:
-            raise Interrupted(folder.name, 0)
+            raise SearchStopped(folder.name)
         folder.stop_request.touch()
 
     try:
