@@ -136,15 +136,16 @@ def test_ctrl_c_saves_what_runs_and_the_same_command_goes_on(undisturbed: list[A
 @pytest.mark.parametrize("seed", range(10))
 def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(undisturbed: list[Any], seed: int, tmp_path: Path) -> None:
     home, draw = Home(tmp_path / "home"), random.Random(seed)
-    begun = home.start(*command())
+    begun, killed = home.start(*command()), 0
     for what in draw.sample(["driver", "raylet", "ray::ImplicitFunc"], 3):
         wait_until(lambda what=what: process_of(home, what) is not None or begun.poll() is not None, begun)  # type: ignore[misc]
         with suppress(subprocess.TimeoutExpired):
             # Where in the search that is, chance decides.
             begun.wait(draw.uniform(0, 6))
-        kill(home, what)()
+        killed += kill(home, what)()
     _, stderr = begun.communicate(timeout=300)
     assert begun.returncode == 0, stderr
+    assert killed, "the search was over before anything could be killed"
     assert told(home) == undisturbed
     assert not home.left_over()
 

@@ -282,3 +282,19 @@ def test_changed_values_stay_inside_the_space(seed: int) -> None:
     for turn in range(20):
         values = changed(values, made.space, f"{seed} {turn}")
         assert all(space.holds(made.space[name], value) for name, value in values.items()), values
+
+
+def test_a_trial_that_was_to_end_ends_though_nobody_acted_on_it(tmp_path: Path) -> None:
+    made = search(LINE, scheduler={"kind": "asha", "grace": 1, "reduction_factor": 2})
+    study = Study(tmp_path / "s.db", "s", made, "max")
+    for number, value in enumerate((3.0, 2.0, 1.0)):
+        assert isinstance(study.next(9), Suggestion)
+        ends = study.report(number, 1, value)
+        if number < 2:
+            study.tell(number, "complete", value, {})
+    assert ends
+    again = Study(tmp_path / "s.db", "s", made, "max")
+    given = again.next(9)
+    assert isinstance(given, Suggestion)
+    assert given.number == 2
+    assert again.report(2, 2, 5.0)

@@ -16,18 +16,20 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+from optuna.trial import FrozenTrial
 
 from raymill import errors
 from raymill.config.plan import Plan
 from raymill.config.search import SearchSpec
 from raymill.config.spec import JobSpec
 from raymill.errors import RaymillError, RunError
-from raymill.files import private, read_record, run_lock, write_record
+from raymill.files import private, read_record, replace_file, run_lock, write_record
 from raymill.orchestration.on_ray.ray_session import ray_for
 from raymill.orchestration.on_ray.session_folder import VARIABLE
 from raymill.paths import home
@@ -151,9 +153,21 @@ class Search:
             self.study.tell(number, "failed", None, {**facts, MESSAGE: redact_text(said)})
             if self.search.on_error == "stop":
                 self.failed = f"trial {number} failed, and search.on_error is stop: {said}"
-        trial = next(one for one in self.study.trials() if one.number == number)
+        self._tell_of([one for one in self.study.trials() if one.number == number])
+
+    def _tell_of(self, trials: Sequence[FrozenTrial]) -> None:
         with open(self.folder.trials, "a", opener=private) as file:
-            file.write(json.dumps(redact({"time_s": time.time(), **facts_of(trial)})) + "\n")
+            for trial in trials:
+                file.write(json.dumps(redact({"time_s": time.time(), **facts_of(trial)})) + "\n")
+
+    def tell_what_was_not_told(self) -> None:
+        """Tell of trials that an earlier driver has noted in the study, and then died."""
+        content = self.folder.trials.read_bytes() if self.folder.trials.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            replace_file(self.folder.trials, whole)
+        told = {json.loads(line)["number"] for line in whole.splitlines()}
+        self._tell_of([one for one in self.study.trials() if one.state.is_finished() and one.number not in told])
 
     def is_stopped(self) -> bool:
         """Whether running trials are to end too."""
@@ -192,6 +206,7 @@ def _drive(folder: StudyFolder) -> int:
     plan = Plan.from_record(read_record(folder.plan))
     os.environ |= SETTINGS | {"RAYMILL_HOME": str(home())}
     search = Search(folder)
+    search.tell_what_was_not_told()
     with ray_for(plan, meanwhile=lambda: importlib.import_module("raymill.tune.ray_tune")):
         signal.signal(signal.SIGTERM, lambda number, frame: folder.stop_request.touch())
         threading.Thread(target=_end_with_ray, name="watches Ray", daemon=True).start()

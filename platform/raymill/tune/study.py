@@ -25,6 +25,9 @@ from raymill.tune.space import Values, in_order, is_tried
 DEVIATION, MESSAGE, METRICS, RUNS, SECONDS, STEP = "deviation", "message", "metrics", "runs", "seconds", "step"
 """What is noted of a trial beside its value, as attributes."""
 
+ENDS = "ends"
+"""Likewise: it was decided that the trial ends early."""
+
 
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 
@@ -150,7 +153,13 @@ class Study:
         """Note what a trial has come to at its n-th evaluation; returns whether it is to end there. The same twice is once."""
         trial = self._live[number]
         trial.report(value, evaluation)
-        return self.search.scheduler.kind not in ("none", "pbt") and bool(trial.should_prune())
+        if self.search.scheduler.kind in ("none", "pbt"):
+            return False
+        # Noted, since a trial that goes on behind its place in a round is not asked for it again.
+        if ENDS not in trial.user_attrs and not trial.should_prune():
+            return False
+        trial.set_user_attr(ENDS, True)
+        return True
 
     def tell(self, number: int, state: str, value: float | None, facts: Mapping[str, Any]) -> None:
         """Note how a trial ended that `next` has given. Done once: a trial that is over stays as it is.
