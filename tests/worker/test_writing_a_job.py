@@ -77,8 +77,52 @@ def made(make_task: Any, schema: Schema) -> Task:
     return make_task(**{name: given[name] for name in inspect.signature(make_task).parameters if name in given})  # type: ignore[no-any-return]
 
 
-def test_the_document_has_examples() -> None:
-    assert len(examples()) >= 6
+def test_the_document_has_examples_on_two_pages() -> None:
+    assert len(examples()) >= 8
+    assert len(DOCUMENT.read_text().splitlines()) <= 2 * 78
+
+
+def test_the_pipeline_of_the_document_is_fitted_and_its_rows_meet_by_length(tmp_path: Path) -> None:
+    [text] = re.findall(r"^```python\n(def prices.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {**vars(task), "partial": partial, "divide": divide, "padded": padded}
+    names["sources"] = {split: ArraySource(split, make_texts, 8) for split in ("train", "validation")}
+    exec(text, names)
+    prices: Any = names["prices"]
+    fitted = prices({}).fit(iter([make_texts()]))
+    assert fitted == {"largest": b"24.0"}
+    experiment = Experiment(lambda schema: Prices(), partial(prices, fitted), VALUES)
+    with unchanged_caller():
+        outcome, _ = run_rank(0, 1, 0, experiment, Start(tmp_path, 1, None, None, True))
+    assert outcome.status == "finished"
+    answer = prediction_batch(prices(fitted), {"text": ["a", "bcd"]})
+    assert (answer["text"].shape, "price" in answer) == ((2, 3), False)
+
+
+def make_texts() -> Rows:
+    return {"text": ["x" * (number % 5 + 1) for number in range(25)], "price": np.arange(25, dtype=np.float32)}
+
+
+def divide(rows: Rows, split: str, generator: np.random.Generator, by: float) -> Rows:
+    return rows if split == task.PREDICT else {**rows, "price": np.asarray(rows["price"]) / by}
+
+
+def padded(rows: Rows) -> dict[str, torch.Tensor]:
+    texts = [torch.tensor(list(map(float, text.encode()))) for text in rows["text"]]
+    numbers = {"price": torch.tensor(rows["price"])} if "price" in rows else {}
+    return {"text": nn.utils.rnn.pad_sequence(texts, batch_first=True), **numbers}
+
+
+class Prices(Task):
+    """Guesses the price from the mean letter."""
+
+    def build(self) -> nn.Module:
+        return nn.Linear(1, 1)
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        return (model(batch["text"].mean(dim=1, keepdim=True) / 100)[:, 0] - batch["price"]).square().mean()
+
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        return {"error": (model(batch["text"].mean(dim=1, keepdim=True) / 100)[:, 0] - batch["price"]).abs()}
 
 
 @pytest.mark.parametrize(("make_task", "values"), examples())
