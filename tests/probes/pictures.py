@@ -1,4 +1,4 @@
-"""Small pictures as files, in folders by class or in tar files; decoded, and mirrored at random, in chunks."""
+"""Small pictures as files, by class, in tar files, with boxes or masks; decoded, and mirrored at random, in chunks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,18 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-from raymill.data.sources import ArrowSource, ImageFolderSource, JsonLinesSource, TarSource, decode_images, split_by_share
+from raymill.data.sources import (
+    ArrowSource,
+    CocoSource,
+    ImageFolderSource,
+    JsonLinesSource,
+    MaskSource,
+    TarSource,
+    VocSource,
+    decode_images,
+    decode_masks,
+    split_by_share,
+)
 from raymill.task import Pipeline, Rows, Source, Task
 
 CLASSES = ("bright", "dark")
@@ -88,12 +99,20 @@ def decode(rows: Rows, split: str, generator: np.random.Generator, image: str = 
     if split == "train":
         mirrored = generator.random(len(pixels)) < 0.5
         pixels[mirrored] = pixels[mirrored, :, :, ::-1]
-    return {"image": np.ascontiguousarray(pixels, np.float32), "label": rows["label"]}
+    return {"image": np.ascontiguousarray(pixels, np.float32), "label": label_of(rows)}
+
+
+def label_of(rows: Rows) -> np.ndarray:
+    """As it stands, of the first box, or of the mask."""
+    if "labels" in rows:
+        return np.array([labels[0] for labels in rows["labels"]])
+    return np.asarray(rows["label"]) if "label" in rows else np.asarray(decode_masks(rows["mask"], (1, 1)))[:, 0, 0]
 
 
 def pipeline(source: Source, image: str = "image") -> Pipeline:
     """Of any of them."""
-    splits = split_by_share(source, {"train": 0.8, "validation": 0.2}, stratify="label")
+    stratify = "label" if "label" in source.schema else None  # type: ignore[attr-defined]
+    splits = split_by_share(source, {"train": 0.8, "validation": 0.2}, stratify=stratify)
     return Pipeline(sources=splits, schema=source.schema, transform=partial(decode, image=image))  # type: ignore[attr-defined]
 
 
@@ -110,6 +129,53 @@ def tars(folder: str) -> Pipeline:
 def lines(folder: str) -> Pipeline:
     """Of JSON Lines."""
     return pipeline(JsonLinesSource.inferred(folder))
+
+
+def write_voc(folder: Path) -> None:
+    """With a box in a file of XML beside each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, label, content in make():
+        (folder / f"{name}.png").write_bytes(content)
+        corners = "".join(f"<{side}>{at}</{side}>" for side, at in (("xmin", 1), ("ymin", 2), ("xmax", 12), ("ymax", 9)))
+        box = f"<object><name>{CLASSES[label]}</name><bndbox>{corners}</bndbox></object>"
+        (folder / f"{name}.xml").write_text(f"<annotation><filename>{name}.png</filename>{box}</annotation>")
+
+
+def write_coco(folder: Path) -> None:
+    """With all boxes in a file of JSON."""
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    pictures, boxes = [], []
+    for number, (name, label, content) in enumerate(make()):
+        (folder / "pictures" / f"{name}.png").write_bytes(content)
+        pictures.append({"id": number, "file_name": f"{name}.png"})
+        boxes.append({"id": number, "image_id": number, "category_id": 7 + label, "bbox": [1, 2, 11, 7]})
+    categories = [{"id": 7 + label, "name": name} for label, name in enumerate(CLASSES)]
+    told = {"images": pictures, "annotations": boxes, "categories": categories}
+    (folder / "boxes.json").write_text(json.dumps(told))
+
+
+def write_masks(folder: Path) -> None:
+    """With a mask for each, all of whose pixels are the label."""
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for name, label, content in make():
+        (folder / "images" / f"{name}.png").write_bytes(content)
+        Image.new("L", (12, 10), label).save(folder / "masks" / f"{name}.png")
+
+
+def voc(folder: str) -> Pipeline:
+    """Of Pascal VOC."""
+    return pipeline(VocSource(folder, CLASSES))
+
+
+def coco(folder: str) -> Pipeline:
+    """Of COCO."""
+    return pipeline(CocoSource(folder, "boxes.json", "pictures"))
+
+
+def masks(folder: str) -> Pipeline:
+    """Of masks."""
+    return pipeline(MaskSource(folder))
 
 
 def write_arrow(folder: Path) -> None:
@@ -129,6 +195,9 @@ def arrows(folder: str) -> Pipeline:
 
 KINDS = {
     "arrow": (write_arrow, arrows),
+    "voc": (write_voc, voc),
+    "coco": (write_coco, coco),
+    "masks": (write_masks, masks),
     "folders": (write_folders, folders),
     "tar": (write_tar, tars),
     "lines": (write_lines, lines),

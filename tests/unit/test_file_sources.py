@@ -28,11 +28,11 @@ from raymill.data.sources import (
     TarSource,
     TextSource,
     decode_images,
-    image_folder,
     split_by_share,
     tar,
 )
 from raymill.data.sources.lines import pieces
+from raymill.data.sources.pictures import samples as pictures
 from raymill.errors import DataError, InputError
 from raymill.task import Column, Field, Pipeline, Source
 
@@ -308,7 +308,7 @@ def picture(path: Path, size: tuple[int, int] = (6, 4), value: int = 0) -> Path:
 
 
 def test_pictures_have_the_label_of_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_folder, "MOST_FILES", 2)
+    monkeypatch.setattr(pictures, "MOST_FILES", 2)
     for name in ("dog/1.png", "dog/deep/2.JPG", "cat/1.png", "cat/2.png", "cat/3.png", "cat/.hidden.png", "cat/notes.md"):
         picture(tmp_path / name) if not name.endswith("md") else (tmp_path / name).write_text("no picture")
     source = ImageFolderSource(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Pictures in folders and in tar files, and JSON Lines, split by share: bit-equal after a stop and a crash."""
+"""Pictures in folders, tar files, with boxes and masks, and JSON Lines, split by share: bit-equal after a stop and a crash."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from probes import pictures
-from raymill.data.sources import arrow_ipc, image_folder, tar
+from raymill.data.sources import arrow_ipc, tar
 from raymill.data.sources.lines import pieces
+from raymill.data.sources.pictures import samples
 from raymill.task import Pipeline, Schema, Task
 from worker_harness import Experiment, NewRun, stopped_and_killed, strict_at_other_numbers
 
@@ -21,13 +22,13 @@ def brightness(schema: Schema) -> Task:
 
 def in_small_pieces(make_pipeline: Callable[[], Pipeline]) -> Pipeline:
     """As if there were more of it."""
-    pieces.PIECE_BYTES, image_folder.MOST_FILES, tar.MOST_BYTES, arrow_ipc.MOST_BYTES = 2000, 7, 3000, 3000
+    pieces.PIECE_BYTES, samples.MOST_FILES, tar.MOST_BYTES, arrow_ipc.MOST_BYTES = 2000, 7, 3000, 3000
     return make_pipeline()
 
 
 @pytest.fixture(params=pictures.KINDS)
 def experiment(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
-    for module, name in ((pieces, "PIECE_BYTES"), (image_folder, "MOST_FILES"), (tar, "MOST_BYTES"), (arrow_ipc, "MOST_BYTES")):
+    for module, name in ((pieces, "PIECE_BYTES"), (samples, "MOST_FILES"), (tar, "MOST_BYTES"), (arrow_ipc, "MOST_BYTES")):
         monkeypatch.setattr(module, name, getattr(module, name))
     make = partial(in_small_pieces, pictures.made(request.param, tmp_path / "data"))
     assert len(make().sources["train"].fragments()) > 5

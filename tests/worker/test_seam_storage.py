@@ -11,8 +11,9 @@ import pytest
 
 from object_store import ObjectStore, serving
 from probes import pictures
-from raymill.data.sources import arrow_ipc, image_folder, tar
+from raymill.data.sources import arrow_ipc, tar
 from raymill.data.sources.lines import pieces
+from raymill.data.sources.pictures import samples
 from raymill.storage import far
 from raymill.task import Pipeline, Schema, Task
 from worker_harness import Experiment, NewRun, stopped_and_killed
@@ -28,7 +29,7 @@ def brightness(schema: Schema) -> Task:
 
 def in_small_pieces(make_pipeline: Callable[[], Pipeline], environment: Mapping[str, str]) -> Pipeline:
     """As if there were more of it; in a process that finds the service and does not wait long."""
-    pieces.PIECE_BYTES, image_folder.MOST_FILES, tar.MOST_BYTES, arrow_ipc.MOST_BYTES = 2000, 7, 3000, 3000
+    pieces.PIECE_BYTES, samples.MOST_FILES, tar.MOST_BYTES, arrow_ipc.MOST_BYTES = 2000, 7, 3000, 3000
     far.WAITS_S, far.CLIENT_TRIES = (0.01,) * 12, 1
     os.environ.update(environment)
     # A rank process may have found another service before.
@@ -38,7 +39,7 @@ def in_small_pieces(make_pipeline: Callable[[], Pipeline], environment: Mapping[
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    for module, name in ((pieces, "PIECE_BYTES"), (image_folder, "MOST_FILES"), (tar, "MOST_BYTES"), (arrow_ipc, "MOST_BYTES")):
+    for module, name in ((pieces, "PIECE_BYTES"), (samples, "MOST_FILES"), (tar, "MOST_BYTES"), (arrow_ipc, "MOST_BYTES")):
         monkeypatch.setattr(module, name, getattr(module, name))
     for name in ("WAITS_S", "CLIENT_TRIES"):
         monkeypatch.setattr(far, name, getattr(far, name))

@@ -1,0 +1,82 @@
+"""Pictures in folders, each named after a class. They stay as they are until the transform decodes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+
+import numpy as np
+
+from raymill.data.sources.pictures.samples import Groups, empty_files, fragment_of, grouped, pictures_of, read_samples, samples_of
+from raymill.errors import InputError, Problem
+from raymill.storage.find import place_of
+from raymill.task import Field, Fragment, Rows, Schema
+
+
+@dataclass(frozen=True)
+class ImageFolderSource:
+    """The pictures of FOLDER/CLASS/NAME.jpg (or png, bmp, gif, webp, tif): "image", the file's bytes, "label" and "path".
+
+    A fragment is some pictures of a class, known by their names, sizes and times of change. `decode_images` makes pixels of them.
+
+    Attributes:
+        folder: holds a folder for each class, and pictures in each, at any depth.
+        classes: their names, in the order of the labels; None: those that are there, in the order of their names.
+    """
+
+    folder: str
+    classes: tuple[str, ...] | None = None
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The classes by label.
+
+        Raises:
+            InputError: there is no folder of a class.
+        """
+        if self.classes is not None:
+            return self.classes
+        found = place_of(self.folder).folders()
+        if not found:
+            fix = "Run `raymill data get`, or name the folder that holds a folder for each class."
+            raise InputError([Problem(self.folder, "no folders", "a folder for each class", fix)])
+        return tuple(found)
+
+    @property
+    def schema(self) -> Schema:
+        """The columns, as the pipeline's schema."""
+        return {"image": Field("bytes"), "label": Field("int64", classes=len(self.names)), "path": Field("text")}
+
+    def fragments(self) -> Sequence[Fragment]:
+        """List the pictures.
+
+        Raises:
+            InputError: there are none, one lies in no class's folder, or is an empty file or a link that leads elsewhere.
+        """
+        groups = _listed(self.folder)
+        problems = empty_files(place_of(self.folder), groups)
+        strange = sorted({label for label, _ in groups} - set(self.names))
+        expected, fix = f"a folder of one of the classes {', '.join(self.names)}", "Name it, or move it away."
+        problems += [Problem(f"{self.folder}/{name}", "no class", expected, fix) for name in strange]
+        if problems:
+            raise InputError(problems)
+        return [fragment_of(label, number, pictures) for (label, number), pictures in groups.items()]
+
+    def read(self, fragment: Fragment) -> Rows:
+        """The files of a fragment.
+
+        Raises:
+            DataError: one is gone, or was changed.
+        """
+        samples = samples_of(fragment, [partial(_listed_once, self.folder), partial(_listed, self.folder)])
+        found = read_samples(place_of(self.folder), fragment, samples)
+        labels = np.full(len(samples), self.names.index(fragment.path), np.int64)
+        return {"image": [content for [content] in found], "label": labels, "path": [picture.name for [picture] in samples]}
+
+
+def _listed(folder: str) -> Groups:
+    return grouped([(one,) for one in pictures_of(place_of(folder), "*/**/*")], lambda sample: sample[0].name.partition("/")[0])
+
+
+_listed_once = lru_cache(maxsize=4)(_listed)
