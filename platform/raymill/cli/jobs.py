@@ -179,9 +179,19 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
 def list_jobs(json_: JsonOption = False) -> None:
     """List the jobs of this project."""
     with errors(json_):
-        from raymill.config import load
+        from raymill.config import catalogue
+        from raymill.config.spec import CardSpec
 
-        found = load.list_jobs()
-        columns = ("name", "path", "about", "valid")
-        rows = [[job[column] for column in columns] for job in found]
+        found = catalogue.list_jobs()
+        columns = ("name", "about", "data", "MB", "reaches", "minutes", "valid")
+        rows = []
+        for job in found:
+            card = CardSpec.model_validate(job["card"]) if job["card"] else None
+            reached = ", ".join(f"{name} {bound}" for name, bound in card.expect.items()) if card else None
+            told = (
+                (card.topic, card.data, card.download_mb, reached, card.minutes)
+                if card
+                else (job["about"], None, None, None, None)
+            )
+            rows.append([job["name"], *told, job["valid"]])
         emit({"jobs": found}, json_, lambda console: show_table(console, columns, rows))

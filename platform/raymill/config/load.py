@@ -31,7 +31,7 @@ from raymill.config.spec import JobSpec
 from raymill.errors import InputError, Problem, did_you_mean, nearest
 from raymill.own_code.seams import IMPORT, PIPELINE, TASK, calling, problem
 from raymill.own_code.traces import definition
-from raymill.paths import find_project, no_project, project_root
+from raymill.paths import project_root
 from raymill.redaction import find_secrets
 
 if TYPE_CHECKING:
@@ -101,42 +101,6 @@ def find_job(name: str) -> Path:
     else:
         fix = f"There are no jobs in {jobs}: go to your project's folder, or make one with `raymill init DIR`."
     raise InputError([Problem("job", shortened(name), "a job file, its folder, or the name of a job", fix)])
-
-
-def list_jobs() -> list[dict[str, Any]]:
-    """The project's jobs by name.
-
-    Returns:
-        for the job.yaml at the project's root, if there is one, and that of each folder of jobs/: name (what `find_job` takes:
-        the folder's, or "job.yaml"), path (from the project's root), about (the first line of its README.md, else the first
-        comment of the job file), valid, num_problems.
-
-    Raises:
-        InputError: outside of a project.
-    """
-    root = find_project()
-    if root is None:
-        raise InputError([no_project()])
-    found: list[dict[str, Any]] = []
-    for path in [*root.glob("job.yaml"), *sorted((root / "jobs").glob("*/job.yaml"))]:
-        try:
-            load_job(path)
-            num_problems = 0
-        except InputError as error:
-            num_problems = len(error.problems)
-        about = {"about": _about(path), "valid": not num_problems, "num_problems": num_problems}
-        name = path.name if path.parent == root else path.parent.name
-        found.append({"name": name, "path": str(path.relative_to(root)), **about})
-    return found
-
-
-def _about(path: Path) -> str:
-    """What the job says of itself in one line; "" when it says nothing."""
-    readme = path.with_name("README.md")
-    # At the root it speaks of the project.
-    source, mark = (readme, "") if readme.is_file() and path.parent != find_project() else (path, "#")
-    lines = source.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.strip("# ") for line in lines if line.strip() and line.startswith(mark)), "")
 
 
 def load_job(job: str | Path, overrides: Sequence[str] = ()) -> LoadedJob:

@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "retry",
     "register",
     "search",
+    "card",
     "loop.stall_timeout_s",
     "loop.on_nan",
     "loop.max_hours",

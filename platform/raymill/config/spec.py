@@ -309,6 +309,37 @@ class InitFromSpec(StrictModel):
         return self
 
 
+class BoundSpec(StrictModel):
+    """What a metric is to reach."""
+
+    at_least: float | None = Field(default=None, description="of a metric that grows")
+    at_most: float | None = Field(default=None, description="of one that shrinks")
+
+    def is_met_by(self, value: float) -> bool:
+        """Whether a value is good enough; one that is no number is not."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+            and value == value
+        )
+
+    def __str__(self) -> str:
+        """As it is written in tables."""
+        lower = [] if self.at_least is None else [f">= {self.at_least:g}"]
+        return " and ".join([*lower, *([] if self.at_most is None else [f"<= {self.at_most:g}"])]) or "any value"
+
+
+class CardSpec(StrictModel):
+    """What a reader of the catalogue wants to know. It changes nothing of a run."""
+
+    topic: str = Field(description="what the job shows")
+    data: str = Field(description="what it is trained on")
+    licence: str = Field(default="", description="of the data, and of weights that it begins with")
+    download_mb: float | None = Field(default=None, ge=0, description="what `raymill data get` fetches, in MB")
+    minutes: float | None = Field(default=None, ge=0, description="how long it takes, on two CPU cores")
+    expect: dict[str, BoundSpec] = Field(default_factory=dict, description="metric -> what it reaches: {at_least: 0.9}")
+
+
 class JobSpec(StrictModel):
     """A whole job."""
 
@@ -335,6 +366,7 @@ class JobSpec(StrictModel):
     retry: RetrySpec = Field(default_factory=RetrySpec)
     bad_rows: BadRowsSpec = Field(default_factory=BadRowsSpec)
     register_: RegisterSpec | None = Field(default=None, alias="register", description="null: do not register")
+    card: CardSpec | None = Field(default=None, description="for the catalogue, `raymill jobs`")
     search: SearchSpec | None = Field(default=None, description="for `raymill tune`; it may stand in search.yaml beside the job")
 
     @model_validator(mode="after")

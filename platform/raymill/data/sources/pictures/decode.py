@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from raymill.errors import DataError
-from raymill.task import Rows
+from raymill.task import Column, Rows
 
 if TYPE_CHECKING:
     from PIL.Image import Image as OpenImage
@@ -20,7 +20,7 @@ MOST_PIXELS = 2**26
 
 
 def decode_images(
-    files: Sequence[bytes], size: tuple[int, int] | None = None, mode: str = "RGB", names: Sequence[str] | None = None
+    files: Column, size: tuple[int, int] | None = None, mode: str = "RGB", names: Column | None = None
 ) -> list[np.ndarray] | np.ndarray:
     """The pixels of pictures.
 
@@ -47,7 +47,7 @@ def decode_images(
 
 
 def decode_masks(
-    files: Sequence[bytes], size: tuple[int, int] | None = None, names: Sequence[str] | None = None
+    files: Column, size: tuple[int, int] | None = None, names: Column | None = None
 ) -> list[np.ndarray] | np.ndarray:
     """The numbers in masks: a class or an object for each pixel, as grey of 8 or 16 bits or as places in a palette.
 

@@ -1,0 +1,1 @@
+"""Features of digits, learned without their labels."""

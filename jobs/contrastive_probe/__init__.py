@@ -1,0 +1,1 @@
+"""What the features of the job contrastive are worth: a linear layer on top of them."""

@@ -1,0 +1,1 @@
+"""Clothes told apart by a network that is trained from scratch."""

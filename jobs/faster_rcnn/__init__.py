@@ -1,0 +1,1 @@
+"""Trees found on pictures from above, by Faster R-CNN of torchvision."""

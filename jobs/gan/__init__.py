@@ -1,0 +1,1 @@
+"""Digits made out of noise, by two networks that play against each other."""

@@ -1,0 +1,1 @@
+"""Any network of torchvision for pictures, by its name."""

@@ -1,0 +1,1 @@
+"""A network that others have trained, taught something else."""

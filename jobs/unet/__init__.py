@@ -1,0 +1,1 @@
+"""Nuclei told from what is around them, pixel by pixel."""

@@ -1,0 +1,1 @@
+"""Digits through a few numbers and back: a variational autoencoder."""

@@ -1,0 +1,1 @@
+"""Trees found on pictures from above, in one stage."""
