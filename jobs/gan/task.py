@@ -75,7 +75,7 @@ class Digits(Task):
         made: torch.Tensor = model.generator(torch.randn(count, self.num_noise))
         return made
 
-    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, Kept]:  # type: ignore[override]
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, Kept]:
         """What the judge sees in real pictures, in made ones, and in noise."""
         made, noise = self.make(model, len(batch["image"])), torch.rand_like(batch["image"]) * 2 - 1
         seen = {"real": batch["image"], "made": as_judged(made), "noise": as_judged(noise)}
