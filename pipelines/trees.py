@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipelines.augment import with_boxes
 from pipelines.packages import Package, fetched_once, package_files
+from pipelines.pretrained import get_lite0
 from raymill.data.sources import ImageFolderSource, VocSource, decode_images
 from raymill.paths import data_folder, home
 from raymill.task import Pipeline, Rows
@@ -113,7 +114,7 @@ def tree_crops(root: str | None = None, size: int = 96) -> Pipeline:
         sources=sources,
         schema=sources["train"].schema,
         transform=partial(decode_and_scale, size=size),
-        get=partial(get_trees, folder),
+        get=partial(get_trees_and_weights, folder),
         targets=["label"],
     )
 
@@ -140,6 +141,12 @@ def get_trees(folder: Path) -> Path:
     fetched_once(folder, "tiles", _make_tiles)
     fetched_once(folder, "crops", _make_crops)
     return folder
+
+
+def get_trees_and_weights(folder: Path) -> Path:
+    """As `get_trees`, and the weights of a network to begin with."""
+    get_lite0()
+    return get_trees(folder)
 
 
 def _photographs() -> Iterator[tuple[str, tuple[int, int], np.ndarray, np.ndarray]]:

@@ -4,11 +4,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import mobilenet_backbone
 
 from jobs.vision.detect import Detector
 from raymill.task import Schema
+
+ANCHORS = (16, 32, 48, 64, 96)
+"""Sides of the squares that boxes are measured from, in pixels of the scaled picture."""
 
 
 class TwoStages(Detector):
@@ -20,18 +24,22 @@ class TwoStages(Detector):
 
     def build(self) -> nn.Module:
         """The network with random first weights; class 0 is the background."""
-        # Trees are small: of 15 to 60 pixels, and the pyramid's three levels come with anchors for far larger things.
-        anchors = AnchorGenerator(((16, 32, 64),) * 3, ((0.8, 1.25),) * 3)
-        model: nn.Module = fasterrcnn_mobilenet_v3_large_320_fpn(
-            weights=None,
-            weights_backbone=None,
-            trainable_backbone_layers=6,
+        backbone = mobilenet_backbone(
+            backbone_name="mobilenet_v3_large", weights=None, fpn=True, trainable_layers=6, norm_layer=nn.BatchNorm2d
+        )
+        # Trees are small, and the pyramid's levels come with anchors for larger things in torchvision's own function.
+        anchors = AnchorGenerator((ANCHORS,) * 3, ((1.0,),) * 3)
+        model: nn.Module = FasterRCNN(
+            backbone,
             num_classes=2,
             min_size=self.side,
             max_size=2 * self.side,
             rpn_anchor_generator=anchors,
+            rpn_pre_nms_top_n_train=600,
+            rpn_post_nms_top_n_train=300,
             rpn_pre_nms_top_n_test=500,
             rpn_post_nms_top_n_test=300,
+            box_batch_size_per_image=128,
             box_detections_per_img=300,
         )
         return model

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torchmetrics import MeanMetric
 
 from probes import detector, mixed, segment, translate
 from raymill.checkpoint import directory
@@ -48,6 +49,22 @@ def test_stopped_and_killed_it_ends_with_the_same_weights_metrics_and_pictures(
     pair = stopped_and_killed(new_run, PROBES[probe], world_size, every_steps=2)
     assert measured(pair.found).items() <= measured(pair.expected).items()
     assert pictures(pair.run) == pictures(pair.whole)
+
+
+class Measured(segment.Masks):
+    """Asks a metric of torchmetrics, which would gather from all ranks by itself."""
+
+    def conclude(self, kept: Mapping[str, Any], totals: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
+        metric = MeanMetric()
+        metric.update(totals["pixels"].double().diagonal())
+        return {**super().conclude(kept, totals), "right": metric.compute()}
+
+
+def test_a_metric_that_would_gather_by_itself_is_asked_on_one_rank(new_run: NewRun) -> None:
+    attempt = new_run(Experiment(Measured, segment.pipeline, segment.VALUES)).go(2)
+    event = next(event for event in attempt.events if event["kind"] == "evaluation" and event["split"] == "night")
+    pixels = torch.tensor(event["totals"]["night/pixels"], dtype=torch.float64)
+    assert event["metrics"]["night/right"] == pytest.approx(float(pixels.diagonal().mean()))
 
 
 @pytest.mark.parametrize("probe", PROBES)

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 
 import numpy as np
@@ -72,6 +73,20 @@ def leave_group(*, together: bool) -> None:
 def rank_and_world_size() -> tuple[int, int]:
     """This process's rank and the number of ranks; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """As if there were no other ranks, for what rank 0 alone does with a job's code.
+
+    A metric of torchmetrics asks torch whether there are others, and would wait for them for ever.
+    """
+    asked = dist.is_initialized
+    dist.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        dist.is_initialized = asked
 
 
 def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:

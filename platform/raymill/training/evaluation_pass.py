@@ -23,7 +23,7 @@ from raymill.own_code import contracts, seams
 from raymill.parallel.buffers import SavedBuffers
 from raymill.parallel.clock import Clock, RankTime, held_up_s
 from raymill.parallel.precision import autocast
-from raymill.parallel.process_group import all_gather, all_gather_lines, rank_and_world_size
+from raymill.parallel.process_group import all_gather, all_gather_lines, alone, rank_and_world_size
 from raymill.record.events import EvaluationDone, EvaluationGoesOn
 from raymill.record.store import Report
 from raymill.task import Picture
@@ -97,7 +97,7 @@ class EvaluationPass:
             return {}
         model.eval()
         seed_everything(seed, PICTURES)
-        with torch.no_grad(), autocast(self.job.spec.loop.precision, self.context.device):
+        with torch.no_grad(), alone(), autocast(self.job.spec.loop.precision, self.context.device):
             return contracts.pictures(task, model, moment(self.job.order, step))
 
     def keep(self, name: str, picture: Picture) -> str:
@@ -143,7 +143,7 @@ def concluded(job: Job, evaluation: Evaluation) -> Concluded:
         rank, _ = rank_and_world_size()
         if rank == 0:
             seed_everything(job.spec.loop.seed, CONCLUDE)
-            with torch.no_grad():
+            with torch.no_grad(), alone():
                 found = contracts.conclude(job.task, kept, totals)
             if twice := sorted(found.keys() & means.keys()):
                 raise seams.wrong(
