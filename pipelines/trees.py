@@ -78,7 +78,7 @@ def tree_boxes(root: str | None = None, crop: int = 256) -> Pipeline:
         sources=sources,
         schema=sources["train"].schema,
         transform=partial(decode_and_move, crop=crop),
-        get=partial(get_trees, folder),
+        get=partial(get_trees_and_weights, folder),
         targets=["boxes", "labels"],
     )
 
@@ -90,10 +90,10 @@ def decode_and_move(rows: Rows, split: str, generator: np.random.Generator, crop
     images = decode_images(rows["image"], names=rows.get("path"))
     if split != "train":
         return {**rows, "image": [np.ascontiguousarray(np.moveaxis(image, 2, 0)) for image in images]}
-    return with_boxes(
-        v2.Compose([v2.RandomCrop(crop, pad_if_needed=True), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]),
-        {**rows, "image": list(images)},
-    )
+    placed = [v2.RandomCrop(crop, pad_if_needed=True), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
+    # Another place has another light.
+    lit = v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3)
+    return with_boxes(v2.Compose([*placed, lit]), {**rows, "image": list(images)})
 
 
 # ---------------------------------------------------------------- pictures of one tree, or of none

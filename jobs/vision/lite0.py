@@ -26,6 +26,10 @@ STAGES = (
 """Blocks, kernel size, stride of the first block, expansion, channels."""
 
 
+LAST_BLOCKS, PYRAMID = (4, 10, 15), (40, 112, 320)
+"""The last block before the picture is halved again, from an 8th of its sides on, and its channels."""
+
+
 class Lite0(nn.Module):
     """Pictures [N, 3, height, width] from -1 to 1, of sides that 32 divides, to features [N, 1280, height / 32, width / 32]."""
 
@@ -48,6 +52,15 @@ class Lite0(nn.Module):
         for block in self.blocks:
             features = block(features)
         found: torch.Tensor = self.act(self.bn1(self.conv_head(features)))
+        return found
+
+    def pyramid(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """Features at an 8th, a 16th and a 32nd of the picture's sides, of `PYRAMID` channels."""
+        found, features = [], self.act(self.bn0(self.conv_stem(image)))
+        for number, block in enumerate(self.blocks):
+            features = block(features)
+            if number in LAST_BLOCKS:
+                found.append(features)
         return found
 
     def load(self, path: Path) -> Lite0:

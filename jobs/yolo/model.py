@@ -6,45 +6,46 @@ Shapes: N pictures, C classes, H x W cells of 8 x 8 pixels.
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torchvision.ops import Conv2dNormActivation
 
-STRIDE = 8
+from jobs.vision.lite0 import PYRAMID, Lite0
+from pipelines.pretrained import lite0_file
 
-
-class Residual(nn.Module):
-    """Two convolutions whose result is added to what came in."""
-
-    def __init__(self, channels: int) -> None:
-        """Build with random first weights."""
-        super().__init__()
-        self.layers = nn.Sequential(*[Conv2dNormActivation(channels, channels, 3, activation_layer=nn.SiLU) for _ in range(2)])
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[N, channels, H, W] to the same."""
-        made: torch.Tensor = self.layers(features)
-        return features + made
+STRIDE, COARSEST = 8, 32
+"""Pixels of a side of a cell, and what a picture's sides are to be divisible by."""
 
 
 class Grid(nn.Module):
-    """Pictures [N, 3, 8 H, 8 W] from 0 to 1 to [N, H * W, 4 + 1 + C]: distances in pixels, then scores."""
+    """Pictures [N, 3, 8 H, 8 W] from 0 to 1 to [N, H * W, 4 + 1 + C]: distances in pixels, then scores.
 
-    def __init__(self, num_classes: int, width: int) -> None:
-        """Build with random first weights. At first a thing is thought to be in one of a hundred cells (Lin et al., 2017)."""
+    The sides of a picture are to be divisible by 32.
+    """
+
+    def __init__(self, num_classes: int, width: int, *, pretrained: bool) -> None:
+        """Build; at first a thing is thought to be in one of a hundred cells (Lin et al., 2017).
+
+        Args:
+            num_classes: C.
+            width: channels that the features of all sizes are brought to.
+            pretrained: begin with a trunk that was trained on ImageNet, whose batch norm stays as it is.
+        """
         super().__init__()
-        layers: list[nn.Module] = []
-        for channels, made in ((3, width), (width, 2 * width), (2 * width, 4 * width)):
-            layers += [Conv2dNormActivation(channels, made, 3, stride=2, activation_layer=nn.SiLU), Residual(made)]
-        # Seen from farther away: what is around tells trees from bushes and shadows.
-        around = Conv2dNormActivation(4 * width, 4 * width, 3, dilation=3, activation_layer=nn.SiLU)
-        self.trunk = nn.Sequential(*layers, around, Residual(4 * width))
-        self.head = nn.Conv2d(4 * width, 5 + num_classes, 1)
-        nn.init.constant_(self.head.bias[4:5], -4.6)  # type: ignore[index]
+        self.trunk = Lite0().load(lite0_file()).eval() if pretrained else Lite0()
+        # Features seen from farther away are added to those of an 8th of the picture's sides (Lin et al., 2017).
+        self.lateral = nn.ModuleList([nn.Conv2d(channels, width, 1) for channels in PYRAMID])
+        self.head = nn.Sequential(*[Conv2dNormActivation(width, width, 3, activation_layer=nn.SiLU) for _ in range(2)])
+        self.said = nn.Conv2d(width, 5 + num_classes, 1)
+        nn.init.constant_(self.said.bias[4:5], -4.6)  # type: ignore[index]
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        found = self.head(self.trunk(image)).flatten(2).transpose(1, 2)
-        distances = nn.functional.softplus(found[..., :4]) * STRIDE
-        return torch.cat([distances, found[..., 4:]], dim=2)
+        seen = [layer(features) for layer, features in zip(self.lateral, self.trunk.pyramid(image * 2 - 1), strict=True)]
+        fused = seen[-1]
+        for finer in reversed(seen[:-1]):
+            fused = finer + functional.interpolate(fused, size=finer.shape[-2:], mode="nearest")
+        found = self.said(self.head(fused)).flatten(2).transpose(1, 2)
+        return torch.cat([functional.softplus(found[..., :4]) * STRIDE, found[..., 4:]], dim=2)
 
 
 def middles(height: int, width: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torchvision.ops import batched_nms, complete_box_iou_loss, sigmoid_focal_loss
 
 from jobs.vision.detect import Detector
-from jobs.yolo.model import STRIDE, Grid, boxes_of, middles, owners
+from jobs.yolo.model import COARSEST, Grid, boxes_of, middles, owners
 from raymill.task import Schema
 
 MOST_BOXES = 300
@@ -18,13 +18,13 @@ MOST_BOXES = 300
 class OneStage(Detector):
     """A grid of cells: focal loss on things, CIoU (Zheng et al., 2020) on boxes, cross-entropy on classes."""
 
-    def __init__(self, schema: Schema, classes: Sequence[str] = ("Tree",), width: int = 24) -> None:
-        """`classes`: of the pipeline's labels; `width`: channels of the first layer."""
-        self.num_classes, self.width = len(classes), width
+    def __init__(self, schema: Schema, classes: Sequence[str] = ("Tree",), width: int = 64, pretrained: bool = True) -> None:
+        """`classes`: of the pipeline's labels; `width`: channels of the head; `pretrained`: begin with a trunk that was."""
+        self.num_classes, self.width, self.pretrained = len(classes), width, pretrained
 
     def build(self) -> nn.Module:
         """The network with its first weights."""
-        return Grid(self.num_classes, self.width)
+        return Grid(self.num_classes, self.width, pretrained=self.pretrained)
 
     def loss(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         """A mean over pictures, so that one of many trees weighs no more."""
@@ -50,7 +50,7 @@ class OneStage(Detector):
         seen = []
         for image in batch["image"]:
             height, width = image.shape[-2:]
-            padded = functional.pad(image[None] / 255, (0, -width % STRIDE, 0, -height % STRIDE))
+            padded = functional.pad(image[None] / 255, (0, -width % COARSEST, 0, -height % COARSEST))
             [found] = model(padded)
             boxes = boxes_of(found[:, :4], middles(*padded.shape[-2:]))
             likely, label = found[:, 5:].softmax(dim=1).max(dim=1)
