@@ -4,13 +4,13 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint unit worker integration cluster lowest faults gpu fuzz audit benchmark clean
+.PHONY: help setup train test lint unit worker integration cluster lowest faults jobs-vision gpu fuzz audit benchmark clean
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(INSTALLED) ## make .venv with everything that raymill and its tests need
 	@:
@@ -50,6 +50,10 @@ lowest: ## the tests at the lowest versions that pyproject.toml allows, in .venv
 faults: setup ## every fault that can be provoked here, with what came of it: an hour
 	$(BIN)/raymill data get mnist
 	PYTHONPATH=tests $(BIN)/python -m faults.run_faults --json .raymill/faults.json
+
+jobs-vision: setup ## train every job about pictures, and hold what it reaches against what it must: three quarters of an hour
+	$(BIN)/python tests/catalogue/train_jobs.py --out .raymill/jobs-vision.json mnist fashion_mnist transfer resnet \
+		faster_rcnn yolo unet gan vae custom_layers contrastive contrastive_probe
 
 gpu: setup ## what only a GPU shows: order, the same bits after a kill, bf16, fp16, compile, speed beside plain PyTorch
 	$(BIN)/raymill data get mnist

@@ -7,6 +7,7 @@ raymill they are `jobs/` and `pipelines/` at its root. The new project has packa
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 from pathlib import Path
 
@@ -19,12 +20,15 @@ from raymill.paths import ENGINE
 DEMO = "demo"
 """The job that `raymill init` makes unless told otherwise: the catalogue's `smoke`."""
 
+OF_VISION = re.compile(r"^\s*(?:from|import) (?:torchvision|torchmetrics|sklearn)\b", re.MULTILINE)
+"""What raymill's extra of that name installs."""
+
 PYPROJECT = """\
 [project]
 name = "{name}"
 version = "0.1.0"
 requires-python = ">=3.11"
-dependencies = ["raymill", "pytest"]
+dependencies = ["raymill{extra}", "pytest"]
 
 [tool.raymill]
 # Packages beside `jobs` and `pipelines` that a job's `task:` and `pipeline:` may name.
@@ -121,7 +125,8 @@ def _fill(project: Path, catalogue: Path, template: str, job: str, name: str) ->
     shutil.copytree(source, project / "jobs" / job, ignore=ignored)
     values = strict_yaml.parse((source / "job.yaml").read_bytes()).value
     pipeline_module = str(values["pipeline"]).partition(":")[0]
-    for file in _pipeline_files(catalogue, pipeline_module):
+    own = [f"jobs.{template}.{file.stem}" for file in source.glob("*.py")]
+    for file in _needed_files(catalogue, [pipeline_module, *own], but=f"jobs.{template}"):
         target = project / file.relative_to(catalogue)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
@@ -132,9 +137,11 @@ def _fill(project: Path, catalogue: Path, template: str, job: str, name: str) ->
         for file in (project / "jobs" / job).rglob("*"):
             if file.suffix in (".py", ".yaml", ".md"):
                 text = file.read_text(encoding="utf-8")
-                text = text.replace(f"jobs.{template}", f"jobs.{job}").replace(f"jobs/{template}", f"jobs/{job}")
+                text = re.sub(rf"\bjobs([./]){re.escape(template)}\b", rf"jobs\1{job}", text)
                 file.write_text(text.replace(f"name: {template}\n", f"name: {job}\n"), encoding="utf-8")
-    (project / "pyproject.toml").write_text(PYPROJECT.format(name=name))
+    code = "".join(file.read_text(encoding="utf-8") for file in project.rglob("*.py"))
+    extra = "[vision]" if OF_VISION.search(code) else ""
+    (project / "pyproject.toml").write_text(PYPROJECT.format(name=name, extra=extra))
     (project / ".gitignore").write_text(GITIGNORE)
     pipeline = f"{pipeline_module.partition('.')[2].replace('.', '/')}.py"
     (project / "README.md").write_text(README.format(name=name, job=job, pipeline=pipeline))
@@ -143,16 +150,24 @@ def _fill(project: Path, catalogue: Path, template: str, job: str, name: str) ->
     (project / "tests" / f"test_{identifier}.py").write_text(TEST.format(job=job, identifier=identifier))
 
 
-def _pipeline_files(catalogue: Path, module: str) -> list[Path]:
-    """The files of `pipelines` that a module of it needs, itself first, by reading their imports."""
+def _needed_files(catalogue: Path, modules: list[str], but: str) -> list[Path]:
+    """The files of `pipelines` and of other jobs that these modules need, by reading their imports.
+
+    Args:
+        but: a package that is copied whole.
+    """
     files: list[Path] = []
-    waiting = [module]
+    seen: set[str] = set()
+    waiting = list(modules)
     while waiting:
         name = waiting.pop()
         file = catalogue.joinpath(*name.split(".")).with_suffix(".py")
-        if file in files or not name.startswith("pipelines.") or not file.is_file():
+        if name in seen or not name.startswith(("pipelines.", "jobs.")) or not file.is_file():
             continue
-        files.append(file)
+        seen.add(name)
+        if not name.startswith(f"{but}."):
+            package = file.with_name("__init__.py")
+            files += [file, *([package] if package.parent.parent != catalogue and package not in files else [])]
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module:
                 waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]

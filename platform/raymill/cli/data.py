@@ -35,7 +35,14 @@ def get(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -> 
         # Before the pipeline makes folders below it.
         make_private_folder(home())
         folder = pipeline.get()
-        emit({"folder": str(folder)}, json_, lambda console: console.print(for_people(folder), soft_wrap=True))
+        licence = loaded.spec.card.licence if loaded.spec.card else ""
+
+        def show(console: Console) -> None:
+            console.print(for_people(folder), soft_wrap=True)
+            if licence:
+                console.print(for_people(f"licence: {licence}"), soft_wrap=True)
+
+        emit({"folder": str(folder), "licence": licence}, json_, show)
 
 
 def _data(job: str, set_: list[str] | None) -> tuple[Pipeline, Manifest, bool]:

@@ -338,6 +338,7 @@ class CardSpec(StrictModel):
     download_mb: float | None = Field(default=None, ge=0, description="what `raymill data get` fetches, in MB")
     minutes: float | None = Field(default=None, ge=0, description="how long it takes, on two CPU cores")
     expect: dict[str, BoundSpec] = Field(default_factory=dict, description="metric -> what it reaches: {at_least: 0.9}")
+    picture: str | None = Field(default=None, description="split and name of a picture that stands for it, such as test-boxes")
 
 
 class JobSpec(StrictModel):
