@@ -160,6 +160,7 @@ def train_job(
     preflight: bool,
     console: Console | None,
     started_s: float,
+    run_id: str | None = None,
 ) -> dict[str, Any]:
     """Train a job to the end.
 
@@ -169,6 +170,7 @@ def train_job(
         in_process, preflight: see `Job.train`.
         console: where progress is shown; None: nowhere.
         started_s: when the command was given, Unix seconds.
+        run_id: what the run is called; None: by the job's name, the time and something at random.
 
     Returns:
         The summary.
@@ -182,7 +184,8 @@ def train_job(
         overrides = [*overrides, *ONE_WORKER]
     prepared = prepare(job_files.examine_job(job, overrides), executor.find_facts())
     with ExitStack() as stack:
-        return runner.train(prepared, executor, _watch(stack, console, in_process), started_s, preflight=preflight)
+        watch = _watch(stack, console, in_process)
+        return runner.train(prepared, executor, watch, started_s, preflight=preflight, run_id=run_id)
 
 
 def _refuse_workers(asked: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from raymill.cli import data, jobs, models, runs
+from raymill.cli import cluster, data, jobs, models, runs
 from raymill.cli.tune import tune
 
 app = typer.Typer(
@@ -16,6 +16,9 @@ app = typer.Typer(
 )
 for command in (jobs.init, jobs.check, jobs.plan, jobs.train, tune, jobs.list_jobs, models.evaluate, models.predict, models.ui):
     app.command(name="jobs" if command is jobs.list_jobs else None)(command)
+for about_submitted in (cluster.submit, cluster.ps, cluster.logs, cluster.stop):
+    app.command()(about_submitted)
+app.add_typer(cluster.app, name="cluster")
 app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")

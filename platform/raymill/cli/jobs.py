@@ -113,6 +113,7 @@ def train(
         bool, typer.Option("--accept-code-changes", help="with --resume: go on though the job's own code changed")
     ] = False,
     preflight: Annotated[bool, typer.Option(help="try the job's own code on a few rows first, or while the run starts")] = True,
+    run_id: Annotated[str | None, typer.Option("--run-id", hidden=True, help="what the run is called")] = None,
     json_: JsonOption = False,
 ) -> None:
     """Run a job: train, track, register."""
@@ -129,7 +130,7 @@ def train(
         started_s = psutil.Process().create_time()
         how: Any = {"in_process": in_process, "preflight": preflight, "console": console, "started_s": started_s}
         if job is not None:
-            summary = api.train_job(job, overrides(set_, workers), **how)
+            summary = api.train_job(job, overrides(set_, workers), run_id=run_id, **how)
         else:
             summary = api.resume_run(str(resume), workers, set_ or [], accept_code_changes=accept_code_changes, **how)
         emit(summary, json_, lambda console: _show_summary(console, summary))

@@ -1,0 +1,144 @@
+"""The verbs about clusters, and about runs that were submitted to one."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from raymill.cli.output import JsonOption, SetOption, WorkersOption, emit, errors, moment, overrides, show_table, show_values
+from raymill.redaction import for_people
+
+app = typer.Typer(help="Start, look at and end Ray clusters.", no_args_is_help=True)
+
+NameArgument = Annotated[str, typer.Argument(help="of a file in cluster/, without .yaml")]
+ClusterOption = Annotated[str, typer.Option("--cluster", help="name of a file in cluster/, without .yaml")]
+RunArgument = Annotated[str, typer.Argument(help="run id")]
+
+
+@app.command("up")
+def up(name: NameArgument = "local", json_: JsonOption = False) -> None:
+    """Start a cluster of several nodes on this machine, on loopback, with a token."""
+    with errors(json_):
+        from raymill.cluster import local, spec
+
+        _show_status(local.up(name, _local(spec.load_cluster(name), name)), json_)
+
+
+@app.command("status")
+def status(name: NameArgument = "local", json_: JsonOption = False) -> None:
+    """Say what of a cluster runs."""
+    with errors(json_):
+        from raymill.cluster import local, spec
+
+        _local(spec.load_cluster(name), name)
+        _show_status(local.status(name), json_)
+
+
+@app.command("down")
+def down(name: NameArgument = "local", json_: JsonOption = False) -> None:
+    """End a cluster of this machine; runs that go on there are lost processes, to be resumed."""
+    with errors(json_):
+        from raymill.cluster import local, spec
+
+        _local(spec.load_cluster(name), name)
+        told = local.down(name)
+        emit(told, json_, lambda console: console.print(for_people(f"{name}: {told['ended']} nodes ended")))
+
+
+def submit(
+    job: Annotated[str | None, typer.Argument(help="a job file, its folder, or a name in jobs/; not with --resume")] = None,
+    cluster: ClusterOption = "local",
+    set_: SetOption = None,
+    workers: WorkersOption = None,
+    resume: Annotated[str | None, typer.Option("--resume", help="id of an interrupted or failed run")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="print what it prints, until it ends")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Hand a run to a cluster; it goes on there when this terminal is closed."""
+    with errors(json_):
+        from raymill.cluster import spec, submitted
+        from raymill.errors import InputError, Problem
+
+        if (job is None) == (resume is None):
+            fix = "Give a job file, or --resume RUN."
+            raise InputError([Problem("submit", "both or neither of JOB and --resume", "one of them", fix)])
+        read = spec.load_cluster(cluster)
+        told = submitted.submit(cluster, read, job or "", overrides(set_, workers), resume)
+        again = f"raymill logs {told['run_id']} --cluster {cluster} --follow"
+        emit(told, json_, lambda console: console.print(for_people(f"{told['run_id']}\n\nNext:\n  {again}"), soft_wrap=True))
+        if follow:
+            _end(submitted.logs(cluster, read, told["run_id"], _write, follow=True))
+
+
+def ps(cluster: ClusterOption = "local", json_: JsonOption = False) -> None:
+    """List what was submitted to a cluster, newest first."""
+    with errors(json_):
+        from raymill.cluster import spec, submitted
+
+        found = submitted.list_submitted(cluster, spec.load_cluster(cluster))
+        columns = ("run", "status", "job", "by", "started", "ended")
+        rows = [
+            (one["run_id"], one["status"], one["job"], one["user"], *(_when(one[at]) for at in ("started_ms", "ended_ms")))
+            for one in found
+        ]
+        emit({"submitted": found}, json_, lambda console: show_table(console, columns, rows))
+
+
+def logs(
+    run: RunArgument,
+    cluster: ClusterOption = "local",
+    follow: Annotated[bool, typer.Option("--follow", help="go on until the run ends, and end as it does")] = False,
+) -> None:
+    """Print what a submitted run has printed."""
+    with errors(False):
+        from raymill.cluster import spec, submitted
+
+        told = submitted.logs(cluster, spec.load_cluster(cluster), run, _write, follow=follow)
+        if follow:
+            _end(told)
+
+
+def stop(run: RunArgument, cluster: ClusterOption = "local", json_: JsonOption = False) -> None:
+    """Let a submitted run save its state and stop; `submit --resume` goes on with it."""
+    with errors(json_):
+        from raymill.cluster import spec, submitted
+
+        told = submitted.stop(cluster, spec.load_cluster(cluster), run)
+        emit(told, json_, lambda console: show_values(console, told))
+
+
+def _local(read: Any, name: str) -> Any:
+    """The spec, if it is one of this machine's."""
+    from raymill.errors import InputError, Problem
+
+    if read.kind != "local":
+        fix = "Start and end it where it is; `submit`, `ps`, `logs` and `stop` work from here."
+        raise InputError([Problem(f"cluster/{name}.yaml kind", repr(read.kind), "'local'", fix)])
+    return read
+
+
+def _show_status(told: dict[str, Any], json_: bool) -> None:
+    def show(console: Console) -> None:
+        show_values(console, {key: told[key] for key in ("name", "address", "dashboard", "token_file") if key in told})
+        show_table(
+            console, ("process", "CPUs", "runs"), [(node["pid"], node["num_cpus"], node["runs"]) for node in told["nodes"]]
+        )
+
+    emit(told, json_, show)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _end(told: dict[str, Any]) -> None:
+    if told["status"] != "SUCCEEDED":
+        raise typer.Exit(told["exit_code"] or 1)
+
+
+def _when(ms: int | None) -> str | None:
+    return moment(ms / 1000) if ms else None

@@ -1,0 +1,169 @@
+"""A cluster of several Ray nodes on this machine, on loopback and with a token: started, looked at, ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from raymill import ray_internals
+from raymill.cluster.spec import ClusterFolder, ClusterSpec
+from raymill.errors import InputError, Problem, RunError
+from raymill.files import private, read_record, write_record
+from raymill.record.processes import ProcessId
+
+LOOPBACK = "127.0.0.1"
+START_TIMEOUT_S = 180.0
+END_TIMEOUT_S = 20.0
+POLL_S = 0.2
+
+STOP_WAIT_S = 120
+"""What a run has to save its state when it is asked to stop."""
+
+
+def variables(folder: ClusterFolder, address: str) -> dict[str, str]:
+    """The environment of whatever is to use a cluster of this machine: its address, and its token by file, never by value."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_TOKEN", "RAY_ADDRESS")}
+    return kept | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder.token)}
+
+
+def up(name: str, spec: ClusterSpec) -> dict[str, Any]:
+    """Start the nodes and wait until they are there.
+
+    Returns:
+        address, dashboard, nodes with their processes.
+
+    Raises:
+        InputError: it runs already.
+        RunError: a node did not start; nothing is left of the others.
+    """
+    folder = ClusterFolder(name)
+    if any(node["runs"] for node in status(name)["nodes"]):
+        raise InputError([Problem(name, "a cluster that runs", "one that does not", f"`raymill cluster down {name}` ends it.")])
+    folder.make()
+    with open(folder.token, "w", opener=private) as token:
+        token.write(secrets.token_hex(32))
+    # Short, because the names of the sockets in it may have 107 letters.
+    session = Path(tempfile.mkdtemp(prefix="raymill-"))
+    ports = _free_ports(3)
+    address, dashboard = f"{LOOPBACK}:{ports[0]}", f"http://{LOOPBACK}:{ports[1]}"
+    record: dict[str, Any] = {"kind": "local", "address": address, "dashboard": dashboard, "session": str(session), "nodes": []}
+    try:
+        for number, node in enumerate(spec.nodes):
+            place = (
+                [f"--address={address}"]
+                if number
+                else ["--head", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"]
+            )
+            given = [*place, f"--num-cpus={node.num_cpus}", f"--object-store-memory={spec.object_store_mb * 2**20}"]
+            if node.resources:
+                given.append(f"--resources={json.dumps(node.resources)}")
+            record["nodes"].append({**_start(folder, number, given, address, session), "num_cpus": node.num_cpus})
+            write_record(folder.record, record)
+            _wait_until(folder, record, number)
+    except BaseException:
+        down(name)
+        raise
+    return status(name)
+
+
+def _start(folder: ClusterFolder, number: int, given: list[str], address: str, session: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *given]
+    command += [f"--node-ip-address={LOOPBACK}", "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
+    command += [f"--temp-dir={session / 'ray'}"] if "--head" in given else []
+    own = variables(folder, address) | ray_internals.EMBEDDED_SETTINGS | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    # Ray's own commands leave in RAY_TMPDIR which cluster was started last, for whoever comes next.
+    with open(folder.log(number), "wb", opener=private) as log:
+        process = subprocess.Popen(
+            command,
+            env=own | {"RAY_TMPDIR": str(session)},
+            cwd=session,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    return {"pid": process.pid, "started_s": psutil.Process(process.pid).create_time()}
+
+
+def _wait_until(folder: ClusterFolder, record: dict[str, Any], number: int) -> None:
+    """Wait until a node offers its CPUs."""
+    expected = sum(node["num_cpus"] for node in record["nodes"])
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    ask = [sys.executable, "-m", "raymill.orchestration.cluster_facts"]
+    while True:
+        if not _runs(record["nodes"][number]):
+            raise RunError(f"node {number} ended at once; it printed:\n{_end_of(folder.log(number))}")
+        if time.monotonic() > deadline_s:
+            raise RunError(f"node {number} was not there after {START_TIMEOUT_S:g} s; it printed:\n{_end_of(folder.log(number))}")
+        done = subprocess.run(ask, env=variables(folder, record["address"]), capture_output=True, text=True, check=False)
+        if done.returncode == 0 and json.loads(done.stdout).get("num_cpus") == expected:
+            return
+        time.sleep(POLL_S)
+
+
+def status(name: str) -> dict[str, Any]:
+    """What is known of a cluster: address, dashboard, and of each node whether it runs."""
+    folder = ClusterFolder(name)
+    record = read_record(folder.record) if folder.record.exists() else {"nodes": []}
+    nodes = [{"pid": node["pid"], "num_cpus": node["num_cpus"], "runs": _runs(node)} for node in record["nodes"]]
+    told: dict[str, Any] = {key: record[key] for key in ("address", "dashboard") if key in record}
+    return {"name": name, **told, "token_file": str(folder.token), "nodes": nodes}
+
+
+def down(name: str) -> dict[str, Any]:
+    """End the nodes, the last one first, and whatever of theirs is left; the token is gone with them."""
+    folder = ClusterFolder(name)
+    if not folder.record.exists():
+        return {"name": name, "ended": 0}
+    record = read_record(folder.record)
+    ended = 0
+    for node in reversed(record["nodes"]):
+        if _runs(node):
+            _end(node["pid"])
+            ended += 1
+    shutil.rmtree(record["session"], ignore_errors=True)
+    for path in (folder.record, folder.token):
+        path.unlink(missing_ok=True)
+    return {"name": name, "ended": ended}
+
+
+def _end(pid: int) -> None:
+    process = psutil.Process(pid)
+    family = [process, *process.children(recursive=True)]
+    process.send_signal(signal.SIGTERM)
+    _, left = psutil.wait_procs(family, timeout=END_TIMEOUT_S)
+    for one in left:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(left, timeout=END_TIMEOUT_S)
+
+
+def _runs(node: dict[str, Any]) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return ProcessId(node["pid"], node["started_s"]).lives() and psutil.Process(node["pid"]).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _free_ports(count: int) -> list[int]:
+    opened = [socket.create_server((LOOPBACK, 0)) for _ in range(count)]
+    ports = [int(one.getsockname()[1]) for one in opened]
+    for one in opened:
+        one.close()
+    return ports
+
+
+def _end_of(path: Path) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-12:])

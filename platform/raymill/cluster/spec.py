@@ -1,0 +1,84 @@
+"""What a file of `cluster/` says, checked."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from raymill.config import strict_yaml
+from raymill.config.strict_model import StrictModel
+from raymill.errors import InputError, Problem, did_you_mean
+from raymill.files import make_private_folder
+from raymill.paths import home, project_root
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
+
+
+class NodeSpec(StrictModel):
+    """One node of Ray, as processes on this machine."""
+
+    num_cpus: int = Field(ge=0, le=1024, description="CPUs that it offers; Ray does not hold anybody to them")
+    resources: dict[str, float] = Field(default_factory=dict, description="other things that it offers, by name")
+
+
+class ClusterSpec(StrictModel):
+    """A cluster: `local` is several nodes on this machine; `address` is one that is there already."""
+
+    kind: Literal["local", "address"]
+    nodes: list[NodeSpec] = Field(default_factory=lambda: [NodeSpec(num_cpus=2)], min_length=1, max_length=64)
+    object_store_mb: int = Field(default=200, ge=80, description="of each node, in MB")
+    dashboard: str | None = Field(default=None, description="of kind address: where its Jobs API answers, http://HOST:8265")
+    token_file: str | None = Field(default=None, description="of kind address: the file with its token, which only you may read")
+
+
+def load_cluster(name: str) -> ClusterSpec:
+    """Read cluster/NAME.yaml of the project.
+
+    Raises:
+        InputError: there is none, or something in it is wrong.
+    """
+    folder = project_root() / "cluster"
+    path = folder / f"{name}.yaml"
+    if not NAME.fullmatch(name) or not path.is_file():
+        known = sorted(file.stem for file in folder.glob("*.yaml"))
+        raise InputError([Problem("--cluster", repr(name[:60]), f"a file NAME.yaml in {folder}", did_you_mean(name, known))])
+    values = strict_yaml.parse(path.read_bytes()).value
+    try:
+        return ClusterSpec.model_validate(values)
+    except ValidationError as error:
+        raise InputError([_problem(path, one) for one in error.errors()]) from error
+
+
+def _problem(path: Path, one: Any) -> Problem:
+    field = ".".join(map(str, one["loc"])) or "the file"
+    return Problem(f"{path} {field}", repr(one.get("input"))[:80], one["msg"], "Correct it; docs/cluster.md names the fields.")
+
+
+class ClusterFolder:
+    """Where what is known of a cluster is kept: `.raymill/clusters/NAME/`, for its user alone."""
+
+    def __init__(self, name: str) -> None:
+        """It may not exist yet."""
+        self.name, self.path = name, home() / "clusters" / name
+
+    def make(self) -> None:
+        """Make the folder."""
+        make_private_folder(home())
+        make_private_folder(self.path)
+
+    @property
+    def token(self) -> Path:
+        """The file with the token that whoever uses the cluster needs, of mode 0600."""
+        return self.path / "token"
+
+    @property
+    def record(self) -> Path:
+        """What runs: addresses, nodes and their processes. Absent where nothing does."""
+        return self.path / "cluster.json"
+
+    def log(self, number: int) -> Path:
+        """What a node has printed."""
+        return self.path / f"node-{number}.log"
