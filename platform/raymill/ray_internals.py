@@ -7,6 +7,7 @@ such names in no other file. Ray is imported inside functions: importing this fi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,12 @@ PRIVATE_NAMES = (
         "it listens on every interface",
     ),
     PrivateName(
+        "ray._private.services:get_node_ip_address",
+        "the nodes of a cluster on this machine listen on the loopback address alone",
+        "they listen on every interface",
+    ),
+    PrivateName("ray.scripts.scripts:main", "the command `ray`, with that changed", "as above"),
+    PrivateName(
         "ray._raylet:GcsClient",
         "asks a cluster, without a token, whether it lets anybody in",
         "a cluster that runs code for whoever reaches it would be used without a word",
@@ -117,6 +124,8 @@ PRIVATE_NAMES = (
         "some processes listen on every interface",
     ),
 )
+
+LOOPBACK = "127.0.0.1"
 
 RAY_SETTINGS = {
     "RAY_preload_python_modules": "raymill.startup_gc",
@@ -207,7 +216,21 @@ def lost_process_errors() -> tuple[type[BaseException], ...]:
 
 def private_session(folder: str) -> dict[str, str]:
     """Keywords of `ray.init` for a session in this folder that listens on the loopback address alone."""
-    return {"_temp_dir": folder, "_node_ip_address": "127.0.0.1"}
+    return {"_temp_dir": folder, "_node_ip_address": LOOPBACK}
+
+
+def run_on_loopback() -> None:
+    """Run the command `ray` with this process's arguments; all that it starts listens on the loopback address alone.
+
+    Ray replaces that address by one that other machines reach, unless it is told that it is on Windows or macOS; then it refuses
+    to add a node. So this process thinks the former, and its children the latter.
+    """
+    import ray._private.services as services
+    import ray.scripts.scripts as scripts
+
+    services.get_node_ip_address = lambda address=None: LOOPBACK
+    os.environ |= EMBEDDED_SETTINGS
+    scripts.main()  # type: ignore[no-untyped-call]
 
 
 def draining_nodes() -> dict[str, int]:

@@ -12,22 +12,22 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from raymill import ray_internals
 from raymill.cluster.spec import ClusterFolder, ClusterSpec
 from raymill.errors import InputError, Problem, RunError
 from raymill.files import private, read_record, write_record
+from raymill.ray_internals import LOOPBACK
 from raymill.record.processes import ProcessId
 
-LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 180.0
 END_TIMEOUT_S = 20.0
-POLL_S = 0.2
+POLL_S, ASK_TIMEOUT_S = 0.2, 5.0
 
 STOP_WAIT_S = 120
 """What a run has to save its state when it is asked to stop."""
@@ -57,6 +57,7 @@ def up(name: str, spec: ClusterSpec) -> dict[str, Any]:
         token.write(secrets.token_hex(32))
     # Short, because the names of the sockets in it may have 107 letters.
     session = Path(tempfile.mkdtemp(prefix="raymill-"))
+    (session / "tmp").mkdir()
     ports = _free_ports(3)
     address, dashboard = f"{LOOPBACK}:{ports[0]}", f"http://{LOOPBACK}:{ports[1]}"
     record: dict[str, Any] = {"kind": "local", "address": address, "dashboard": dashboard, "session": str(session), "nodes": []}
@@ -80,15 +81,16 @@ def up(name: str, spec: ClusterSpec) -> dict[str, Any]:
 
 
 def _start(folder: ClusterFolder, number: int, given: list[str], address: str, session: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *given]
+    command = [sys.executable, "-m", "raymill.cluster.node", "start", "--block", "--disable-usage-stats", *given]
     command += [f"--node-ip-address={LOOPBACK}", "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
     command += [f"--temp-dir={session / 'ray'}"] if "--head" in given else []
-    own = variables(folder, address) | ray_internals.EMBEDDED_SETTINGS | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    own = variables(folder, address) | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
     # Ray's own commands leave in RAY_TMPDIR which cluster was started last, for whoever comes next.
     with open(folder.log(number), "wb", opener=private) as log:
         process = subprocess.Popen(
             command,
-            env=own | {"RAY_TMPDIR": str(session)},
+            # What a killed process leaves in its temporary folder goes with the session.
+            env=own | {"RAY_TMPDIR": str(session), "TMPDIR": str(session / "tmp")},
             cwd=session,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -99,19 +101,24 @@ def _start(folder: ClusterFolder, number: int, given: list[str], address: str, s
 
 
 def _wait_until(folder: ClusterFolder, record: dict[str, Any], number: int) -> None:
-    """Wait until a node offers its CPUs."""
-    expected = sum(node["num_cpus"] for node in record["nodes"])
+    """Wait until the dashboard knows the node, and so may jobs."""
     deadline_s = time.monotonic() + START_TIMEOUT_S
-    ask = [sys.executable, "-m", "raymill.orchestration.cluster_facts"]
-    while True:
+    while _num_alive(folder, record["dashboard"]) <= number:
         if not _runs(record["nodes"][number]):
             raise RunError(f"node {number} ended at once; it printed:\n{_end_of(folder.log(number))}")
         if time.monotonic() > deadline_s:
             raise RunError(f"node {number} was not there after {START_TIMEOUT_S:g} s; it printed:\n{_end_of(folder.log(number))}")
-        done = subprocess.run(ask, env=variables(folder, record["address"]), capture_output=True, text=True, check=False)
-        if done.returncode == 0 and json.loads(done.stdout).get("num_cpus") == expected:
-            return
         time.sleep(POLL_S)
+
+
+def _num_alive(folder: ClusterFolder, dashboard: str) -> int:
+    """Nodes that the dashboard takes for alive; none while it does not answer."""
+    request = urllib.request.Request(
+        f"{dashboard}/nodes?view=summary", headers={"Authorization": f"Bearer {folder.token.read_text()}"}
+    )
+    with suppress(OSError, ValueError, KeyError), urllib.request.urlopen(request, timeout=ASK_TIMEOUT_S) as answer:
+        return sum(node["raylet"]["state"] == "ALIVE" for node in json.load(answer)["data"]["summary"])
+    return 0
 
 
 def status(name: str) -> dict[str, Any]:

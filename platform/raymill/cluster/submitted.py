@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+import logging
 import os
 import shlex
 import stat
@@ -35,7 +36,6 @@ INTERRUPTED = 3
 """What `raymill train` ends with where a run was stopped and can be resumed."""
 
 ASK_TIMEOUT_S = 10.0
-ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 def submit(name: str, spec: ClusterSpec, job: str, overrides: Sequence[str] = (), resume: str | None = None) -> dict[str, Any]:
@@ -71,9 +71,10 @@ def submit(name: str, spec: ClusterSpec, job: str, overrides: Sequence[str] = ()
         taken = {one.submission_id for one in client.list_jobs()}
         submission = next(f"{resume}.{number}" for number in range(2, 10_000) if f"{resume}.{number}" not in taken)
     sets = [part for one in overrides for part in ("--set", one)]
-    # Each part is quoted: nothing in a name is a command of the shell.
     own_python = sys.executable if spec.kind == "local" else "python"
-    train = ["env", f"RAYMILL_HOME={home()}", own_python, "-m", "raymill", "train", *arguments, *sets, "--json"]
+    begin = ["env", f"RAYMILL_HOME={home()}", own_python, "-m", "raymill.cluster.entry", submission]
+    # Each part is quoted: nothing in a name is a command of the shell.
+    train = [*begin, "train", *arguments, *sets, "--json"]
     travels = {"working_dir": str(project_root()), "excludes": NOT_SENT, "py_modules": [str(ENGINE)]}
     told = {"run": run_id, "user": getpass.getuser(), "job": arguments[0] if not resume else f"--resume {resume}"}
     try:
@@ -127,15 +128,17 @@ def _newest(client: JobSubmissionClient, run: str) -> str:
 
 def _told(one: Any) -> dict[str, Any]:
     metadata, status = one.metadata or {}, str(getattr(one.status, "value", one.status))
-    if status == "FAILED" and one.driver_exit_code == INTERRUPTED:
-        status = "INTERRUPTED"
+    exit_code = one.driver_exit_code
+    if status == "STOPPED" or (status == "FAILED" and exit_code == INTERRUPTED):
+        # Asked to stop it has saved its state, or else it goes on from the checkpoint before.
+        status, exit_code = "INTERRUPTED", INTERRUPTED
     return {
         "submission_id": one.submission_id,
         "run_id": metadata.get("run"),
         "status": status,
         "job": metadata.get("job"),
         "user": metadata.get("user"),
-        "exit_code": one.driver_exit_code,
+        "exit_code": exit_code,
         "started_ms": one.start_time,
         "ended_ms": one.end_time,
     }
@@ -162,6 +165,8 @@ def _client(name: str, spec: ClusterSpec) -> JobSubmissionClient:
     os.environ.pop("RAY_ADDRESS", None)
     from ray.job_submission import JobSubmissionClient
 
+    # It says of each file that it does not send that it does not.
+    logging.getLogger("ray").setLevel(logging.ERROR)
     return JobSubmissionClient(dashboard)
 
 

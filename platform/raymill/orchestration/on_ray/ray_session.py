@@ -27,9 +27,6 @@ from raymill.paths import ENGINE, home, project_root
 NOT_SENT_TO_CLUSTER = ["/.raymill"]
 """Folders of the project that do not travel to a cluster, beside .git, .venv and what .gitignore names."""
 
-SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Is set by Ray in what was submitted to a cluster as a job: its code has travelled already."""
-
 
 @contextmanager
 def ray_for(plan: Plan, meanwhile: Callable[[], object]) -> Iterator[None]:
@@ -107,10 +104,13 @@ def _connect(named: str) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
-    travels: dict[str, Any] = {"env_vars": {name: os.environ[name] for name in ray_internals.RAY_SETTINGS} | _own_variables()}
-    if SUBMITTED not in os.environ:
-        # The project and raymill itself travel, so that every machine runs the code that is here. Data do not.
-        travels |= {"working_dir": str(project_root()), "excludes": NOT_SENT_TO_CLUSTER, "py_modules": [str(ENGINE)]}
+    # The project and raymill itself travel, so that every machine runs the code that is here. Data do not.
+    travels = {
+        "working_dir": str(project_root()),
+        "excludes": NOT_SENT_TO_CLUSTER,
+        "py_modules": [str(ENGINE)],
+        "env_vars": {name: os.environ[name] for name in ray_internals.RAY_SETTINGS} | _own_variables(),
+    }
     try:
         ray.init(address=named, log_to_driver=True, logging_level=logging.WARNING, runtime_env=travels)
     except (ConnectionError, ray.exceptions.RayError) as error:
