@@ -324,7 +324,45 @@ def test_jobs_lists_what_is_there_and_whether_it_is_valid(project: Project) -> N
     assert listed[0]["about"] == "other: nothing yet"
     assert (listed[0]["valid"], listed[0]["num_problems"]) == (False, 3)
     tiny = {"name": "tiny", "path": "jobs/tiny/job.yaml", "about": "Nothing but a test.", "valid": True}
-    assert listed[1] == {**tiny, "num_problems": 0}
+    assert listed[1] == {**tiny, "num_problems": 0, "card": None}
+
+
+def test_jobs_shows_what_a_card_says(project: Project) -> None:
+    path = project.root / "jobs/tiny/job.yaml"
+    card = "card: {topic: Nothing, data: made up, download_mb: 1.5, minutes: 2, expect: {validation/loss: {at_most: 0.5}}}\n"
+    path.write_text(path.read_text() + card)
+    [listed] = json.loads(run("jobs", "--json").stdout)["jobs"]
+    assert listed["card"]["expect"] == {"validation/loss": {"at_least": None, "at_most": 0.5}}
+    shown = run("jobs").stdout
+    assert all(word in shown for word in ("Nothing", "made up", "1.5", "validation/loss <= 0.5"))
+    path.write_text(path.read_text().replace("at_most: 0.5", "at_worst: 0.5"))
+    assert "at_worst" in run("check", "tiny").stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("kind: here\n", "kind: found 'here'"),
+        ("kind: local\nnodes: [{num_cpus: -1}]\n", "nodes.0.num_cpus"),
+        ("kind: local\nnode: 3\n", "node"),
+        ("kind: address\n", "cluster/some.yaml dashboard"),
+    ],
+)
+def test_a_file_of_a_cluster_that_is_wrong_is_refused(project: Project, content: str, said: str) -> None:
+    (project.root / "cluster").mkdir()
+    (project.root / "cluster" / "some.yaml").write_text(content)
+    result = run("ps", "--cluster", "some")
+    assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
+
+
+def test_a_cluster_that_is_not_there_or_does_not_run_or_is_elsewhere_is_told_apart(project: Project) -> None:
+    (project.root / "cluster").mkdir()
+    (project.root / "cluster" / "local.yaml").write_text("kind: local\n")
+    assert "Did you mean 'local'?" in run("cluster", "up", "locale").stderr
+    assert "`raymill cluster up local` starts it" in run("submit", "tiny").stderr
+    (project.root / "cluster" / "far.yaml").write_text("kind: address\ndashboard: http://127.0.0.1:1\ntoken_file: token\n")
+    assert "found 'address'; expected 'local'" in run("cluster", "up", "far").stderr
+    assert "no such file; expected the cluster's token" in run("ps", "--cluster", "far").stderr
 
 
 def test_a_job_at_the_root_is_listed_and_found_from_anywhere_in_the_project(

@@ -18,7 +18,7 @@ from raymill.data.sources.pictures.samples import (
     Groups,
     Sample,
     empty_files,
-    fragment_of,
+    fragments_of,
     grouped,
     pictures_of,
     read_samples,
@@ -79,7 +79,7 @@ class VocSource:
         Raises:
             InputError: there are none; one has no file of boxes, or two that could be its, is empty or leads elsewhere.
         """
-        return [fragment_of(path, number, samples) for (path, number), samples in _listed_voc(self.folder).items()]
+        return fragments_of(_listed_voc(self.folder))
 
     def read(self, fragment: Fragment) -> Rows:
         """The pictures of a fragment, with their boxes.
@@ -88,7 +88,7 @@ class VocSource:
             DataError: a file is gone, or was changed.
         """
         place = place_of(self.folder)
-        samples = samples_of(fragment, [partial(_listed_voc_once, self.folder), partial(_listed_voc, self.folder)])
+        samples = samples_of(place, fragment, [partial(_listed_voc_once, self.folder), partial(_listed_voc, self.folder)])
         found = read_samples(place, fragment, samples)
         told: list[Boxes | str] = []
         for (_, annotation), (_, content) in zip(samples, found, strict=True):
@@ -132,8 +132,7 @@ class CocoSource:
             InputError: the file is none of COCO; a picture is missing, named twice, an empty file, or its name leads elsewhere.
         """
         _, boxes = _read_coco(self.folder, self.annotations, self.crowds)
-        groups = self._grouped(boxes)
-        return [fragment_of(path, part, samples, self._known(boxes, samples)) for (path, part), samples in groups.items()]
+        return fragments_of(self._grouped(boxes), partial(self._known, boxes))
 
     def read(self, fragment: Fragment) -> Rows:
         """The pictures of a fragment, with their boxes.
@@ -142,8 +141,8 @@ class CocoSource:
             DataError: a picture is gone, or it or its boxes were changed.
         """
         names, boxes = _read_coco_once(self.folder, self.annotations, self.crowds)
-        samples = samples_of(fragment, [lambda: self._grouped(boxes)], partial(self._known, boxes))
         place = place_of(self.folder)
+        samples = samples_of(place, fragment, [lambda: self._grouped(boxes)], partial(self._known, boxes))
         found = read_samples(place, fragment, samples, self._known(boxes, samples))
         told: list[Boxes | str] = [boxes[self._name(picture.name)] for [picture] in samples]
         return _rows(place, samples, [image for [image] in found], told, names)
@@ -154,7 +153,7 @@ class CocoSource:
         there = {self._name(one.name): one for one in listed}
         expected, prefix = f"what {where(place, self.annotations)} names", f"{self.pictures}/" if self.pictures else ""
         missing = [where(place, prefix + name) for name in sorted(boxes.keys() - there.keys())]
-        groups = grouped([(there[name],) for name in sorted(boxes) if name in there], lambda sample: self.annotations)
+        groups = grouped([(there[name],) for name in sorted(boxes) if name in there])
         fix = "Restore it, or correct `pictures`, the folder that the names begin from."
         problems = [Problem(path, "no such picture", expected, fix) for path in missing] + empty_files(place, groups)
         if problems:
@@ -223,7 +222,7 @@ def _listed_voc(folder: str) -> Groups:
         found = " and ".join(one.name for one in beside) or f"no file {path.stem}.xml"
         fix = "Add one without boxes if none are on it, or move the picture away." if not beside else "Keep the one beside it."
         problems.append(Problem(where(place, picture.name), found, "one file with its boxes", fix))
-    groups = grouped(samples, lambda sample: sample[0].name.rpartition("/")[0])
+    groups = grouped(samples)
     problems += empty_files(place, groups)
     if problems:
         raise InputError(problems)

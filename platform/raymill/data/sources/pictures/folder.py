@@ -8,7 +8,16 @@ from functools import cached_property, lru_cache, partial
 
 import numpy as np
 
-from raymill.data.sources.pictures.samples import Groups, empty_files, fragment_of, grouped, pictures_of, read_samples, samples_of
+from raymill.data.sources.pictures.samples import (
+    Groups,
+    Sample,
+    empty_files,
+    fragments_of,
+    grouped,
+    pictures_of,
+    read_samples,
+    samples_of,
+)
 from raymill.errors import InputError, Problem
 from raymill.storage.find import place_of
 from raymill.task import Field, Fragment, Rows, Schema
@@ -18,7 +27,7 @@ from raymill.task import Field, Fragment, Rows, Schema
 class ImageFolderSource:
     """The pictures of FOLDER/CLASS/NAME.jpg (or png, bmp, gif, webp, tif): "image", the file's bytes, "label" and "path".
 
-    A fragment is some pictures of a class, known by their names, sizes and times of change. `decode_images` makes pixels of them.
+    A fragment is some pictures of all classes, known by names, sizes and times of change. `decode_images` makes pixels of them.
 
     Attributes:
         folder: holds a folder for each class, and pictures in each, at any depth.
@@ -54,14 +63,14 @@ class ImageFolderSource:
         Raises:
             InputError: there are none, one lies in no class's folder, or is an empty file or a link that leads elsewhere.
         """
-        groups = _listed(self.folder)
-        problems = empty_files(place_of(self.folder), groups)
-        strange = sorted({label for label, _ in groups} - set(self.names))
+        place, groups = place_of(self.folder), _listed(self.folder)
+        problems = empty_files(place, groups)
+        strange = sorted({_class_of(sample) for samples in groups for sample in samples} - set(self.names))
         expected, fix = f"a folder of one of the classes {', '.join(self.names)}", "Name it, or move it away."
         problems += [Problem(f"{self.folder}/{name}", "no class", expected, fix) for name in strange]
         if problems:
             raise InputError(problems)
-        return [fragment_of(label, number, pictures) for (label, number), pictures in groups.items()]
+        return fragments_of(groups)
 
     def read(self, fragment: Fragment) -> Rows:
         """The files of a fragment.
@@ -69,14 +78,19 @@ class ImageFolderSource:
         Raises:
             DataError: one is gone, or was changed.
         """
-        samples = samples_of(fragment, [partial(_listed_once, self.folder), partial(_listed, self.folder)])
-        found = read_samples(place_of(self.folder), fragment, samples)
-        labels = np.full(len(samples), self.names.index(fragment.path), np.int64)
+        place = place_of(self.folder)
+        samples = samples_of(place, fragment, [partial(_listed_once, self.folder), partial(_listed, self.folder)])
+        found = read_samples(place, fragment, samples)
+        labels = np.array([self.names.index(_class_of(sample)) for sample in samples], np.int64)
         return {"image": [content for [content] in found], "label": labels, "path": [picture.name for [picture] in samples]}
 
 
 def _listed(folder: str) -> Groups:
-    return grouped([(one,) for one in pictures_of(place_of(folder), "*/**/*")], lambda sample: sample[0].name.partition("/")[0])
+    return grouped([(one,) for one in pictures_of(place_of(folder), "*/**/*")])
+
+
+def _class_of(sample: Sample) -> str:
+    return sample[0].name.partition("/")[0]
 
 
 _listed_once = lru_cache(maxsize=4)(_listed)

@@ -9,7 +9,15 @@ from pathlib import PurePosixPath
 
 from raymill.data.rows import BAD
 from raymill.data.sources.pictures.decode import picture_size
-from raymill.data.sources.pictures.samples import Groups, empty_files, fragment_of, grouped, pictures_of, read_samples, samples_of
+from raymill.data.sources.pictures.samples import (
+    Groups,
+    empty_files,
+    fragments_of,
+    grouped,
+    pictures_of,
+    read_samples,
+    samples_of,
+)
 from raymill.errors import DataError, InputError, Problem
 from raymill.storage.find import place_of
 from raymill.storage.place import Entry, Place, where
@@ -43,8 +51,7 @@ class MaskSource:
         Raises:
             InputError: there are none, one is without mask or a mask without picture, is an empty file or leads elsewhere.
         """
-        listed = _listed(self.folder, self.pictures, self.masks)
-        return [fragment_of(path, number, samples) for (path, number), samples in listed.items()]
+        return fragments_of(_listed(self.folder, self.pictures, self.masks))
 
     def read(self, fragment: Fragment) -> Rows:
         """The files of a fragment.
@@ -53,7 +60,7 @@ class MaskSource:
             DataError: one is gone, or was changed.
         """
         place, named = place_of(self.folder), (self.folder, self.pictures, self.masks)
-        samples = samples_of(fragment, [partial(_listed_once, *named), partial(_listed, *named)])
+        samples = samples_of(place, fragment, [partial(_listed_once, *named), partial(_listed, *named)])
         found = read_samples(place, fragment, samples)
         rows: Rows = {"image": [image for image, _ in found], "mask": [mask for _, mask in found]}
         rows["path"] = [picture.name for picture, _ in samples]
@@ -86,7 +93,7 @@ def _listed(folder: str, pictures: str, masks: str) -> Groups:
             for stem in sorted(here.keys() - there.keys())
         ]
     both = [(one, of_images[stem]) for stem, one in images.items() if stem in of_images]
-    groups = grouped(both, lambda sample: pictures)
+    groups = grouped(both)
     problems += empty_files(place, groups)
     if problems:
         raise InputError(problems)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 from raymill.errors import DataError, InputError, Problem
-from raymill.storage.place import Entry, Place, digest_of, files_of, in_parallel, where
+from raymill.storage.place import Entry, Place, digest, digest_of, files_of, in_parallel, where
 from raymill.task import Fragment
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -17,8 +17,8 @@ MOST_FILES, MOST_BYTES = 256, 16 * 2**20
 Sample: TypeAlias = tuple[Entry, ...]
 """The files of a row; the picture first."""
 
-Groups: TypeAlias = Mapping[tuple[str, int], Sequence[Sample]]
-"""(path, part) of a fragment -> its samples."""
+Groups: TypeAlias = Sequence[Sequence[Sample]]
+"""The samples of each fragment."""
 
 
 def pictures_of(place: Place, pattern: str) -> list[Entry]:
@@ -36,58 +36,71 @@ def pictures_of(place: Place, pattern: str) -> list[Entry]:
 
 def empty_files(place: Place, groups: Groups) -> list[Problem]:
     """A problem for each file of any sample in which nothing is."""
-    files = [file for samples in groups.values() for sample in samples for file in sample]
+    files = [file for samples in groups for sample in samples for file in sample]
     expected, fix = "a picture, or what is known of one", "Restore or delete it."
     return [Problem(where(place, one.name), "an empty file", expected, fix) for one in files if not one.size_bytes]
 
 
-def grouped(samples: Iterable[Sample], path_of: Callable[[Sample], str]) -> Groups:
-    """Neighbours of one path, at most 256 and 16 MiB of them, make a fragment."""
-    found: dict[tuple[str, int], list[Sample]] = {}
-    path, number, num_bytes = "", 0, 0
-    for sample in samples:
-        if path_of(sample) != path:
-            path, number, num_bytes = path_of(sample), 0, 0
-        group = found.setdefault((path, number), [])
+def grouped(samples: Iterable[Sample]) -> Groups:
+    """Fragments of at most 256 samples and 16 MiB, each of them a mixture.
+
+    Files mostly lie in order, class by class or scene by scene, and training rows are shuffled no farther than a window reaches.
+    So they are taken in the order of digests of their names, which has nothing to do with what is on them.
+    """
+    found: list[list[Sample]] = []
+    num_bytes = 0
+    for sample in sorted(samples, key=lambda sample: digest(sample[0].name.encode())):
         size_bytes = sum(file.size_bytes for file in sample)
-        if group and (len(group) == MOST_FILES or num_bytes + size_bytes > MOST_BYTES):
-            number, num_bytes = number + 1, 0
-            group = found.setdefault((path, number), [])
-        group.append(sample)
+        if not found or len(found[-1]) == MOST_FILES or num_bytes + size_bytes > MOST_BYTES:
+            found.append([])
+            num_bytes = 0
+        found[-1].append(sample)
         num_bytes += size_bytes
     return found
 
 
-def fragment_of(path: str, part: int, samples: Sequence[Sample], known: object = "") -> Fragment:
-    """A fragment of these samples.
+def fragments_of(groups: Groups, known: Callable[[Sequence[Sample]], object] = lambda samples: "") -> list[Fragment]:
+    """A fragment for each.
 
     Args:
-        known: what is known of them that lies in no file of theirs.
+        groups: of samples.
+        known: what is known of samples that lies in no file of theirs.
     """
+    return [_fragment(part, samples, known(samples)) for part, samples in enumerate(groups)]
+
+
+def _fragment(part: int, samples: Sequence[Sample], known: object) -> Fragment:
     files = [file for sample in samples for file in sample]
-    # The name alone: a folder that was moved as a whole holds the same rows.
-    marks: list[object] = [(one.name.rpartition("/")[2], one.size_bytes, one.mtime_ns) for one in files]
+    marks: list[object] = [(one.name, one.size_bytes, one.mtime_ns) for one in files]
     identity = digest_of([*marks, known] if known else marks)
-    return Fragment(path, part, len(samples), sum(one.size_bytes for one in files), identity)
+    # No word of where they lie: rows are split by this path, and alike wherever that is.
+    return Fragment("pictures", part, len(samples), sum(one.size_bytes for one in files), identity)
 
 
 def samples_of(
-    fragment: Fragment, listings: Iterable[Callable[[], Groups]], known: Callable[[Sequence[Sample]], object] = lambda samples: ""
+    place: Place,
+    fragment: Fragment,
+    listings: Iterable[Callable[[], Groups]],
+    known: Callable[[Sequence[Sample]], object] = lambda samples: "",
 ) -> Sequence[Sample]:
     """The samples of a fragment, as they were when it was listed.
 
     Args:
+        place: where they are.
+        fragment: which.
         listings: what lists the files, tried one after the other: as this process has done before, and anew.
-        known: see `fragment_of`.
+        known: see `fragments_of`.
 
     Raises:
         DataError: they are others now.
     """
     for listing in listings:
-        samples = listing().get((fragment.path, fragment.part), [])
-        if samples and fragment_of(fragment.path, fragment.part, samples, known(samples)) == fragment:
-            return samples
-    raise changed(fragment)
+        groups = listing()
+        if fragment.part < len(groups):
+            samples = groups[fragment.part]
+            if _fragment(fragment.part, samples, known(samples)).identity == fragment.identity:
+                return samples
+    raise changed(place, fragment)
 
 
 def read_samples(place: Place, fragment: Fragment, samples: Sequence[Sample], known: object = "") -> list[tuple[bytes, ...]]:
@@ -110,12 +123,12 @@ def read_samples(place: Place, fragment: Fragment, samples: Sequence[Sample], kn
 
     found = in_parallel(place, read, samples)
     now = [tuple(entry for _, entry in files) for files in found]
-    if fragment_of(fragment.path, fragment.part, now, known) != fragment:
-        raise changed(fragment)
+    if _fragment(fragment.part, now, known).identity != fragment.identity:
+        raise changed(place, fragment)
     return [tuple(content for content, _ in files) for files in found]
 
 
-def changed(fragment: Fragment) -> DataError:
+def changed(place: Place, fragment: Fragment) -> DataError:
     """The files are others than when the run began."""
-    what = f"{fragment.path or 'the folder'}, pictures {fragment.part}"
+    what = f"{place.root}, pictures {fragment.part}"
     return DataError(f"{what}: they have changed since the run's manifest was taken. Restore them, or start a new run.")
