@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from jobs.vae.model import Autoencoder
 from jobs.vision.draw import grid
-from raymill.task import Now, Picture, Schema, Task
+from raymill.task import Kept, Now, Picture, Schema, Task
 
 
 class Digits(Task):
@@ -31,10 +31,15 @@ class Digits(Task):
         share = min(1.0, now.step / max(1, self.warm_up * now.total_steps))
         return {"loss": lost + share * divergence, "lost": lost.detach(), "divergence": divergence.detach(), "share": share}
 
-    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+    def evaluate(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor | Kept]:
         """The bound of each picture, and its parts."""
         lost, divergence = bound(model, batch["image"])
-        return {"elbo": -(lost + divergence), "lost": lost, "divergence": divergence}
+        both = torch.cat([batch["image"], model(batch["image"])[1]], dim=1)
+        return {"elbo": -(lost + divergence), "lost": lost, "divergence": divergence, "both": Kept(both)}
+
+    def conclude(self, kept: Mapping[str, Any], totals: Mapping[str, torch.Tensor]) -> Mapping[str, Picture]:
+        """Ten digits, and below them what comes back of each."""
+        return {"reconstructions": Picture(grid(kept["both"][:10].transpose(0, 1).flatten(0, 1), 10))}
 
     def pictures(self, model: nn.Module, now: Now) -> Mapping[str, Picture]:
         """Digits of noise; and what becomes of one along each of ten numbers, from -2.5 to 2.5."""

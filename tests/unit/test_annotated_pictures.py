@@ -18,7 +18,15 @@ from raymill.data.bad_rows import read_good_rows
 from raymill.data.manifest import take_manifest
 from raymill.data.quality import check_rows
 from raymill.data.rows import take
-from raymill.data.sources import CocoSource, MaskSource, VocSource, broken_pictures, decode_images, decode_masks
+from raymill.data.sources import (
+    CocoSource,
+    ImageFolderSource,
+    MaskSource,
+    VocSource,
+    broken_pictures,
+    decode_images,
+    decode_masks,
+)
 from raymill.errors import DataError, InputError
 from raymill.task import Pipeline, Rows, Source
 
@@ -235,6 +243,17 @@ def test_what_has_no_partner_and_a_link_that_leads_out_are_refused(tmp_path: Pat
 
 
 # ---------------------------------------------------------------- all of it, by `data check`
+
+
+def test_a_class_without_examples_is_named(tmp_path: Path) -> None:
+    pictures.write_folders(tmp_path)
+    (tmp_path / "grey").mkdir()
+    source: Any = ImageFolderSource(str(tmp_path))
+    pipeline = Pipeline(sources={"train": source}, schema=source.schema)
+    assert check_rows(pipeline, take_manifest(pipeline))["train"]["classes_without_rows"] == {"label": [2]}
+    whole: Any = ImageFolderSource(str(tmp_path), pictures.CLASSES)
+    pipeline = Pipeline(sources={"train": whole}, schema=whole.schema)
+    assert "classes_without_rows" not in check_rows(pipeline, take_manifest(pipeline))["train"]
 
 
 def test_pictures_that_cannot_be_decoded_are_bad_rows_where_the_pipeline_checks_them(tmp_path: Path) -> None:

@@ -137,17 +137,13 @@ def data() -> None:
             pytest.skip(f"the package registry does not answer: {error}")
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_it_learns_and_stopped_and_killed_it_ends_with_the_same_weights(new_run: NewRun, name: str) -> None:
-    pair = stopped_and_killed(new_run, experiment_of(name), 2)
+def test_it_learns_and_stopped_and_killed_it_ends_with_the_same_weights(new_run: NewRun, name: str, world_size: int) -> None:
+    pair = stopped_and_killed(new_run, experiment_of(name), world_size)
     values = [metrics[CASES[name][2]] for metrics in pair.expected.metrics("step")]
     assert len(values) == STEPS
     assert np.mean(values[-3:]) < np.mean(values[:3])
-
-
-@pytest.mark.parametrize("kind", ["yolo", "wgan_gp", "contrastive"])
-def test_in_one_process_as_well(new_run: NewRun, kind: str) -> None:
-    stopped_and_killed(new_run, experiment_of(kind), 1)
 
 
 def test_strict_it_ends_with_the_same_weights_at_any_number_of_workers(new_run: NewRun) -> None:

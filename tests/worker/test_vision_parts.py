@@ -18,6 +18,7 @@ from torch import nn
 from jobs.custom_layers.model import ChannelNorm, Cosines, PowerPool, swish
 from jobs.resnet import model as resnet
 from jobs.unet.model import UNet
+from jobs.unet.task import Nuclei
 from jobs.vision.classify import Classifier
 from jobs.vision.detect import Detector
 from jobs.vision.frechet import frechet_distance
@@ -28,7 +29,7 @@ from pipelines.augment import with_boxes, with_masks
 from raymill.data.manifest import take_manifest
 from raymill.data.quality import check_rows
 from raymill.errors import DataError
-from raymill.task import Field, Kept, Pipeline, Rows
+from raymill.task import Field, Kept, Pipeline, Rows, Total
 
 HOME = Path(__file__).parents[2] / ".raymill"
 
@@ -167,6 +168,21 @@ def test_metrics_of_classes_are_those_of_scikit_learn() -> None:
         "average_precision": metrics.average_precision_score(one_hot, found, average="macro"),
     }
     assert {name: float(told[name]) for name in expected} == pytest.approx(expected, abs=1e-5)  # type: ignore[arg-type]
+
+
+def test_overlaps_of_masks_are_those_of_scikit_learn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.rand(2, 16, 16, generator=generator) > 0.7).long()
+    said = torch.where(torch.rand(2, 16, 16, generator=generator) > 0.2, mask, 1 - mask)
+    scores = nn.functional.one_hot(said, 2).movedim(3, 1).float()
+    task = Nuclei({})
+    told = task.evaluate(nn.Identity(), {"image": scores, "mask": mask})
+    assert isinstance(told["pixels"], Total)
+    shown = torch.zeros(2, 3, 16, 16)
+    found = task.conclude({"shown": shown}, {"pixels": told["pixels"].value})
+    true, guess = mask.flatten(), said.flatten()
+    assert float(found["iou"]) == pytest.approx(metrics.jaccard_score(true, guess))  # type: ignore[arg-type]
+    assert float(found["dice"]) == pytest.approx(metrics.f1_score(true, guess))  # type: ignore[arg-type]
 
 
 def test_the_frechet_distance_of_normal_distributions() -> None:

@@ -63,8 +63,11 @@ def check(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -
 
         pipeline, taken, _ = _data(job, set_)
         result = check_rows(pipeline, taken)
-        columns = ("split", "rows", "fragments", "bytes")
-        rows = [(name, split["rows"], split["fragments"], split["bytes"]) for name, split in result.items()]
+        columns = ("split", "rows", "fragments", "bytes", "classes without rows")
+        rows = [
+            (name, split["rows"], split["fragments"], split["bytes"], _in_words(split.get("classes_without_rows")))
+            for name, split in result.items()
+        ]
         emit(result, json_, lambda console: show_table(console, columns, rows))
 
 
@@ -123,6 +126,10 @@ def prepare(
         columns = ("split", "files", "rows", "bytes", "bad rows")
         rows = [(name, one["files"], one["rows"], one["bytes"], one["bad_rows"]) for name, one in made.items()]
         emit(made, json_, lambda console: show_table(console, columns, rows))
+
+
+def _in_words(classes: dict[str, list[int]] | None) -> str | None:
+    return "; ".join(f"{column}: {', '.join(map(str, missing))}" for column, missing in classes.items()) if classes else None
 
 
 def _show_statistics(console: Console, found: dict[str, Any]) -> None:

@@ -21,7 +21,8 @@ def check_rows(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
     """Read every row of every split once, before the transform, and look for all that is wrong.
 
     Returns:
-        split -> fragments, rows and bytes, all of which are right.
+        split -> fragments, rows and bytes, all of which are right; and classes_without_rows, column -> those that no row is of,
+        where there are any, which is no mistake by itself.
 
     Raises:
         InputError: with each fragment that cannot be read or has other rows than its index says, and each column of a
@@ -29,6 +30,9 @@ def check_rows(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
             fragment with rows that the pipeline's check refuses.
     """
     problems: list[Problem] = []
+    missing = {
+        split: {column: set(range(one.classes or 0)) for column, one in pipeline.schema.items()} for split in manifest.splits
+    }
     for name, split in manifest.splits.items():
         for fragment in split.fragments:
             where = f"split {name!r}, {fragment.path}, part {fragment.part}"
@@ -44,12 +48,17 @@ def check_rows(pipeline: Pipeline, manifest: Manifest) -> dict[str, Any]:
                 found = f"{len(reasons)} bad rows, the first of them row {min(reasons)}: {reasons[min(reasons)]}"
                 expected = "rows that the source can read and the pipeline's check lets pass"
                 problems.append(Problem(where, found, expected, "Drop or correct these rows."))
+            for column, classes in missing[name].items():
+                if classes and len(rows[column]):
+                    classes.difference_update(np.unique(np.concatenate([np.ravel(one) for one in rows[column]])).tolist())
     if problems:
         raise InputError(problems)
-    return {
-        name: {"fragments": len(split.fragments), "rows": split.num_rows, "bytes": split.num_bytes}
-        for name, split in manifest.splits.items()
-    }
+    told: dict[str, Any] = {}
+    for name, split in manifest.splits.items():
+        told[name] = {"fragments": len(split.fragments), "rows": split.num_rows, "bytes": split.num_bytes}
+        if without := {column: sorted(classes) for column, classes in missing[name].items() if classes}:
+            told[name]["classes_without_rows"] = without
+    return told
 
 
 def _value_problems(rows: Rows, fragment: Fragment, pipeline: Pipeline, where: str) -> list[Problem]:
