@@ -52,6 +52,7 @@ faults: setup ## every fault that can be provoked here, with what came of it: an
 	PYTHONPATH=tests $(BIN)/python -m faults.run_faults --json .raymill/faults.json
 
 jobs-vision: setup ## train every job about pictures, and hold what it reaches against what it must: three quarters of an hour
+	rm -f .raymill/jobs-vision.json
 	$(BIN)/python tests/catalogue/train_jobs.py --out .raymill/jobs-vision.json mnist fashion_mnist transfer resnet \
 		faster_rcnn yolo unet gan vae custom_layers contrastive contrastive_probe
 
