@@ -34,8 +34,8 @@ BEGIN, END = "<!-- reached: written by `make jobs-vision` -->", "<!-- /reached -
 
 VARIANTS = {
     "transfer": {"a trunk that nobody has trained": ["model.pretrained=false"]},
-    "faster_rcnn": {"after one step": ["loop.steps=1"]},
-    "yolo": {"after one step": ["loop.steps=1"]},
+    "faster_rcnn": {"after one step": ["loop={steps: 1, global_batch_rows: 4}"]},
+    "yolo": {"after one step": ["loop={steps: 1, global_batch_rows: 4}"]},
     "gan": {"WGAN-GP": ["model.kind=wgan_gp", "loop.epochs=60"]},
 }
 """Job -> what stands beside it -> how it differs."""
