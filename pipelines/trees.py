@@ -20,6 +20,7 @@ from pipelines.augment import with_boxes
 from pipelines.packages import Package, fetched_once, package_files
 from pipelines.pretrained import get_lite0
 from raymill.data.sources import ImageFolderSource, VocSource, decode_images
+from raymill.data.sources.pictures.boxes import boxes_of_voc
 from raymill.paths import data_folder, home
 from raymill.task import Pipeline, Rows
 
@@ -157,10 +158,7 @@ def _photographs() -> Iterator[tuple[str, tuple[int, int], np.ndarray, np.ndarra
     found = package_files(PACKAGE, sha256_of, home() / "cache")
     for split, one in PHOTOGRAPHS.items():
         pixels = np.asarray(Image.open(io.BytesIO(found[f"{one.name}.png"])).convert("RGB"))
-        corners = [
-            [float(box.findtext(side) or 0) for side in ("xmin", "ymin", "xmax", "ymax")]
-            for box in ElementTree.fromstring(found[f"{one.name}.xml"]).iter("bndbox")
-        ]
+        corners = [box for _, *box in boxes_of_voc(found[f"{one.name}.xml"], one.name)]
         yield split, one.grid, pixels, np.array(corners)
 
 

@@ -27,7 +27,6 @@ class Detector(Task):
 
     def conclude(self, kept: Mapping[str, Any], totals: Mapping[str, torch.Tensor]) -> Mapping[str, float | Picture]:
         """Mean average precision at an overlap of a half, as COCO defines it; the largest recall; a curve and a picture."""
-        # pycocotools prints what it does.
         metric = MeanAveragePrecision(iou_thresholds=[0.5], max_detection_thresholds=[1, 10, 300], extended_summary=True)
         metric.warn_on_many_detections = False
         metric.update(

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from raymill.cli.output import JsonOption, SetOption, WorkersOption, emit, errors, moment, overrides, show_table, show_values
+from raymill.cli.output import (
+    JsonOption,
+    SetOption,
+    WorkersOption,
+    emit,
+    errors,
+    moment,
+    overrides,
+    refuse_unless_one,
+    show_table,
+    show_values,
+)
 from raymill.redaction import for_people
 
 app = typer.Typer(help="Start, look at and end Ray clusters.", no_args_is_help=True)
@@ -60,11 +71,8 @@ def submit(
     """Hand a run to a cluster; it goes on there when this terminal is closed."""
     with errors(json_):
         from raymill.cluster import spec, submitted
-        from raymill.errors import InputError, Problem
 
-        if (job is None) == (resume is None):
-            fix = "Give a job file, or --resume RUN."
-            raise InputError([Problem("submit", "both or neither of JOB and --resume", "one of them", fix)])
+        refuse_unless_one("submit", job, resume)
         read = spec.load_cluster(cluster)
         told = submitted.submit(cluster, read, job or "", overrides(set_, workers), resume)
         again = f"raymill logs {told['run_id']} --cluster {cluster} --follow"

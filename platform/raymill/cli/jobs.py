@@ -22,6 +22,7 @@ from raymill.cli.output import (
     errors,
     overrides,
     plain_console,
+    refuse_unless_one,
     show_table,
 )
 from raymill.cli.runs import show_evaluations
@@ -120,9 +121,7 @@ def train(
     with errors(json_):
         from raymill import api
 
-        if (job is None) == (resume is None):
-            fix = "Give a job file, or --resume RUN."
-            raise InputError([Problem("train", "both or neither of JOB and --resume", "one of them", fix)])
+        refuse_unless_one("train", job, resume)
         if resume is None and accept_code_changes:
             fix = "A new run takes the code as it is: leave the option out."
             raise InputError([Problem("--accept-code-changes", "no --resume", "a run to go on with", fix)])

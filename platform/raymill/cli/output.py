@@ -17,7 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from raymill.errors import InputError, RaymillError
+from raymill.errors import InputError, Problem, RaymillError
 from raymill.own_code.traces import culprit, own_frames, tell
 from raymill.redaction import for_people, print_redacted, redact
 
@@ -137,6 +137,13 @@ def duration(seconds: float | None) -> str | None:
         return f"{seconds:.3g} s"
     minutes, rest_s = divmod(round(seconds), 60)
     return f"{minutes} min {rest_s:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def refuse_unless_one(verb: str, job: str | None, resume: str | None) -> None:
+    """Raise InputError unless a verb was given either a job or a run to go on with."""
+    if (job is None) == (resume is None):
+        fix = "Give a job file, or --resume RUN."
+        raise InputError([Problem(verb, "both or neither of JOB and --resume", "one of them", fix)])
 
 
 def show_values(console: Console, values: Mapping[str, object]) -> None:

@@ -23,7 +23,7 @@ from raymill.cluster.spec import ClusterFolder, ClusterSpec
 from raymill.errors import InputError, Problem, RunError
 from raymill.files import private, read_record, write_record
 from raymill.ray_internals import LOOPBACK
-from raymill.record.processes import ProcessId
+from raymill.record.processes import ProcessId, wait_or_kill
 
 START_TIMEOUT_S = 180.0
 END_TIMEOUT_S = 20.0
@@ -151,11 +151,7 @@ def _end(pid: int) -> None:
     process = psutil.Process(pid)
     family = [process, *process.children(recursive=True)]
     process.send_signal(signal.SIGTERM)
-    _, left = psutil.wait_procs(family, timeout=END_TIMEOUT_S)
-    for one in left:
-        with suppress(psutil.NoSuchProcess):
-            one.kill()
-    psutil.wait_procs(left, timeout=END_TIMEOUT_S)
+    wait_or_kill(family, END_TIMEOUT_S)
 
 
 def _runs(node: dict[str, Any]) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
@@ -37,3 +39,12 @@ class ProcessId:
         except psutil.AccessDenied:
             return True
         return self.started_s is None or abs(started_s - self.started_s) < SAME_START_S
+
+
+def wait_or_kill(processes: Iterable[psutil.Process], timeout_s: float, kill_timeout_s: float = 10.0) -> None:
+    """Wait until processes have ended; kill what has not after so many seconds, and wait until that has."""
+    _, left = psutil.wait_procs(processes, timeout=timeout_s)
+    for process in left:
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            process.kill()
+    psutil.wait_procs(left, timeout=kill_timeout_s)

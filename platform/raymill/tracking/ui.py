@@ -24,6 +24,7 @@ from raymill.errors import InputError, Problem, TrackingError
 from raymill.files import read_record
 from raymill.paths import home
 from raymill.record.folder import RunFolder, runs_folder
+from raymill.record.processes import wait_or_kill
 from raymill.redaction import redact_text
 from raymill.tracking.mlflow_client import SETTINGS, connect, mlflow_settings, tracking_uri
 
@@ -177,8 +178,4 @@ def _end(server: psutil.Popen) -> None:
         for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
-        _, alive = psutil.wait_procs(family, timeout=10)
-        for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=10)
+        wait_or_kill(family, 10.0)

@@ -26,6 +26,8 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
+from raymill.record.processes import wait_or_kill
+
 PREFIX = "raymill-"
 VARIABLE = "RAYMILL_SESSION"
 """Environment variable that every process of a session inherits: the folder."""
@@ -106,11 +108,7 @@ def end_session(folder: Path, timeout_s: float) -> None:
         timeout_s: seconds to wait before killing what is left.
     """
     left = [process for process in psutil.process_iter() if process.pid != os.getpid() and _belongs(process, folder)]
-    _, left = psutil.wait_procs(left, timeout=timeout_s)
-    for process in left:
-        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            process.kill()
-    psutil.wait_procs(left, timeout=KILL_TIMEOUT_S)
+    wait_or_kill(left, timeout_s, KILL_TIMEOUT_S)
     shutil.rmtree(folder, ignore_errors=True)
 
 

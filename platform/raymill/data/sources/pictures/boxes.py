@@ -21,8 +21,7 @@ from raymill.data.sources.pictures.samples import (
     fragments_of,
     grouped,
     pictures_of,
-    read_samples,
-    samples_of,
+    read_fragment,
 )
 from raymill.errors import DataError, InputError, Problem, did_you_mean
 from raymill.storage.find import place_of
@@ -88,12 +87,11 @@ class VocSource:
             DataError: a file is gone, or was changed.
         """
         place = place_of(self.folder)
-        samples = samples_of(place, fragment, [partial(_listed_voc_once, self.folder), partial(_listed_voc, self.folder)])
-        found = read_samples(place, fragment, samples)
+        samples, found = read_fragment(fragment, place, _listed_voc, self.folder)
         told: list[Boxes | str] = []
         for (_, annotation), (_, content) in zip(samples, found, strict=True):
             try:
-                told.append(_boxes_of_xml(content, where(place, annotation.name)))
+                told.append(boxes_of_voc(content, where(place, annotation.name)))
             except DataError as error:
                 told.append(str(error))
         return _rows(place, samples, [image for image, _ in found], told, self.names)
@@ -118,7 +116,7 @@ class CocoSource:
     @property
     def names(self) -> tuple[str, ...]:
         """The classes by label, in the order of their numbers in the file."""
-        return _read_coco_once(self.folder, self.annotations)[0]
+        return _read_coco_once(self.folder, self.annotations, self.crowds)[0]
 
     @property
     def schema(self) -> Schema:
@@ -132,7 +130,7 @@ class CocoSource:
             InputError: the file is none of COCO; a picture is missing, named twice, an empty file, or its name leads elsewhere.
         """
         _, boxes = _read_coco(self.folder, self.annotations, self.crowds)
-        return fragments_of(self._grouped(boxes), partial(self._known, boxes))
+        return fragments_of(_grouped_coco(self.folder, self.annotations, self.pictures, boxes), partial(self._known, boxes))
 
     def read(self, fragment: Fragment) -> Rows:
         """The pictures of a fragment, with their boxes.
@@ -142,29 +140,13 @@ class CocoSource:
         """
         names, boxes = _read_coco_once(self.folder, self.annotations, self.crowds)
         place = place_of(self.folder)
-        samples = samples_of(place, fragment, [lambda: self._grouped(boxes)], partial(self._known, boxes))
-        found = read_samples(place, fragment, samples, self._known(boxes, samples))
-        told: list[Boxes | str] = [boxes[self._name(picture.name)] for [picture] in samples]
+        named = (self.folder, self.annotations, self.pictures, self.crowds)
+        samples, found = read_fragment(fragment, place, _listed_coco, *named, known=partial(self._known, boxes))
+        told: list[Boxes | str] = [boxes[_told_as(self.pictures, picture.name)] for [picture] in samples]
         return _rows(place, samples, [image for [image] in found], told, names)
 
-    def _grouped(self, boxes: Mapping[str, Boxes]) -> Groups:
-        place = place_of(self.folder)
-        listed = pictures_of(place, f"{self.pictures}/**/*" if self.pictures else "**/*")
-        there = {self._name(one.name): one for one in listed}
-        expected, prefix = f"what {where(place, self.annotations)} names", f"{self.pictures}/" if self.pictures else ""
-        missing = [where(place, prefix + name) for name in sorted(boxes.keys() - there.keys())]
-        groups = grouped([(there[name],) for name in sorted(boxes) if name in there])
-        fix = "Restore it, or correct `pictures`, the folder that the names begin from."
-        problems = [Problem(path, "no such picture", expected, fix) for path in missing] + empty_files(place, groups)
-        if problems:
-            raise InputError(problems)
-        return groups
-
-    def _name(self, name: str) -> str:
-        return name.removeprefix(f"{self.pictures}/") if self.pictures else name
-
     def _known(self, boxes: Mapping[str, Boxes], samples: Sequence[Sample]) -> object:
-        return [boxes[self._name(picture.name)] for [picture] in samples]
+        return [boxes[_told_as(self.pictures, picture.name)] for [picture] in samples]
 
 
 # ---------------------------------------------------------------- rows
@@ -229,16 +211,13 @@ def _listed_voc(folder: str) -> Groups:
     return groups
 
 
-_listed_voc_once = lru_cache(maxsize=4)(_listed_voc)
-
-
 @lru_cache(maxsize=4)
 def _classes_of(folder: str) -> tuple[str, ...]:
     place = place_of(folder)
 
     def classes_in(name: str) -> set[str]:
         try:
-            return {box[0] for box in _boxes_of_xml(place.read(name), where(place, name))}
+            return {box[0] for box in boxes_of_voc(place.read(name), where(place, name))}
         except (OSError, DataError):
             return set()  # What is wrong with it is said where its row is read.
 
@@ -249,8 +228,8 @@ def _classes_of(folder: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _boxes_of_xml(content: bytes, name: str) -> Boxes:
-    """The boxes in a file of Pascal VOC.
+def boxes_of_voc(content: bytes, name: str) -> Boxes:
+    """The boxes in a file of Pascal VOC; `name` is for messages.
 
     Raises:
         DataError: it is none, or would have to be expanded.
@@ -305,3 +284,27 @@ def _read_coco(folder: str, annotations: str, crowds: bool = False) -> tuple[tup
 
 
 _read_coco_once = lru_cache(maxsize=4)(_read_coco)
+
+
+def _listed_coco(folder: str, annotations: str, pictures: str, crowds: bool) -> Groups:
+    return _grouped_coco(folder, annotations, pictures, _read_coco_once(folder, annotations, crowds)[1])
+
+
+def _grouped_coco(folder: str, annotations: str, pictures: str, boxes: Mapping[str, Boxes]) -> Groups:
+    place, prefix = place_of(folder), f"{pictures}/" if pictures else ""
+    there = {_told_as(pictures, one.name): one for one in pictures_of(place, f"{prefix}**/*")}
+    missing = [where(place, prefix + name) for name in sorted(boxes.keys() - there.keys())]
+    groups = grouped([(there[name],) for name in boxes if name in there])
+    expected, fix = (
+        f"what {where(place, annotations)} names",
+        "Restore it, or correct `pictures`, the folder that the names begin from.",
+    )
+    problems = [Problem(path, "no such picture", expected, fix) for path in missing] + empty_files(place, groups)
+    if problems:
+        raise InputError(problems)
+    return groups
+
+
+def _told_as(pictures: str, name: str) -> str:
+    """What the file of COCO calls a picture of the place."""
+    return name.removeprefix(f"{pictures}/") if pictures else name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 
 import numpy as np
 
@@ -15,8 +15,7 @@ from raymill.data.sources.pictures.samples import (
     fragments_of,
     grouped,
     pictures_of,
-    read_samples,
-    samples_of,
+    read_fragment,
 )
 from raymill.errors import InputError, Problem
 from raymill.storage.find import place_of
@@ -78,9 +77,7 @@ class ImageFolderSource:
         Raises:
             DataError: one is gone, or was changed.
         """
-        place = place_of(self.folder)
-        samples = samples_of(place, fragment, [partial(_listed_once, self.folder), partial(_listed, self.folder)])
-        found = read_samples(place, fragment, samples)
+        samples, found = read_fragment(fragment, place_of(self.folder), _listed, self.folder)
         labels = np.array([self.names.index(_class_of(sample)) for sample in samples], np.int64)
         return {"image": [content for [content] in found], "label": labels, "path": [picture.name for [picture] in samples]}
 
@@ -91,6 +88,3 @@ def _listed(folder: str) -> Groups:
 
 def _class_of(sample: Sample) -> str:
     return sample[0].name.partition("/")[0]
-
-
-_listed_once = lru_cache(maxsize=4)(_listed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import PurePosixPath
 
 from raymill.data.rows import BAD
@@ -15,8 +14,7 @@ from raymill.data.sources.pictures.samples import (
     fragments_of,
     grouped,
     pictures_of,
-    read_samples,
-    samples_of,
+    read_fragment,
 )
 from raymill.errors import DataError, InputError, Problem
 from raymill.storage.find import place_of
@@ -59,9 +57,8 @@ class MaskSource:
         Raises:
             DataError: one is gone, or was changed.
         """
-        place, named = place_of(self.folder), (self.folder, self.pictures, self.masks)
-        samples = samples_of(place, fragment, [partial(_listed_once, *named), partial(_listed, *named)])
-        found = read_samples(place, fragment, samples)
+        place = place_of(self.folder)
+        samples, found = read_fragment(fragment, place, _listed, self.folder, self.pictures, self.masks)
         rows: Rows = {"image": [image for image, _ in found], "mask": [mask for _, mask in found]}
         rows["path"] = [picture.name for picture, _ in samples]
         bad = [
@@ -104,6 +101,3 @@ def _by_stem(place: Place, part: str) -> dict[str, Entry]:
     """The pictures in a folder of the place by their names in it, without suffix."""
     listed = pictures_of(place, f"{part}/**/*")
     return {str(PurePosixPath(one.name).relative_to(part).with_suffix("")): one for one in listed}
-
-
-_listed_once = lru_cache(maxsize=4)(_listed)

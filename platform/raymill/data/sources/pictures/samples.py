@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 from raymill.errors import DataError, InputError, Problem
@@ -77,44 +78,47 @@ def _fragment(part: int, samples: Sequence[Sample], known: object) -> Fragment:
     return Fragment("pictures", part, len(samples), sum(one.size_bytes for one in files), identity)
 
 
-def samples_of(
-    place: Place,
+def read_fragment(
     fragment: Fragment,
-    listings: Iterable[Callable[[], Groups]],
+    place: Place,
+    listed: Callable[..., Groups],
+    *named: Hashable,
     known: Callable[[Sequence[Sample]], object] = lambda samples: "",
-) -> Sequence[Sample]:
-    """The samples of a fragment, as they were when it was listed.
+) -> tuple[Sequence[Sample], list[tuple[bytes, ...]]]:
+    """The samples of a fragment, as they were when it was listed, and their files.
 
     Args:
-        place: where they are.
         fragment: which.
-        listings: what lists the files, tried one after the other: as this process has done before, and anew.
+        place: where they are.
+        listed: lists the files; a process does that once, and again where that is not how they were.
+        named: its arguments.
         known: see `fragments_of`.
 
     Raises:
-        DataError: they are others now.
+        DataError: a file is gone, or was changed.
     """
-    for listing in listings:
-        groups = listing()
-        if fragment.part < len(groups):
-            samples = groups[fragment.part]
-            if _fragment(fragment.part, samples, known(samples)).identity == fragment.identity:
-                return samples
-    raise changed(place, fragment)
+    for once in (True, False):
+        samples = _part(_listed_once(listed, *named) if once else listed(*named), fragment.part)
+        if samples and _fragment(fragment.part, samples, known(samples)).identity == fragment.identity:
+            return samples, _read(fragment, place, samples, known(samples))
+    raise _changed(place, fragment)
 
 
-def read_samples(place: Place, fragment: Fragment, samples: Sequence[Sample], known: object = "") -> list[tuple[bytes, ...]]:
-    """The files of a fragment's samples.
+@lru_cache(maxsize=4)
+def _listed_once(listed: Callable[..., Groups], *named: Hashable) -> Groups:
+    return listed(*named)
 
-    Raises:
-        DataError: one is gone, or was changed.
-    """
 
+def _part(groups: Groups, part: int) -> Sequence[Sample]:
+    return groups[part] if part < len(groups) else []
+
+
+def _read(fragment: Fragment, place: Place, samples: Sequence[Sample], known: object) -> list[tuple[bytes, ...]]:
     def read(sample: Sample) -> list[tuple[bytes, Entry]]:
         # As they are behind the reading: what was read is then of the version that was listed.
-        return [(_read(place, file.name), place.entry(file.name)) for file in sample]
+        return [(content(file.name), place.entry(file.name)) for file in sample]
 
-    def _read(place: Place, name: str) -> bytes:
+    def content(name: str) -> bytes:
         try:
             return place.read(name)
         except OSError as error:
@@ -124,11 +128,11 @@ def read_samples(place: Place, fragment: Fragment, samples: Sequence[Sample], kn
     found = in_parallel(place, read, samples)
     now = [tuple(entry for _, entry in files) for files in found]
     if _fragment(fragment.part, now, known).identity != fragment.identity:
-        raise changed(place, fragment)
-    return [tuple(content for content, _ in files) for files in found]
+        raise _changed(place, fragment)
+    return [tuple(data for data, _ in files) for files in found]
 
 
-def changed(place: Place, fragment: Fragment) -> DataError:
+def _changed(place: Place, fragment: Fragment) -> DataError:
     """The files are others than when the run began."""
     what = f"{place.root}, pictures {fragment.part}"
     return DataError(f"{what}: they have changed since the run's manifest was taken. Restore them, or start a new run.")
