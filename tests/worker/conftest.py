@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from worker_harness import Experiment, NewRun, RankPool, TrainingRun
 
@@ -14,6 +15,12 @@ def pool() -> Iterator[RankPool]:
     opened = RankPool(4)
     yield opened
     opened.close()
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_each_time() -> None:
+    """What a test draws in this process is drawn alike each time, alone or after others."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
