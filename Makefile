@@ -66,14 +66,21 @@ fuzz: setup ## random inputs to all that reads files, packets and what users wri
 audit: setup ## what is installed against its hashes and constraints.txt, and known advisories; asks a database outside
 	$(BIN)/python .ci/audit.py
 
-benchmark: setup ## raymill beside the guide's way and torchrun, and what safety costs: an hour, wants a quiet machine
+benchmark: setup .venv-peers/installed ## raymill beside the guide's way, torchrun and other streams, and what safety costs: two hours, wants a quiet machine
 	$(BIN)/raymill data get mnist
 	$(BIN)/python tests/benchmarks/throughput.py --data .raymill/data/mnist --out .raymill/throughput.json
 	$(BIN)/python tests/benchmarks/startup.py --data .raymill/data/mnist --out .raymill/startup.json
 	$(BIN)/python tests/benchmarks/overhead.py --data .raymill/data/mnist --out .raymill/overhead.json
+	$(BIN)/python tests/benchmarks/streams/contest.py --peers .venv-peers/bin/python --out .raymill/streams.json
+
+# The streams that raymill's is held against, in a place of their own: not all of them go with raymill's versions.
+.venv-peers/installed: tests/benchmarks/streams/requirements.txt
+	@python=$$($(FIND_PYTHON)) && "$$python" -m venv --clear .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 clean: ## remove .venv and what the tools leave behind; data sets and runs in .raymill stay
-	rm -rf .venv .venv-lowest .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	rm -rf .venv .venv-lowest .venv-peers .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
 	find platform pipelines jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A .venv without the mark is what a failed or interrupted installation left: it is made anew.

@@ -115,6 +115,7 @@ def contest_arguments(description: str) -> argparse.ArgumentParser:
     parser = training_arguments(description)
     parser.add_argument("--copies", type=int, default=15, help="times that each training file repeats its rows")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the medians are shown")
+    parser.add_argument("--only", nargs="+", help="these contestants, raymill among them")
     parser.add_argument("--out", type=Path, help="file for every figure of every run, as JSON")
     return parser
 
@@ -164,7 +165,7 @@ def contestants(options: argparse.Namespace, data: Path) -> dict[str, list[str]]
     for path, value in settings.items():
         raymill += ["--set", f"{path}={value}"]
     by_torchrun = [*torchrun, str(HERE / "torchrun_way.py"), *common]
-    return {
+    all_of_them = {
         "raymill": [*raymill, f"--workers={options.workers}"],
         "in process": [*raymill, "--in-process"],
         "guide": [*python, str(HERE / "guide_way.py"), *common],
@@ -174,6 +175,7 @@ def contestants(options: argparse.Namespace, data: Path) -> dict[str, list[str]]
         "loader 2": [*by_torchrun, "--loader-workers=2"],
         "loader batched": [*by_torchrun, "--loader-workers=1", "--fetch=batch"],
     }
+    return {name: command for name, command in all_of_them.items() if name in (options.only or all_of_them)}
 
 
 Surroundings = Callable[[], AbstractContextManager[Mapping[str, str]]]

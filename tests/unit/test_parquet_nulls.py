@@ -17,6 +17,7 @@ import pytest
 from fuzz import thrift
 from fuzz.thrift import COLUMNS, GROUP_ROWS, META, NUM_ROWS, ROW_GROUPS, SCHEMA, SCHEMA_NAME, STATISTICS, Value
 from raymill.data.arrow import columns_from_arrow
+from raymill.data.sources import parquet
 from raymill.data.sources.parquet import MOST_GROUPS_PER_FILE, ParquetSource, write_parquet
 from raymill.data.sources.parquet_index import read_index
 from raymill.errors import DataError, InputError
@@ -262,6 +263,17 @@ def test_an_index_of_a_size_beyond_the_file_is_refused(size_bytes: int, file: Pa
 def test_a_column_whose_values_hold_nothing_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"column 'a': found bool of shape \(0,\); expected extents of at least 1"):
         write_parquet(tmp_path / "set", {"a": np.zeros((1, 0), bool)}, {"a": Field("bool", (0,))}, num_shards=1, row_group_rows=1)
+
+
+def test_a_file_that_is_read_group_by_group_has_its_index_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ParquetSource(str(file.parent), PLAIN)
+    fragments = source.fragments()
+    assert len(fragments) > 1
+    calls = []
+    monkeypatch.setattr(parquet, "read_index", lambda index: calls.append(len(index)) or read_index(index))
+    for fragment in fragments:
+        source.read(fragment)
+    assert len(calls) == 1
 
 
 def test_data_files_may_be_links(file: Path, tmp_path: Path) -> None:

@@ -121,7 +121,9 @@ def _leaves(columns: pa.Schema | pa.StructType, above: str = "") -> Iterator[tup
 
 def type_at(columns: pa.Schema, name: str) -> list[pa.DataType]:
     """The types of the columns of this name, which may lead into structs; more than one where a name is there twice."""
-    return [kind for leaf, kind in _leaves(columns) if leaf == name] or [column.type for column in columns if column.name == name]
+    own = [columns.field(at).type for at in columns.get_all_field_indices(name)]
+    # Each column of each row group that is read comes by: a name without a dot leads into no struct, so none is looked through.
+    return [kind for leaf, kind in _leaves(columns) if leaf == name] or own if "." in name else own
 
 
 def column_at(table: pa.Table, name: str) -> pa.ChunkedArray:

@@ -120,7 +120,10 @@ class Reader:
             faults.point("after_transform")
             rows[ROW_ID] = ids[kept]
             for rank in range(cut.world_size):
-                own, marks = take(rows, np.flatnonzero(ranks[kept] == rank)), present[part][ranks[part] == rank]
+                mine = ranks[kept] == rank
+                # One rank alone gets the rows as they are, without another copy of all.
+                own = rows if mine.all() else take(rows, np.flatnonzero(mine))
+                marks = present[part][ranks[part] == rank]
                 noted = () if rank or chunk > first else bad
                 yield Packet(item, rank, own, marks, noted, chunk - first, chunk == len(starts) - 1)
 
@@ -218,7 +221,9 @@ def read_locally(reader: Reader, position: int, rank: int, *, evaluated: bool = 
     for index in range(len(stream)):
         for packet in reader.read(stream[index]):
             if packet.rank == rank:
-                yield replace(packet, rows=unpack(*reader.pack(packet)))
+                header, buffers = reader.pack(packet)
+                # Memory of their own: a transform may write into its arrays again for the next rows.
+                yield replace(packet, rows=unpack(header, [bytes(buffer) for buffer in buffers]))
 
 
 MEASURED_ROWS = 8

@@ -78,7 +78,7 @@ def finite(column: Column) -> np.ndarray:
 
 
 def pack(rows: Rows) -> tuple[str, list[bytes | memoryview]]:
-    """Turn rows into a JSON header and flat buffers.
+    """Turn rows into a JSON header and flat buffers, which may be views of the rows: copy them before the rows change.
 
     Raises:
         TypeError: when a column holds anything but numbers, arrays, `bytes` or `str`.
@@ -97,7 +97,7 @@ def _pack(name: str, column: Column) -> tuple[str, dict[str, Any], list[bytes | 
         if column.dtype.hasobject or column.dtype.kind not in NUMBERS:
             raise TypeError(f"column {name!r}: an array of {column.dtype} cannot travel; use numbers, or a list of str or bytes")
         flat = np.ascontiguousarray(column)
-        return "array", {"dtype": flat.dtype.str, "shape": flat.shape}, [flat.tobytes()]
+        return "array", {"dtype": flat.dtype.str, "shape": flat.shape}, [flat.reshape(-1).view(np.uint8).data.toreadonly()]
     if all(isinstance(value, np.ndarray) for value in column):
         dtypes = {value.dtype.str for value in column} or {"<f4"}
         if len(dtypes) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Near:
             )
         if not paths and not root.is_dir():
             raise FileNotFoundError(2, "no such folder", self.root)
-        return [self._entry(path) for path in paths]
+        return [self.entry(path.relative_to(root).as_posix()) for path in paths]
 
     def folders(self) -> list[str]:
         """The folders in it; see `Place.folders`."""
@@ -42,7 +43,8 @@ class Near:
 
     def entry(self, name: str) -> Entry:
         """A file as it is now."""
-        return self._entry(Path(self.root, name))
+        status = os.stat(os.path.join(self.root, name))
+        return Entry(name, status.st_size, status.st_mtime_ns)
 
     def version(self, name: str) -> str:
         """Its size and time of change."""
@@ -57,7 +59,7 @@ class Near:
 
     def open(self, name: str) -> IO[bytes]:
         """The file."""
-        return open(Path(self.root, name), "rb")
+        return open(os.path.join(self.root, name), "rb")
 
     def open_arrow(self, name: str) -> NativeFile:
         """The file."""
@@ -66,10 +68,6 @@ class Near:
     def persisting(self, function: Callable[[], T]) -> T:
         """Call it once: what goes wrong on a disk goes wrong again."""
         return function()
-
-    def _entry(self, path: Path) -> Entry:
-        status = path.stat()
-        return Entry(path.relative_to(self.root).as_posix(), status.st_size, status.st_mtime_ns)
 
 
 def _outside(root: Path, files: Sequence[Path]) -> list[Path]:

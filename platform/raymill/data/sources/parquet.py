@@ -12,7 +12,7 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -196,6 +196,23 @@ class Footer:
     size_bytes: int
     index: bytes
 
+    @cached_property
+    def spans(self) -> np.ndarray:
+        """Where the pages of each column are in the file: first byte and number of bytes, int64 [num_groups, num_columns, 2].
+
+        Worked out once: a file is read group by group, and that costs more than to read a small group.
+
+        Raises:
+            ValueError: the index is not what Thrift writes, or its groups differ in their columns.
+        """
+
+        def inside(number: int) -> int:
+            return min(max(number, 0), self.size_bytes)
+
+        return np.array(
+            [[(inside(one.start), inside(one.compressed_bytes)) for one in group] for group in read_index(self.index)], np.int64
+        )
+
 
 def read_footer(place: Place, name: str) -> Footer:
     """The footer of a file, parsed once for as long as the file does not change.
@@ -254,8 +271,7 @@ def _checked_group(place: Place, name: str, footer: Footer, group: int) -> np.nd
 
     The others are memory that is never touched, and so is never taken.
     """
-    chunks = read_index(footer.index)[group]
-    spans = [(max(one.start, 0), min(max(one.compressed_bytes, 0), footer.size_bytes)) for one in chunks]
+    spans = footer.spans[group].tolist()
     start, end = min(at for at, _ in spans), max(at + num_bytes for at, num_bytes in spans)
     data = place.read(name, start, end - start)
     if not all(all_pages_have_checksums(data[at - start : at - start + num_bytes]) for at, num_bytes in spans):

@@ -41,8 +41,11 @@ def decode_images(
     found = []
     for number, content in enumerate(files):
         with _opened(content, names[number] if names is not None else f"picture {number}") as image:
-            pixels = image.convert(mode)
-            found.append(np.asarray(pixels if size is None else pixels.resize(size[::-1], Image.Resampling.BILINEAR)))
+            # Pillow copies a picture that it need not change.
+            pixels = image if image.mode == mode else image.convert(mode)
+            if size is not None and pixels.size != size[::-1]:
+                pixels = pixels.resize(size[::-1], Image.Resampling.BILINEAR)
+            found.append(np.asarray(pixels))
     return found if size is None else np.stack(found)
 
 
