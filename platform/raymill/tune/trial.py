@@ -117,15 +117,14 @@ def train(trial: TrialSpec, folder: RunFolder, overrides: list[str], report: Rep
             folder.stop_request.touch()
 
     def watch(folder: RunFolder) -> Show:
-        if trial.stop_after and len(steps) >= trial.stop_after:
-            # It was killed between its last evaluation and its end.
-            folder.stop_request.touch()
-
         def show(event: Event) -> None:
             if _counts(event, trial.metric):
                 last.append((event.step, event.metrics))
             _hear(event, trial.metric, steps, folder, heard)
 
+        # Whoever was to hear of the last of them may have died before it was noted; the same twice is once.
+        for event in before:
+            _hear(event, trial.metric, steps, folder, heard)
         return show
 
     try:

@@ -1,0 +1,58 @@
+"""A trial that goes on after its death: what it was measured at before is told again, for whoever did not hear of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raymill.record.events import EvaluationDone, append_event
+from raymill.record.folder import RunFolder, run_folder
+from raymill.tune import trial
+from raymill.tune.trial import TrialSpec
+
+
+def evaluated(step: int, value: float, metric: str = "validation/loss") -> EvaluationDone:
+    return EvaluationDone(step=step, epoch=step // 2, rows=4, metrics={metric: value})
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A run that was killed behind its second evaluation, and is trained no further."""
+    folder = run_folder("study-0000")
+    folder.path.mkdir(parents=True)
+    for event in (evaluated(2, 0.5), evaluated(3, 9.0, "test/loss"), evaluated(4, 0.25), evaluated(4, 0.25)):
+        append_event(folder, event)
+
+    def go_on(spec: TrialSpec, folder: RunFolder, overrides: list[str], executor: object, watch: Any) -> dict[str, Any]:
+        show = watch(folder)
+        show(evaluated(6, 0.125))
+        return {}
+
+    monkeypatch.setattr(trial, "_train", go_on)
+    return folder
+
+
+def spec(stop_after: int | None = None) -> TrialSpec:
+    return TrialSpec("study", 0, "smoke", {"study-0000": []}, "validation/loss", "min", ".", True, stop_after)
+
+
+def test_evaluations_before_a_death_are_told_again_by_their_numbers(begun: RunFolder) -> None:
+    heard: list[tuple[int, float]] = []
+    trial.train(spec(), begun, [], lambda number, value: heard.append((number, value)))
+    assert heard == [(1, 0.5), (2, 0.25), (2, 0.25), (3, 0.125)]
+    assert not begun.stop_request.exists()
+
+
+def test_one_that_was_to_end_at_an_evaluation_that_nobody_heard_of_ends(begun: RunFolder) -> None:
+    def end(number: int, value: float) -> None:
+        if number == 2:
+            raise SystemExit
+
+    trial.train(spec(), begun, [], end)
+    assert begun.stop_request.exists()
+
+
+def test_one_of_a_population_that_was_killed_behind_its_last_evaluation_ends(begun: RunFolder) -> None:
+    trial.train(spec(stop_after=2), begun, [], lambda number, value: None)
+    assert begun.stop_request.exists()
