@@ -10,7 +10,7 @@ import pytest
 from pipelines.images import MNIST_MEMBER, MNIST_PACKAGE, MNIST_SHA256, get_mnist, mnist, normalise_digits, shift_images
 from pipelines.packages import package_files
 from raymill.data.manifest import Manifest, differences, take_manifest
-from raymill.data.quality import statistics
+from raymill.data.quality.statistics import statistics
 from raymill.errors import DataError, InputError
 from raymill.task import Pipeline, Rows
 

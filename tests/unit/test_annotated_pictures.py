@@ -16,7 +16,7 @@ from PIL import Image
 from probes import pictures
 from raymill.data.bad_rows import read_good_rows
 from raymill.data.manifest import take_manifest
-from raymill.data.quality import check_rows
+from raymill.data.quality.check import check_rows
 from raymill.data.rows import take
 from raymill.data.sources import (
     CocoSource,

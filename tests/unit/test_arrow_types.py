@@ -16,7 +16,8 @@ import pytest
 from raymill.data.arrow import describe
 from raymill.data.bad_rows import read_good_rows
 from raymill.data.manifest import take_manifest
-from raymill.data.quality import check_rows, statistics
+from raymill.data.quality.check import check_rows
+from raymill.data.quality.statistics import statistics
 from raymill.data.sources import ParquetSource
 from raymill.errors import DataError, InputError
 from raymill.task import Column, Field, Pipeline, Rows

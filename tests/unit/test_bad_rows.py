@@ -23,7 +23,7 @@ from raymill.data.bad_rows import BadRow, check_values, read_good_rows
 from raymill.data.feed import Feed
 from raymill.data.manifest import take_manifest
 from raymill.data.order import BatchSharding, JobOrder, SplitOrder, Stream, num_batches
-from raymill.data.quality import check_rows
+from raymill.data.quality.check import check_rows
 from raymill.data.reader import Packet, Reader, read_locally
 from raymill.data.rows import ROW_ID, num_rows
 from raymill.errors import DataError, InputError

@@ -456,9 +456,15 @@ def test_data_check_reads_what_the_footers_do_not_tell(project: Project) -> None
     assert second["where"] == "split 'train', part-00002.parquet, part 1"
 
 
+def test_data_stats_writes_a_page_and_says_where_it_is(project: Project, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert str(page) in run("data", "stats", "tiny", "--html", str(page)).stdout.replace("\n", "")
+    assert "The data of tiny" in page.read_text()
+
+
 def test_data_stats_measures_each_split(project: Project) -> None:
     found = json.loads(run("data", "stats", "tiny", "--json").stdout)
-    assert found["train"]["columns"]["label"]["class_counts"] == [12, 12, 12]
+    assert found["splits"]["train"]["columns"]["label"]["class_counts"] == [12, 12, 12]
 
 
 @pytest.mark.parametrize(

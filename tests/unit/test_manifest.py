@@ -14,7 +14,7 @@ import pytest
 from pipelines.synthetic import blobs
 from raymill.data.arrow import DTYPES, dtype_problems
 from raymill.data.manifest import Manifest, SplitManifest, as_record, differences, from_record, take_manifest
-from raymill.data.quality import statistics
+from raymill.data.quality.statistics import statistics
 from raymill.data.sources import ArraySource, ParquetSource, write_parquet
 from raymill.errors import DataError, InputError
 from raymill.task import Field, Fragment, Pipeline, Rows, Schema, Source
@@ -244,7 +244,9 @@ def test_statistics_are_those_of_all_rows(tmp_path: Path) -> None:
     assert column["mean"] == pytest.approx(finite.mean(dtype=np.float64), rel=1e-12)
     assert found["columns"]["label"]["class_counts"] == [4, 4, 3]
     quantiles = {"0.05": 0.5, "0.5": 5.0, "0.95": 9.5}
-    assert found["columns"]["text"]["length"] == {"min": 0, "max": 10, "mean": 5.0, "quantiles": quantiles}
+    length = found["columns"]["text"]["length"]
+    assert (sum(length["histogram"]), [i for i, count in enumerate(length["histogram"]) if count][-1]) == (11, 29)
+    assert {**length, "histogram": []} == {"min": 0, "max": 10, "mean": 5.0, "quantiles": quantiles, "histogram": []}
     assert (found["columns"]["crop"]["min"], found["columns"]["crop"]["max"]) == (1, 10)
     assert found["columns"]["crop"]["mean"] == pytest.approx(sum(i * i for i in range(11)) / 55)
 

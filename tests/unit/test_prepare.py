@@ -12,7 +12,7 @@ import pytest
 
 from raymill import files
 from raymill.data.manifest import take_manifest
-from raymill.data.quality import in_words, shown
+from raymill.data.quality.look import in_words, shown
 from raymill.data.sources import ArraySource, ParquetSource
 from raymill.data.sources import prepare as preparing
 from raymill.data.sources.prepare import Sizes, prepare

@@ -364,7 +364,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from raymill.data.manifest import as_record, from_record, take_manifest
-from raymill.data.quality import statistics
+from raymill.data.quality.statistics import statistics
 from raymill.data.sources import ParquetSource, write_parquet
 from raymill.task import Field, Pipeline
 schema = {{"x": Field("uint8", (2,)), "r": Field("bool", (None,)), "t": Field("text"), "y": Field("int64", classes=3)}}

@@ -27,7 +27,7 @@ from jobs.yolo.model import boxes_of, middles, owners
 from pipelines import fashion, images, nuclei, pretrained, trees
 from pipelines.augment import with_boxes, with_masks
 from raymill.data.manifest import take_manifest
-from raymill.data.quality import check_rows
+from raymill.data.quality.check import check_rows
 from raymill.errors import DataError
 from raymill.task import Field, Kept, Pipeline, Rows, Total
 

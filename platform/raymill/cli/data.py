@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,8 @@ from raymill.redaction import for_people
 if TYPE_CHECKING:
     from raymill.data.manifest import Manifest
     from raymill.task import Pipeline
+
+ROWS_OF_A_PAGE = 12
 
 app = typer.Typer(help="Get, check and look at data sets.", no_args_is_help=True)
 
@@ -59,10 +63,11 @@ def _data(job: str, set_: list[str] | None) -> tuple[Pipeline, Manifest, bool]:
 def check(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
     """Read every row of a job's data once and report everything that is wrong."""
     with errors(json_):
-        from raymill.data.quality import check_rows
+        from raymill.data.quality.check import check_rows
 
         pipeline, taken, _ = _data(job, set_)
-        result = check_rows(pipeline, taken)
+        with _progress(taken) as progress:
+            result = check_rows(pipeline, taken, progress)
         columns = ("split", "rows", "fragments", "bytes", "classes without rows")
         rows = [
             (name, split["rows"], split["fragments"], split["bytes"], _in_words(split.get("classes_without_rows")))
@@ -72,14 +77,34 @@ def check(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -
 
 
 @app.command("stats")
-def stats(job: JobArgument, set_: SetOption = None, json_: JsonOption = False) -> None:
-    """Rows, bytes, and per column its range, quantiles, mean and class counts."""
+def stats(
+    job: JobArgument,
+    set_: SetOption = None,
+    html: Annotated[Path | None, typer.Option("--html", help="write a page with bars and some rows, pictures as such")] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Rows, bytes, per column its range, quantiles, mean and class counts; and rows that come twice, in a split or in two."""
     with errors(json_):
-        from raymill.data.quality import statistics
+        from raymill.data.quality.look import shown
+        from raymill.data.quality.page import page
+        from raymill.data.quality.repeated import repeated_rows
+        from raymill.data.quality.statistics import statistics
 
         pipeline, taken, _ = _data(job, set_)
-        found = {split: statistics(pipeline, taken, split) for split in taken.splits}
-        emit(found, json_, lambda console: _show_statistics(console, found))
+        with _progress(taken, passes=2) as progress:
+            found = {split: statistics(pipeline, taken, split, progress) for split in taken.splits}
+            repeated = repeated_rows(pipeline, taken, progress)
+        if html is not None:
+            first = {split: shown(pipeline, taken, split, ROWS_OF_A_PAGE, lenient=True) for split in taken.splits}
+            html.write_text(page(f"The data of {job}", found, repeated, first), encoding="utf-8")
+
+        def show(console: Console) -> None:
+            _show_statistics(console, found)
+            _show_repeated(console, repeated)
+            if html is not None:
+                console.print(for_people(f"page: {html}"), soft_wrap=True)
+
+        emit({"splits": found, "repeated": repeated}, json_, show)
 
 
 @app.command("show")
@@ -92,7 +117,7 @@ def show(
 ) -> None:
     """Print the first rows of a split, as they are before the transform."""
     with errors(json_):
-        from raymill.data.quality import in_words, shown
+        from raymill.data.quality.look import in_words, shown
 
         pipeline, taken, lenient = _data(job, set_)
         if split not in taken.splits:
@@ -113,19 +138,24 @@ def prepare(
 ) -> None:
     """Write a job's data again as Parquet files of good size, each read back; what was killed is gone on with."""
     with errors(json_):
-        from rich.progress import Progress
-
         from raymill.data.sources import prepare as preparing
 
         pipeline, taken, lenient = _data(job, set_)
-        with Progress(console=plain_console(stderr=True)) as bar:
-            tasks = {name: bar.add_task(name, total=part.num_rows) for name, part in taken.splits.items()}
-            made = preparing.prepare(
-                pipeline, taken, to, lenient=lenient, progress=lambda name, done: bar.advance(tasks[name], done)
-            )
+        with _progress(taken) as progress:
+            made = preparing.prepare(pipeline, taken, to, lenient=lenient, progress=progress)
         columns = ("split", "files", "rows", "bytes", "bad rows")
         rows = [(name, one["files"], one["rows"], one["bytes"], one["bad_rows"]) for name, one in made.items()]
         emit(made, json_, lambda console: show_table(console, columns, rows))
+
+
+@contextmanager
+def _progress(taken: Manifest, passes: int = 1) -> Iterator[Callable[[str, int], None]]:
+    """A bar for each split, on stderr: is told of rows that were read, each of them so often."""
+    from rich.progress import Progress
+
+    with Progress(console=plain_console(stderr=True)) as bar:
+        tasks = {name: bar.add_task(name, total=part.num_rows * passes) for name, part in taken.splits.items()}
+        yield lambda name, done: bar.advance(tasks[name], done)
 
 
 def _in_words(classes: dict[str, list[int]] | None) -> str | None:
@@ -140,6 +170,13 @@ def _show_statistics(console: Console, found: dict[str, Any]) -> None:
         columns = ("column", "dtype", "shape", "min", "5 %", "median", "95 %", "max", "mean", "not finite", "rows of each class")
         show_table(console, columns, [_column_row(column, about) for column, about in split["columns"].items()])
         console.print()
+
+
+def _show_repeated(console: Console, found: dict[str, Any]) -> None:
+    rows = [(f"{split}: rows that are there already", count) for split, count in found["within"].items()]
+    rows += [("{1}: rows that are in {0} too".format(*pair.split(", ")), count) for pair, count in found["across"].items()]
+    of = f", one row in {found['one_in']}" if found["one_in"] > 1 else ""
+    show_table(console, (f"alike in {', '.join(found['columns'])}{of}", "rows"), rows)
 
 
 def _column_row(name: str, about: dict[str, Any]) -> tuple[object, ...]:
