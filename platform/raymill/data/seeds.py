@@ -50,9 +50,14 @@ def reading(seed: int, epoch: int) -> Iterator[None]:
         _reading.reset(token)
 
 
+def being_read() -> tuple[int, ...]:
+    """The seed and the epoch that sources are read for; () outside of a run."""
+    return _reading.get()
+
+
 def seed_row(number: int) -> None:
     """Seed everything for one row of a source, whatever it is read together with."""
-    seed_everything(*_reading.get(), number, ROW)
+    seed_everything(*being_read(), number, ROW)
 
 
 def imported_torch() -> Any:

@@ -102,11 +102,7 @@ def tune(asked: Asked, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]
             raise
         if folder.stop_request.exists():
             raise SearchStopped(folder.name)
-        from raymill.tune.outcome import conclude
-
-        summary = conclude(folder)
-        delivered = delivery.finish()
-        summary |= delivered
+        summary = read_record(folder.summary) | delivery.finish()
         write_record(folder.summary, summary)
     return summary
 

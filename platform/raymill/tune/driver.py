@@ -35,6 +35,7 @@ from raymill.orchestration.on_ray.session_folder import VARIABLE
 from raymill.paths import home
 from raymill.redaction import print_redacted, redact, redact_text
 from raymill.tune.folder import StudyFolder
+from raymill.tune.outcome import conclude
 from raymill.tune.study import DEVIATION, MESSAGE, METRICS, RUNS, SECONDS, STEP, Study, Suggestion, Wait, facts_of
 from raymill.tune.trial import TrialSpec
 
@@ -214,6 +215,9 @@ def _drive(folder: StudyFolder) -> int:
         from raymill.tune import ray_tune
 
         ray_tune.run(search, Path(os.environ[VARIABLE], "tune"))
+        if search.failed is None and not folder.stop_request.exists():
+            # Before Ray ends, which takes seconds: what is delivered last can begin.
+            conclude(folder)
     if search.failed is not None:
         raise RunError(search.failed)
     with suppress(FileNotFoundError):
