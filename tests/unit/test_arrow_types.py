@@ -86,6 +86,30 @@ def test_a_type_is_inferred_and_read(tmp_path: Path, column: Any, field: Field, 
         np.testing.assert_equal(values(read(source)["x"]), expected)
 
 
+@pytest.mark.parametrize(
+    ("said", "shape"),
+    [
+        (b"[2, 3]", (2, 3)),
+        (b"[6]", (6,)),
+        (b"{}", (None,)),
+        (b"[0, 6]", (None,)),
+        (b"[[[", (None,)),
+        (b'["a"]', (None,)),
+        (None, (None,)),
+    ],
+)
+def test_a_tensor_of_ray_data_has_its_shape_also_where_ray_is_not_imported(
+    tmp_path: Path, said: bytes | None, shape: tuple[int | None, ...]
+) -> None:
+    noted = {b"ARROW:extension:name": b"ray.data.arrow_tensor_v2"} | ({b"ARROW:extension:metadata": said} if said else {})
+    column = pa.field("x", pa.large_list(pa.uint8()), metadata=noted)
+    pq.write_table(pa.table([pa.array([range(6), range(6, 12)], column.type)], pa.schema([column])), tmp_path / "a.parquet")
+    source = ParquetSource.inferred(str(tmp_path))
+    assert source.schema == {"x": Field("uint8", shape)}
+    if None not in shape:
+        np.testing.assert_array_equal(read(source)["x"], np.arange(12).reshape(2, *shape))
+
+
 def test_a_field_inside_a_struct_has_a_dotted_name(tmp_path: Path) -> None:
     pictures = pa.array([{"bytes": b"png", "path": "a.png"}, {"bytes": b"jpg", "path": None}])
     folder = written(tmp_path / "set", image=pictures, label=pa.array([0, 1]))

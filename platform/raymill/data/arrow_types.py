@@ -5,7 +5,8 @@
     date, time, timestamp, duration             int64, counted in the unit of the column, from 1970-01-01 or midnight on
     string, binary, their large and view kinds  text, bytes
     dictionary                                  what its values are
-    list, fixed-size list, fixed-shape tensor   an array of the field's shape; None in it for an extent that differs by row
+    list, fixed-size list, tensor of Arrow's    an array of the field's shape; None in it for an extent that differs by row
+    or of Ray Data's
     struct                                      a column for each of its fields, named "image.bytes"
 
 Nothing is converted that would lose: a value that the field cannot hold is an error that names its row.
@@ -13,6 +14,7 @@ Nothing is converted that would lose: a value that the field cannot hold is an e
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +24,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymill.task import Column, Field, Schema
+
+EXTENSION_NAME, EXTENSION = b"ARROW:extension:name", b"ARROW:extension:metadata"
+"""What a file says of a column whose type is somebody's own."""
 
 # ---------------------------------------------------------------- types
 
@@ -101,29 +106,45 @@ def schema_of_columns(columns: pa.Schema) -> tuple[Schema, dict[str, str]]:
     """The schema that these columns have, and the columns that have none, with their types."""
     found: dict[str, Field] = {}
     without: dict[str, str] = {}
-    for name, kind in _leaves(columns):
-        field = field_of(kind)
+    for name, column in _leaves(columns):
+        field = field_of(column.type)
         if field is None:
-            without[name] = str(kind)
+            without[name] = str(column.type)
         else:
-            found[name] = field
+            shape = _shape_of_ray(column)
+            found[name] = field if shape is None else Field(field.dtype, shape)
     return found, without
 
 
-def _leaves(columns: pa.Schema | pa.StructType, above: str = "") -> Iterator[tuple[str, pa.DataType]]:
+def _shape_of_ray(column: pa.Field) -> tuple[int, ...] | None:
+    """The shape of a tensor that Ray Data wrote; else None. Where Ray Data is not imported, its type is a list with a note."""
+    kind, noted = column.type, column.metadata or {}
+    if isinstance(kind, pa.ExtensionType):
+        noted = {EXTENSION_NAME: kind.extension_name.encode(), EXTENSION: kind.__arrow_ext_serialize__()}
+    if not noted.get(EXTENSION_NAME, b"").startswith(b"ray.data.arrow_tensor"):
+        return None
+    try:
+        extents = json.loads(noted[EXTENSION])
+    except (KeyError, ValueError, RecursionError):
+        return None
+    right = isinstance(extents, list) and extents and all(type(extent) is int and extent > 0 for extent in extents)
+    return tuple(extents) if right else None
+
+
+def _leaves(columns: pa.Schema | pa.StructType, above: str = "") -> Iterator[tuple[str, pa.Field]]:
     for column in columns:
         name = f"{above}{column.name}"
         if pa.types.is_struct(column.type):
             yield from _leaves(column.type.fields, f"{name}.")
         else:
-            yield name, column.type
+            yield name, column
 
 
 def type_at(columns: pa.Schema, name: str) -> list[pa.DataType]:
     """The types of the columns of this name, which may lead into structs; more than one where a name is there twice."""
     own = [columns.field(at).type for at in columns.get_all_field_indices(name)]
     # Each column of each row group that is read comes by: a name without a dot leads into no struct, so none is looked through.
-    return [kind for leaf, kind in _leaves(columns) if leaf == name] or own if "." in name else own
+    return [column.type for leaf, column in _leaves(columns) if leaf == name] or own if "." in name else own
 
 
 def column_at(table: pa.Table, name: str) -> pa.ChunkedArray:
