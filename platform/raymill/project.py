@@ -10,6 +10,7 @@ import ast
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from raymill.config import strict_yaml
 from raymill.config.spec import NAME
@@ -44,7 +45,8 @@ README = """\
 
 A raymill project. `jobs/` has one folder per job, `pipelines/` the data code that they share.
 
-    raymill check {job}                    # everything that is wrong, before anything starts
+    raymill data get {job}                 # the data, where the job can fetch them
+{first}    raymill check {job}                    # everything that is wrong, before anything starts
     raymill plan {job}                     # every derived number, with its reason
     raymill train {job} --in-process       # one worker in this process: print, breakpoint(), your own traceback
     raymill train {job}                    # on Ray, with the workers that the job file says
@@ -54,18 +56,29 @@ A raymill project. `jobs/` has one folder per job, `pipelines/` the data code th
 The data: `pipelines/{pipeline}`. The model and the loss: `jobs/{job}/task.py`. The numbers: `jobs/{job}/job.yaml`.
 """
 
+FIRST = "    raymill train {job:<24} # first: the model that this one gives is an input of the next\n"
+
 TEST = '''\
 """The job {job} is right, and trains."""
 
+from pathlib import Path
+
 import raymill
+
+DATA = Path(__file__).parents[1] / ".raymill" / "data"
 
 
 def test_{identifier}_trains(tmp_path, monkeypatch):
+    # The data are the project's (`raymill data get {job}`), the runs are the test's.
     monkeypatch.setenv("RAYMILL_HOME", str(tmp_path))
-    run = raymill.load("{job}", loop__epochs=1, register=None).train(in_process=True, quiet=True)
+    if DATA.is_dir():
+        (tmp_path / "data").symlink_to(DATA)
+{first}    run = raymill.load("{job}", loop__epochs=1, register=None).train(in_process=True, quiet=True)
     assert run.status == "finished"
     assert run.summary["rows"]["used"] > 0
 '''
+
+TEST_FIRST = "    raymill.load({job!r}, loop__epochs=1).train(in_process=True, quiet=True)\n"
 
 GITIGNORE = "__pycache__/\n*.py[cod]\n.venv/\n.pytest_cache/\n.raymill/\n"
 
@@ -120,16 +133,11 @@ def catalogue_folder() -> Path:
 
 
 def _fill(project: Path, catalogue: Path, template: str, job: str, name: str) -> None:
-    source = catalogue / "jobs" / template
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(source, project / "jobs" / job, ignore=ignored)
-    values = strict_yaml.parse((source / "job.yaml").read_bytes()).value
-    pipeline_module = str(values["pipeline"]).partition(":")[0]
-    own = [f"jobs.{template}.{file.stem}" for file in source.glob("*.py")]
-    for file in _needed_files(catalogue, [pipeline_module, *own], but=f"jobs.{template}"):
-        target = project / file.relative_to(catalogue)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+    # A job that is given the models of others needs those too.
+    given = _givers(catalogue, template)
+    for one in [*given, template]:
+        _copy_job(project, catalogue, one, to=job if one == template else one)
+    pipeline_module = _pipeline_module(_values(catalogue, template))
     for package in ("jobs", "pipelines"):
         (project / package).mkdir(exist_ok=True)
         (project / package / "__init__.py").write_text("")
@@ -144,10 +152,46 @@ def _fill(project: Path, catalogue: Path, template: str, job: str, name: str) ->
     (project / "pyproject.toml").write_text(PYPROJECT.format(name=name, extra=extra))
     (project / ".gitignore").write_text(GITIGNORE)
     pipeline = f"{pipeline_module.partition('.')[2].replace('.', '/')}.py"
-    (project / "README.md").write_text(README.format(name=name, job=job, pipeline=pipeline))
+    readme = README.format(name=name, job=job, pipeline=pipeline, first="".join(FIRST.format(job=one) for one in given))
+    (project / "README.md").write_text(readme)
     (project / "tests").mkdir()
     identifier = "".join(letter if letter.isalnum() else "_" for letter in job)
-    (project / "tests" / f"test_{identifier}.py").write_text(TEST.format(job=job, identifier=identifier))
+    first = "".join(TEST_FIRST.format(job=one) for one in given).replace("'", '"')
+    (project / "tests" / f"test_{identifier}.py").write_text(TEST.format(job=job, identifier=identifier, first=first))
+
+
+def _values(catalogue: Path, job: str) -> dict[str, Any]:
+    """What a job file of the catalogue says."""
+    found: dict[str, Any] = strict_yaml.parse((catalogue / "jobs" / job / "job.yaml").read_bytes()).value
+    return found
+
+
+def _pipeline_module(values: dict[str, Any]) -> str:
+    return str(values["pipeline"]).partition(":")[0]
+
+
+def _givers(catalogue: Path, job: str) -> list[str]:
+    """The jobs of the catalogue that register the models that a job is given, in the order to train them in."""
+    registers = {
+        (_values(catalogue, path.parent.name).get("register") or {}).get("model"): path.parent.name
+        for path in sorted((catalogue / "jobs").glob("*/job.yaml"))
+    }
+    found: list[str] = []
+    for reference in (_values(catalogue, job).get("inputs") or {}).values():
+        giver = registers[re.split("[@/]", str(reference))[0]]
+        found += [one for one in [*_givers(catalogue, giver), giver] if one not in found]
+    return found
+
+
+def _copy_job(project: Path, catalogue: Path, job: str, to: str) -> None:
+    """A job's folder, and what its code and its data code need of others."""
+    source = catalogue / "jobs" / job
+    shutil.copytree(source, project / "jobs" / to, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    own = [f"jobs.{job}.{file.stem}" for file in source.glob("*.py")]
+    for file in _needed_files(catalogue, [_pipeline_module(_values(catalogue, job)), *own], but=f"jobs.{job}"):
+        target = project / file.relative_to(catalogue)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def _needed_files(catalogue: Path, modules: list[str], but: str) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,7 +160,13 @@ def resolve(reference: str) -> ModelVersion:
 
 def _no_model(reference: str, valid: list[str]) -> InputError:
     expected = "name@alias, name/version or the id of a run whose model is registered"
-    return InputError([Problem("model", repr(reference), expected, did_you_mean(reference, valid))])
+    name = re.split("[@/]", reference)[0]
+    under = "" if name == reference else f" (`register: {{model: {name}}}`)"
+    train = f"Train the job that registers it{under}"
+    fix = (
+        f"{did_you_mean(reference, valid)} {train}, or name one of these." if valid else f"{train} first: there is no model yet."
+    )
+    return InputError([Problem("model", repr(reference), expected, fix)])
 
 
 def model_files(version: ModelVersion) -> Path:
