@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import gc
 
+from raymill import ending_gc  # noqa: F401  # such a process is to end fast too
+
 gc.set_threshold(1_000_000, 20, 50)
 
 

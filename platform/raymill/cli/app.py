@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from raymill import ending_gc  # noqa: F401  # the process ends faster
 from raymill.cli import cluster, data, jobs, models, runs
 from raymill.cli.tune import tune
 

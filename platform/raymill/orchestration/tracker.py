@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from raymill import ending_gc  # noqa: F401  # the process ends faster
 from raymill.files import private, read_record
 from raymill.orchestration.attempts import Show
 from raymill.record.events import DeliveryStarted

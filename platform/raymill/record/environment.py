@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -37,6 +38,8 @@ def versions() -> dict[str, str | None]:
     return {name: _version(name) for name in ("raymill", "torch", "ray", "mlflow", "numpy", "pyarrow")}
 
 
+# Each run of a process asks twice, and a package's file of facts is long.
+@lru_cache
 def _version(package: str) -> str | None:
     try:
         return version(package)

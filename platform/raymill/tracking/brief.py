@@ -6,7 +6,7 @@ delivered whole afterwards, to the same MLflow run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -79,3 +79,12 @@ def deliver_briefly(
     place = {"store": redact_text(tracking_uri()), "experiment_id": experiment, "experiment": job}
     write_record(folder.mlflow_run, place)
     return run_id
+
+
+def log_history(client: MlflowClient, run_id: str, name: str, points: Sequence[tuple[int, float, float]]) -> None:
+    """Log points of one metric, each as (step, value, time in seconds). The same twice is once."""
+    from mlflow.entities import Metric
+
+    metrics = [Metric(name, value, int(time_s * 1000), step) for step, value, time_s in points]
+    for first in range(0, len(metrics), METRICS_PER_CALL):
+        client.log_batch(run_id, metrics=metrics[first : first + METRICS_PER_CALL])

@@ -13,10 +13,12 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raymill import ending_gc  # noqa: F401  # the process ends faster
 from raymill.config.search import SearchSpec
 from raymill.config.spec import JobSpec, RegisterSpec
 from raymill.errors import RaymillError
@@ -25,7 +27,7 @@ from raymill.models.registration import register
 from raymill.record.folder import RunFolder, run_folder
 from raymill.redaction import print_redacted, redact, redact_text
 from raymill.tracking import description
-from raymill.tracking.brief import deliver_briefly
+from raymill.tracking.brief import deliver_briefly, log_history
 from raymill.tracking.description import DESCRIPTION_TAG, RUN_ID_TAG
 from raymill.tracking.mlflow_client import connect, experiment_id, mlflow_settings, plain_key, store_failures
 from raymill.tracking.mlflow_sync import deliver_all
@@ -65,9 +67,10 @@ class StudyDelivery:
         with self.folder.trials.open("rb") if self.folder.trials.exists() else open(os.devnull, "rb") as file:
             file.seek(self.done["offset"])
             data = file.read()
-        for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
-            self._trial(client, json.loads(line))
-            self._note(offset=self.done["offset"] + len(line))
+        whole = data[: data.rfind(b"\n") + 1]
+        if trials := [json.loads(line) for line in whole.splitlines()]:
+            self._trials(client, trials)
+            self._note(offset=self.done["offset"] + len(whole))
         if over and not self.done["closed"]:
             self._close(client, read_record(self.folder.summary))
         return over
@@ -95,19 +98,20 @@ class StudyDelivery:
             client.log_param(made.info.run_id, key, str(value)[:500])
         return str(made.info.run_id)
 
-    def _trial(self, client: MlflowClient, trial: dict[str, Any]) -> None:
-        """One trial: its own runs, and its place in the parent's history."""
+    def _trials(self, client: MlflowClient, trials: Sequence[dict[str, Any]]) -> None:
+        """Some trials: their own runs, and their places in the parent's history."""
         parent = self.done["parent"]
-        for run_id in trial["runs"]:
-            folder = run_folder(run_id)
-            if folder.events.exists():
-                tags = {"raymill.trial": str(trial["number"]), "raymill.trial.state": trial["state"]}
-                name = f"trial {run_id.removeprefix(f'{self.folder.name}-')}"
-                place = client, folder, self._experiment, parent, name
-                deliver_briefly(*place, trial["values"], tags, may_be_there=self._goes_on)
+        for trial in trials:
+            for run_id in trial["runs"]:
+                folder = run_folder(run_id)
+                if folder.events.exists():
+                    tags = {"raymill.trial": str(trial["number"]), "raymill.trial.state": trial["state"]}
+                    name = f"trial {run_id.removeprefix(f'{self.folder.name}-')}"
+                    place = client, folder, self._experiment, parent, name
+                    deliver_briefly(*place, trial["values"], tags, may_be_there=self._goes_on)
         self._goes_on = False
-        if trial["value"] is not None:
-            client.log_metric(parent, "trial", trial["value"], int(trial["time_s"] * 1000), trial["number"])
+        told = [(one["number"], one["value"], one["time_s"]) for one in trials if one["value"] is not None]
+        log_history(client, parent, "trial", told)
 
     def _close(self, client: MlflowClient, summary: dict[str, Any]) -> None:
         """The end of the parent run: what came of it, pictures, the best trial's model."""

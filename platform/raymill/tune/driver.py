@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 from optuna.trial import FrozenTrial
 
-from raymill import errors
+from raymill import ending_gc, errors  # noqa: F401  # the process ends faster
 from raymill.config.plan import Plan
 from raymill.config.search import SearchSpec
 from raymill.config.spec import JobSpec
@@ -176,12 +176,16 @@ class Search:
 
     def is_over(self) -> bool:
         """Whether no more trials are to begin."""
-        hours, target, best = self.search.max_hours, self.search.target, self.study.best()
-        return (
-            self.is_stopped()
-            or (hours is not None and time.time() > self.record["begun_s"] + 3600 * hours)
-            or (target is not None and best is not None and self.study.worth(best.value) >= self.study.worth(target))
-        )
+        hours = self.search.max_hours
+        late = hours is not None and time.time() > self.record["begun_s"] + 3600 * hours
+        return self.is_stopped() or late or self._has_reached_its_target()
+
+    def _has_reached_its_target(self) -> bool:
+        target = self.search.target
+        if target is None:
+            return False
+        best = self.study.best()
+        return best is not None and self.study.worth(best.value) >= self.study.worth(target)
 
 
 def main(arguments: list[str]) -> int:
@@ -217,7 +221,7 @@ def _drive(folder: StudyFolder) -> int:
         ray_tune.run(search, Path(os.environ[VARIABLE], "tune"))
         if search.failed is None and not folder.stop_request.exists():
             # Before Ray ends, which takes seconds: what is delivered last can begin.
-            conclude(folder)
+            conclude(folder, search.study)
     if search.failed is not None:
         raise RunError(search.failed)
     with suppress(FileNotFoundError):

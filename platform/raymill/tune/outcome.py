@@ -21,23 +21,26 @@ def open_study(folder: StudyFolder) -> Study:
     return Study(folder.store, folder.name, SearchSpec.model_validate(record["search"]), record["mode"])
 
 
-def conclude(folder: StudyFolder) -> dict[str, Any]:
+def conclude(folder: StudyFolder, study: Study) -> dict[str, Any]:
     """The summary of a study that is over; also written to its folder."""
-    summary = show(folder)
+    summary = show(folder, study)
     write_record(folder.summary, summary)
     return summary
 
 
-def show(folder: StudyFolder) -> dict[str, Any]:
+def show(folder: StudyFolder, study: Study | None = None) -> dict[str, Any]:
     """What is known of a study.
+
+    Args:
+        study: the same, where it is open already.
 
     Returns:
         study, job, metric, mode, trials (state -> how many), most_trials, best (see `facts_of`), top (the best five),
         job_as_it_stands (the value of the first trial, where that is the job), begun_s.
     """
-    record, study = read_record(folder.record), open_study(folder)
+    record, study = read_record(folder.record), study or open_study(folder)
     trials = [facts_of(one) for one in study.trials()]
-    whole = [one for one in trials if one["state"] == "complete" and study.is_whole(one["number"])]
+    whole = [one for one in trials if one["state"] == "complete" and study.is_whole(one["number"], len(trials))]
     done = sorted(whole, key=lambda one: (-study.worth(one["value"]), one["number"]))
     first = next((one for one in trials if one["number"] == 0 and one["state"] == "complete"), None)
     return {

@@ -88,13 +88,19 @@ class Study:
 
     def best(self) -> FrozenTrial | None:
         """The best of the trials that ran to their end."""
-        done = [one for one in self.trials() if one.state == TrialState.COMPLETE and self.is_whole(one.number)]
+        trials = self.trials()
+        done = [one for one in trials if one.state == TrialState.COMPLETE and self.is_whole(one.number, len(trials))]
         return max(done, key=lambda one: (self.worth(one.value), -one.number), default=None)
 
-    def is_whole(self, number: int) -> bool:
-        """Whether a trial that ended is a whole training, and not a part of one that others go on from."""
-        size, trials = self.search.scheduler.population, len(self.trials())
-        return self.search.scheduler.kind != "pbt" or number >= trials - trials % size - (0 if trials % size else size)
+    def is_whole(self, number: int, num_trials: int) -> bool:
+        """Whether a trial that ended is a whole training, and not a part of one that others go on from.
+
+        Args:
+            num_trials: that there are; asked for once, since each time the store is read.
+        """
+        size = self.search.scheduler.population
+        beyond = num_trials % size
+        return self.search.scheduler.kind != "pbt" or number >= num_trials - (beyond or size)
 
     def worth(self, value: float | None) -> float:
         """A value such that more is better."""
