@@ -574,3 +574,23 @@ def test_a_feed_says_when_the_stream_ends_early_or_late() -> None:
         feed.finish(TRAIN, 0, 1)
     with pytest.raises(DataError, match="the stream ended before"):
         feed.take(TRAIN, 0, 3)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_transform_that_writes_into_its_own_array_again_changes_no_rows_that_were_read(world_size: int) -> None:
+    written = np.empty(8, np.int64)
+
+    def transform(rows: Rows, split: str, generator: np.random.Generator) -> Rows:
+        count = len(rows["x"])
+        written[:count] = np.asarray(rows["x"]) * 10
+        return {"x": rows["x"], "ten": written[:count]}
+
+    source = ArraySource("rows", lambda: {"x": np.arange(12, dtype=np.int64)}, 3)
+    order = JobOrder(SplitOrder(TRAIN, np.array([3] * 4, np.int64), 4, 0, shuffle=True), (), 1, 12)
+    pipeline = Pipeline(sources={TRAIN: source}, schema={}, transform=transform)
+    sharding = {TRAIN: BatchSharding(12, 12, world_size, world_size)}
+    reader = Reader("run", order, sharding, {TRAIN: source.fragments()}, pipeline)
+    for rank in range(world_size):
+        packets = list(read_locally(reader, 0, rank))
+        for packet in packets:
+            np.testing.assert_array_equal(packet.rows["ten"], np.asarray(packet.rows["x"]) * 10)

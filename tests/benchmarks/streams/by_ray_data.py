@@ -40,7 +40,7 @@ def batches(kind: str, folder: Path, workers: int) -> Iterator[Batch]:
     """Epoch after epoch; `workers`: CPUs of the cluster."""
     import ray
 
-    ray.init(num_cpus=workers, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(num_cpus=workers, **rows.RAY)
     ray.data.DataContext.get_current().enable_progress_bars = False
     data = ray.data.read_parquet(str(folder))
     if kind in ("raw", "jpeg"):

@@ -28,7 +28,7 @@ COLUMNS = {
     "tokens": {"tokens": Field("int32", (1025,))},
     "tabular": {**NUMBERS, "label": Field("int64")},
 }
-EPOCHS = 1000
+EPOCHS = 100
 WINDOW_BYTES = 16 * 2**20
 """As a plan has it."""
 
@@ -78,7 +78,7 @@ def batches(kind: str, folder: Path, workers: int) -> Iterator[Batch]:
     if workers:
         import ray
 
-        ray.init(num_cpus=workers, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        ray.init(num_cpus=workers, **rows.RAY)
         [iterator] = split_with_ray(reader, 0, 1, data_cpus=workers, task_cpus=1)
         packets = prefetched(receive(iterator, 0), 2)
     else:

@@ -24,6 +24,9 @@ import torch
 NUM_ROWS = {"raw": 60_000, "jpeg": 3_000, "tokens": 20_000, "tabular": 400_000}
 BATCH_ROWS = {"raw": 128, "jpeg": 32, "tokens": 16, "tabular": 2048}
 
+RAY = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False, "object_store_memory": 2 * 2**30}
+"""How Ray starts, for both that run on it; its object store as large as raymill's plan makes it on a machine of 24 GB."""
+
 Row = Mapping[str, Any]
 Batch = Mapping[str, torch.Tensor]
 
