@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
+import sqlite3
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
@@ -264,3 +266,60 @@ def test_a_population_goes_on_from_its_best_and_a_killed_one_ends_alike(tmp_path
         return found
 
     assert weights(killed) == weights(whole)
+
+
+def test_a_store_that_somebody_holds_is_named_and_once_it_is_free_the_search_goes_on(
+    undisturbed: list[Any], tmp_path: Path
+) -> None:
+    home = Home(tmp_path / "home")
+    begun = home.start(*command())
+    wait_until(lambda: num_over(home) >= 2, begun)
+    held = sqlite3.connect(study_of(home).store, isolation_level=None)
+    wait_until(lambda: takes(held), begun)
+    _, stderr = begun.communicate()
+    held.close()
+    assert begun.returncode == 1
+    assert str(study_of(home).store) in stderr.replace("\n", "")
+    assert "database is locked" in stderr
+    code, _, stderr = home.run(*command())
+    assert code == 0, stderr
+    assert told(home) == undisturbed
+    assert not home.left_over()
+
+
+def takes(held: sqlite3.Connection) -> bool:
+    """Whether a connection gets its database for itself alone."""
+    try:
+        held.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount memory as a disk that is full")
+def test_a_full_disk_costs_no_trial(undisturbed: list[Any], tmp_path: Path) -> None:
+    place = tmp_path / "home"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"this machine lets nobody mount: {mounted.stderr.decode()}")
+    try:
+        home = Home(place)
+        begun = home.start(*command())
+        wait_until(lambda: num_over(home) >= 2, begun)
+        filler = place / "filler"
+        with suppress(OSError), filler.open("wb") as file:
+            while True:
+                file.write(bytes(2**16))
+                file.flush()
+        _, stderr = begun.communicate()
+        assert begun.returncode == 1
+        assert "disk" in stderr
+        assert "he same command goes on" in " ".join(stderr.split())
+        filler.unlink()
+        code, _, stderr = home.run(*command())
+        assert code == 0, stderr
+        assert told(home) == undisturbed
+        assert not home.left_over()
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)

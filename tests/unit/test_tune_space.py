@@ -135,6 +135,17 @@ def test_points_come_first_and_once(tmp_path: Path) -> None:
     assert len(found) == 5
 
 
+def test_the_best_trial_is_found_with_one_look_at_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = Study(tmp_path / "s.db", "s", search(LINE, sampler={"kind": "random"}), "min")
+    found = run(study, 12)
+    looks: list[int] = []
+    trials = study.trials
+    monkeypatch.setattr(study, "trials", lambda: looks.append(1) or trials())
+    best = study.best()
+    assert best is not None
+    assert (best.number, len(looks)) == (min(found, key=lambda one: one[2])[0], 1)
+
+
 def test_a_trial_that_is_over_stays_as_it_is(tmp_path: Path) -> None:
     study = Study(tmp_path / "s.db", "s", search(LINE), "max")
     assert study.next(1) is not None

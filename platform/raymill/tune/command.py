@@ -34,7 +34,7 @@ from raymill.orchestration.run import new_id, try_code
 from raymill.paths import project_root
 from raymill.record.environment import environment
 from raymill.tune import space
-from raymill.tune.folder import StudyFolder, find_study, studies_folder, unfinished_study
+from raymill.tune.folder import FINISHED, INTERRUPTED, UNWRITABLE, StudyFolder, find_study, studies_folder, unfinished_study
 
 BESIDE = "search.yaml"
 """A job's search may stand in this file beside it."""
@@ -259,8 +259,10 @@ def _drive(folder: StudyFolder, offset: int, tell: Tell, look: Callable[[], None
                 process.wait()
                 session_folder.end_session(session, SESSION_TIMEOUT_S)
         offset, _ = _show_new(folder, offset, tell)
-        if process.returncode in (0, 3):
+        if process.returncode in (FINISHED, INTERRUPTED):
             return
+        if process.returncode == UNWRITABLE:
+            raise RunError(f"nothing can be written into {folder.path}: its disk is full, or gone. The same command goes on.")
         if folder.failure.exists():
             error = errors.from_record(read_record(folder.failure))
             if not isinstance(error, WorkerError):

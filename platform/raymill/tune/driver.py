@@ -16,8 +16,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,10 @@ from raymill.orchestration.on_ray.ray_session import ray_for
 from raymill.orchestration.on_ray.session_folder import VARIABLE
 from raymill.paths import home
 from raymill.redaction import print_redacted, redact, redact_text
-from raymill.tune.folder import StudyFolder
+from raymill.tune.folder import FAILED, FINISHED, INTERRUPTED, UNWRITABLE, StudyFolder
 from raymill.tune.outcome import conclude
-from raymill.tune.study import DEVIATION, MESSAGE, METRICS, RUNS, SECONDS, STEP, Study, Suggestion, Wait, facts_of
+from raymill.tune.study import DEVIATION, MESSAGE, METRICS, RUNS, SECONDS, STEP, Study, Suggestion, Wait, facts_of, store_problem
 from raymill.tune.trial import TrialSpec
-
-FINISHED, FAILED, INTERRUPTED = 0, 1, 3
 
 WATCH_S = 1.0
 
@@ -73,6 +71,7 @@ class Search:
         self.metric, self.mode = record["metric"], record["mode"]
         self.study = Study(folder.store, folder.name, self.search, self.mode, record["first"])
         self.failed: str | None = None
+        self._begun_s, self._over_before = time.monotonic(), self._num_over()
         self._deaths: Counter[int] = Counter()
 
     @property
@@ -87,9 +86,10 @@ class Search:
 
     def next(self) -> TrialSpec | Wait | None:
         """The next trial; None: there is none to begin."""
-        if self.is_over():
-            return None
-        suggestion = self.study.next(self.record["trials"])
+        with self._noting_failures():
+            if self.is_over():
+                return None
+            suggestion = self.study.next(self.record["trials"])
         return self._spec_of(suggestion) if isinstance(suggestion, Suggestion) else suggestion
 
     def _spec_of(self, suggestion: Suggestion) -> TrialSpec:
@@ -130,11 +130,25 @@ class Search:
 
     def report(self, number: int, evaluation: int, value: float) -> bool:
         """A trial was evaluated, for the first, second, ... time; returns whether it is to end."""
-        return self.study.report(number, evaluation, value)
+        with self._noting_failures():
+            return self.study.report(number, evaluation, value)
 
     def ended(self, number: int, result: dict[str, Any] | None, *, pruned: bool) -> None:
         """A trial is over: note it, unless the search was stopped and the trial is to be gone on with."""
-        result = result or {}
+        with self._noting_failures():
+            self._ended(number, result or {}, pruned=pruned)
+
+    @contextmanager
+    def _noting_failures(self) -> Iterator[None]:
+        """Within this the study is read and written. What goes wrong ends the search: Ray Tune may take it for a trial's."""
+        try:
+            yield
+        except Exception as failure:
+            said = f"the study could not be written: {type(failure).__name__}: {failure}. The same command goes on."
+            self.failed = store_problem(failure, self.folder.store) or said
+            raise
+
+    def _ended(self, number: int, result: dict[str, Any], *, pruned: bool) -> None:
         facts = {RUNS: result.get("runs", [f"{self.folder.name}-{number:04d}"])}
         if "score" in result:
             facts |= {METRICS: result["metrics"], SECONDS: result["seconds"], DEVIATION: result["deviation"]}
@@ -143,6 +157,10 @@ class Search:
         elif pruned:
             self.study.tell(number, "pruned", None, facts)
         elif self.is_stopped():
+            return
+        elif "no_room" in result:
+            # No fault of the trial's: it goes on once there is some, and so do all others.
+            self.failed = f"trial {number} found no room on the disk: {result['no_room']}. Free some; the same command goes on."
             return
         elif (not result or result.get("interrupted")) and self._deaths[number] < MOST_DEATHS:
             # Its process died, or was asked to end. Not left to Ray Tune, which knows nothing of what was committed.
@@ -156,10 +174,17 @@ class Search:
                 self.failed = f"trial {number} failed, and search.on_error is stop: {said}"
         self._tell_of([one for one in self.study.trials() if one.number == number])
 
+    def _num_over(self) -> int:
+        return sum(one.state.is_finished() for one in self.study.trials())
+
     def _tell_of(self, trials: Sequence[FrozenTrial]) -> None:
+        over, most = self._num_over(), self.record["trials"]
+        took_s, best = time.monotonic() - self._begun_s, self.study.best()
+        left_s = took_s / max(1, over - self._over_before) * max(0, most - over)
+        so_far = {"over": over, "most_trials": most, "left_s": left_s, "best": None if best is None else best.value}
         with open(self.folder.trials, "a", opener=private) as file:
             for trial in trials:
-                file.write(json.dumps(redact({"time_s": time.time(), **facts_of(trial)})) + "\n")
+                file.write(json.dumps(redact({"time_s": time.time(), **facts_of(trial), "so_far": so_far})) + "\n")
 
     def tell_what_was_not_told(self) -> None:
         """Tell of trials that an earlier driver has noted in the study, and then died."""
@@ -189,7 +214,7 @@ class Search:
 
 
 def main(arguments: list[str]) -> int:
-    """Drive a search; returns 0 finished, 3 stopped, 1 anything else, with the reason in `failure.json`."""
+    """Drive a search; returns what became of it, see `folder`."""
     folder = StudyFolder(Path(arguments[0]))
 
     def stop(number: int, frame: Any) -> None:
@@ -200,11 +225,18 @@ def main(arguments: list[str]) -> int:
         with run_lock(folder.driver_lock):
             return _drive(folder)
     except RaymillError as error:
-        write_record(folder.failure, redact(errors.as_record(error)))
-        return FAILED
+        return _failed(folder, error)
     except Exception as error:
-        write_record(folder.failure, redact(errors.as_record(RunError(f"{type(error).__name__}: {error}"))))
-        raise
+        print_redacted(type(error), error, error.__traceback__)
+        return _failed(folder, RunError(f"{type(error).__name__}: {error}"))
+
+
+def _failed(folder: StudyFolder, error: RaymillError) -> int:
+    try:
+        write_record(folder.failure, redact(errors.as_record(error)))
+    except OSError:
+        return UNWRITABLE
+    return FAILED
 
 
 def _drive(folder: StudyFolder) -> int:
@@ -218,7 +250,13 @@ def _drive(folder: StudyFolder) -> int:
         # Imported here: `ray_for` sets what Ray reads when it is imported.
         from raymill.tune import ray_tune
 
-        ray_tune.run(search, Path(os.environ[VARIABLE], "tune"))
+        try:
+            ray_tune.run(search, Path(os.environ[VARIABLE], "tune"))
+        except Exception as error:
+            if search.failed is None:
+                raise
+            # What Ray Tune makes of it says less.
+            raise RunError(search.failed) from error
         if search.failed is None and not folder.stop_request.exists():
             # Before Ray ends, which takes seconds: what is delivered last can begin.
             conclude(folder, search.study)

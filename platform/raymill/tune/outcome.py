@@ -58,11 +58,13 @@ def show(folder: StudyFolder, study: Study | None = None) -> dict[str, Any]:
 
 
 def in_a_line(trial: dict[str, Any]) -> str:
-    """A trial that is over, as it is shown."""
+    """A trial that is over, as it is shown: the facts of it, and `so_far`, what the driver knew of the search by then."""
     values = "  ".join(f"{name} {_short(value)}" for name, value in trial["values"].items())
     took = f", {trial['seconds']:.3g} s" if trial["seconds"] else ""
     said = f"\n{trial['message']}" if trial["message"] else ""
-    return f"trial {trial['number']}  {trial['state']}  {_short(trial['value'])}{took}  {values}{said}"
+    so_far = trial["so_far"]
+    where = f"{so_far['over']} of {so_far['most_trials']}, best {_short(so_far['best'])}, ETA {so_far['left_s']:.0f} s"
+    return f"trial {trial['number']}  {trial['state']}  {_short(trial['value'])}{took}  {values}  ({where}){said}"
 
 
 def _short(value: Any) -> str:

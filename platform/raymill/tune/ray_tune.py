@@ -50,12 +50,7 @@ class Suggestions(Searcher):
         number = self._numbers[trial_id]
         self._live.discard(number)
         outcome = None if error or not result else json.loads(result.get(OUTCOME) or "null")
-        try:
-            self._search.ended(number, outcome, pruned=number in self._ended_early)
-        except Exception as failure:
-            # Ray Tune would take it for the trial's, and start that again.
-            self._search.failed = f"the study could not be written: {type(failure).__name__}: {failure}"
-            raise
+        self._search.ended(number, outcome, pruned=number in self._ended_early)
 
     def save(self, checkpoint_path: str) -> None:
         """There is nothing to save: the study is."""

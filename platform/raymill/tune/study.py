@@ -191,6 +191,22 @@ class Study:
         self.optuna.sampler = fixed
 
 
+def store_problem(error: BaseException, store: Path) -> str | None:
+    """What is wrong with a study's store, and what to do, where an error came from that; else None."""
+    at: BaseException | None = error
+    while at is not None:
+        if isinstance(at, optuna.exceptions.StorageInternalError):
+            cause = at.__cause__ or at
+            # What the driver of the database said; SQLAlchemy adds the statement, with all that was to be written.
+            said = getattr(cause, "orig", None) or cause
+            return (
+                f"the study's store {store} could not be read or written: {said}. Free its disk, or end what holds it; "
+                "the same command goes on."
+            )
+        at = at.__cause__ or at.__context__
+    return None
+
+
 def suggest(trial: optuna.trial.Trial, name: str, one: ParameterSpec) -> Any:
     """A field's value in a trial."""
     if one.values is not None:

@@ -5,6 +5,7 @@ A trial is known by its number, and so are its runs: one that was killed goes on
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -61,7 +62,7 @@ def run_trial(trial: TrialSpec, report: Report) -> dict[str, Any]:
     """Run a trial to its end.
 
     Returns:
-        score, deviation, metrics and runs; or failed, with what the job's own code said.
+        score, deviation, metrics and runs; or failed, with what the job's own code said; or no_room, with what the system said.
     """
     begun_s = time.perf_counter()
     os.chdir(trial.cwd)
@@ -79,6 +80,8 @@ def run_trial(trial: TrialSpec, report: Report) -> dict[str, Any]:
     except Interrupted:
         return {"interrupted": True}
     except Exception as error:  # the job's own code may raise anything, and no other trial is to end by it
+        if found := _no_room(error):
+            return {"no_room": found}
         problems = [str(problem) for problem in error.problems] if isinstance(error, InputError) else []
         return {"failed": "\n".join([tell(error), *problems]), "runs": list(trial.runs)}
     return {
@@ -89,6 +92,15 @@ def run_trial(trial: TrialSpec, report: Report) -> dict[str, Any]:
         "step": step,
         "seconds": time.perf_counter() - begun_s,
     }
+
+
+def _no_room(error: BaseException | None) -> str | None:
+    """What the system said, where an error came from a full disk; else None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _run(trial: TrialSpec, run_id: str, overrides: list[str], report: Report) -> dict[str, Any]:
