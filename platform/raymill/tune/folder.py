@@ -19,7 +19,7 @@ from raymill.files import read_record
 from raymill.paths import home
 
 FINISHED, FAILED, INTERRUPTED, UNWRITABLE = 0, 1, 3, 4
-"""What the driver's process ends with: the study is over; it failed, see `failure`; stopped on request; that cannot be written."""
+"""What the driver's process ends with: it is over; it failed, see `failure`; it was stopped; the failure could not be written."""
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
