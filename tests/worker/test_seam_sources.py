@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from probes import pictures
-from raymill.data.sources import arrow_ipc, tar
+from raymill.data.sources import arrow_ipc, cached, tar
 from raymill.data.sources.lines import pieces
 from raymill.data.sources.pictures import samples
 from raymill.task import Pipeline, Schema, Task
@@ -39,6 +41,27 @@ def experiment(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
 def test_stopped_and_killed_it_ends_with_the_same_weights(new_run: NewRun, experiment: Experiment, world_size: int) -> None:
     pair = stopped_and_killed(new_run, experiment, world_size)
     assert pair.expected.metrics("evaluation")[-1]["validation/accuracy"] > 0.7, "half of them would be chance"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_with_rows_that_are_kept_on_disk_it_ends_with_the_weights_of_those_that_are_not(
+    new_run: NewRun, world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "MOST_FILES", samples.MOST_FILES)
+    make = partial(in_small_pieces, pictures.made("folders", tmp_path / "data"))
+    plain = new_run(Experiment(brightness, make, pictures.VALUES, chunk_rows=7)).go(world_size)
+    kept = partial(with_rows_kept, make, str(tmp_path / "state"))
+    pair = stopped_and_killed(new_run, Experiment(brightness, kept, pictures.VALUES, chunk_rows=7), world_size)
+    assert pair.expected.sha256 == plain.sha256
+    num_fragments = sum(len(source.fragments()) for source in make().sources.values())
+    assert len(list((tmp_path / "state/cache/rows").glob("*.rows"))) == num_fragments
+
+
+def with_rows_kept(make_pipeline: Callable[[], Pipeline], state: str) -> Pipeline:
+    """The same, each source with its rows kept in a state folder."""
+    os.environ["RAYMILL_HOME"] = state
+    made = make_pipeline()
+    return replace(made, sources={name: cached(source) for name, source in made.sources.items()})
 
 
 def test_strict_it_ends_with_the_same_weights_at_any_number_of_workers(new_run: NewRun, experiment: Experiment) -> None:

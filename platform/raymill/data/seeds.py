@@ -51,13 +51,69 @@ def reading(seed: int, epoch: int) -> Iterator[None]:
 
 
 def being_read() -> tuple[int, ...]:
-    """The seed and the epoch that sources are read for; () outside of a run."""
+    """The seed and the epoch that sources are read for; () outside of a run. Whoever asks gives other rows in each epoch."""
+    if (watch := _watching.get()) is not None:
+        watch.noticed = True
     return _reading.get()
 
 
 def seed_row(number: int) -> None:
     """Seed everything for one row of a source, whatever it is read together with."""
-    seed_everything(*being_read(), number, ROW)
+    watch = _watching.get()
+    if watch is not None:
+        watch.look()
+    seed_everything(*_reading.get(), number, ROW)
+    if watch is not None:
+        watch.begin()
+
+
+class DrawWatch:
+    """Whether code draws random numbers from one of the global generators, or asks which epoch it is.
+
+    Attributes:
+        noticed: it did.
+    """
+
+    def __init__(self) -> None:
+        """From now on."""
+        self.noticed = False
+        self.begin()
+
+    def begin(self) -> None:
+        """What was drawn until now is seen, or none of the code's."""
+        self._states = _states()
+
+    def look(self) -> None:
+        """Notice what was drawn since."""
+        self.noticed |= not all(map(_same, self._states, _states()))
+
+
+_watching: ContextVar[DrawWatch | None] = ContextVar("watching", default=None)
+
+
+@contextmanager
+def watching_draws() -> Iterator[DrawWatch]:
+    """Within this, notice whether anything is drawn. A generator that code makes for itself is its own affair."""
+    watch = DrawWatch()
+    token = _watching.set(watch)
+    try:
+        yield watch
+    finally:
+        watch.look()
+        _watching.reset(token)
+
+
+def _states() -> tuple[Any, ...]:
+    """Of Python's, NumPy's and torch's generators; None where torch is not imported."""
+    torch, (_, words, place, *_) = imported_torch(), np.random.get_state(legacy=True)
+    return random.getstate(), words, place, torch.get_rng_state().numpy() if torch else None
+
+
+def _same(before: Any, now: Any) -> bool:
+    if isinstance(before, np.ndarray) and isinstance(now, np.ndarray):
+        return bool(np.array_equal(before, now))
+    # Who imports torch meanwhile may have drawn from it, and is not the same.
+    return type(before) is type(now) and bool(before == now)
 
 
 def imported_torch() -> Any:

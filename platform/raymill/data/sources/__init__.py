@@ -14,6 +14,7 @@ from raymill.data.sources.pictures.boxes import CocoSource, VocSource
 from raymill.data.sources.pictures.decode import broken_pictures, decode_images, decode_masks
 from raymill.data.sources.pictures.folder import ImageFolderSource
 from raymill.data.sources.pictures.masks import MaskSource
+from raymill.data.sources.row_cache import cached
 from raymill.data.sources.splits import resample, split_by_key, split_by_share, split_by_time, split_into_folds
 from raymill.data.sources.tar import TarSource
 
@@ -31,6 +32,7 @@ __all__ = [
     "TextSource",
     "VocSource",
     "broken_pictures",
+    "cached",
     "decode_images",
     "decode_masks",
     "resample",
