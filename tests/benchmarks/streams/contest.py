@@ -92,8 +92,9 @@ def command(python: Path, way: str, kind: str, folder: Path, home: str, *given: 
         out.seek(0), err.seek(0)
         if process.returncode:
             raise SystemExit(f"{way} {kind} {given} ended with {process.returncode}:\n{err.read().decode()[-3000:]}")
-        text = out.read().decode().strip()
-    result: dict[str, Any] = json.loads(text.splitlines()[-1]) if text and "--write" not in given else {}
+        # Libraries may say something, before or behind it.
+        lines = [line for line in out.read().decode().splitlines() if line.startswith("{")]
+    result: dict[str, Any] = {} if "--write" in given else json.loads(lines[-1])
     return {**result, "peak_mib": peak_bytes >> 20}
 
 
