@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from raymill.data.seeds import reading, seed_everything
-from raymill.data.sources import ArraySource, MapStyleSource, cached, resample, row_cache
+from raymill.data.sources import ArraySource, MapStyleSource, cached, row_cache
 from raymill.data.sources.row_cache import CachedSource
 from raymill.errors import InputError
 from raymill.paths import home
@@ -150,16 +150,6 @@ def test_a_data_set_that_draws_for_any_of_its_items_is_not_kept(kind: str, kept:
 
 def numbers() -> Rows:
     return {"x": np.arange(100), "label": np.arange(100) % 2}
-
-
-def test_rows_that_are_drawn_anew_in_each_epoch_are_not_kept() -> None:
-    source = cached(resample(ArraySource("numbers", numbers, 100), "label", {1: 0.5}))
-    (fragment,) = source.fragments()
-    found = []
-    for epoch in range(2):
-        with reading(0, epoch):
-            found.append(np.asarray(source.read(fragment)["x"]).tolist())
-    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "other"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymill.data.manifest import differences, take_manifest
-from raymill.data.seeds import reading
 from raymill.data.sources import (
     ArraySource,
     ParquetSource,
@@ -27,7 +25,6 @@ from raymill.data.sources import (
     split_by_time,
     split_into_folds,
 )
-from raymill.data.sources.splits import drawn
 from raymill.errors import DataError, InputError
 from raymill.task import Field, Fragment, Pipeline, Rows, Source
 
@@ -261,39 +258,6 @@ def test_rows_of_a_weight_come_as_often_as_it_says_on_average_and_the_same_ones_
     assert rows != read_all(resample(plain, "label", {1: 2.5, 2: 0.25, 3: 40, 0: 0}, seed=1))["row"]
     counts = np.unique(np.array(read_all(resample(plain, "user", {"user 7": 2.5}))["row"]), return_counts=True)[1]
     assert set(counts) == {1, 2, 3}
-
-
-def test_each_epoch_draws_other_rows_as_many_and_as_often_and_the_same_ones_again(tmp_path: Path) -> None:
-    plain = parquet(tmp_path / "set", 3000, ("a",))
-    source = resample(plain, "label", {1: 2.5, 2: 0.25})
-    epochs = []
-    for epoch in [*range(8), 0]:
-        with reading(5, epoch):
-            epochs.append(np.bincount(np.array(read_all(source)["row"]) - ord("a") * 10**6, minlength=3000))
-    assert {int(one.sum()) for one in epochs} == {sum(one.num_rows for one in source.fragments())}
-    np.testing.assert_array_equal(epochs[0], epochs[-1])
-    assert all((epochs[0] != other).any() for other in epochs[1:-1])
-    came, label = np.stack(epochs[:-1]), np.array(read_all(plain)["label"])
-    for value, least, most, often in ((1, 2, 3, 2.5), (2, 0, 1, 0.25), (0, 1, 1, 1.0)):
-        own = came[:, label == value]
-        assert (own.min(), own.max()) == (least, most)
-        assert own.mean() == pytest.approx(often, rel=0.05)
-    thirds = came[:, label == 1].sum(axis=0) - 16
-    assert 0 < thirds.std() < 2 < thirds.max(), "not the same rows each time"
-
-
-@given(
-    st.lists(st.floats(0, 20) | st.integers(0, 3).map(float), min_size=1, max_size=60).filter(any),
-    st.booleans(),
-    st.integers(0, 2**32),
-)
-def test_what_is_drawn_adds_up_and_lies_beside_what_is_wanted(wanted: list[float], up: bool, seed: int) -> None:
-    total = float(np.cumsum(np.array(wanted) - np.floor(wanted))[-1])
-    count = int(sum(map(math.floor, wanted)) + (math.ceil(total) if up else math.floor(total)))
-    copies = drawn(np.array(wanted), count, np.random.Generator(np.random.Philox(key=seed)))
-    assert copies.sum() == count
-    assert (copies >= np.floor(wanted)).all()
-    assert (copies <= np.ceil(wanted)).all()
 
 
 def test_weights_that_are_none_are_refused_and_others_are_another_rule(tmp_path: Path) -> None:

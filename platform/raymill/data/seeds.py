@@ -50,13 +50,6 @@ def reading(seed: int, epoch: int) -> Iterator[None]:
         _reading.reset(token)
 
 
-def being_read() -> tuple[int, ...]:
-    """The seed and the epoch that sources are read for; () outside of a run. Whoever asks gives other rows in each epoch."""
-    if (watch := _watching.get()) is not None:
-        watch.noticed = True
-    return _reading.get()
-
-
 def seed_row(number: int) -> None:
     """Seed everything for one row of a source, whatever it is read together with."""
     watch = _watching.get()
@@ -68,7 +61,7 @@ def seed_row(number: int) -> None:
 
 
 class DrawWatch:
-    """Whether code draws random numbers from one of the global generators, or asks which epoch it is.
+    """Whether code draws random numbers from one of the global generators.
 
     Attributes:
         noticed: it did.

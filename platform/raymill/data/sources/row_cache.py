@@ -44,8 +44,8 @@ def cached(source: Source, *, most_bytes: int = 20 * 2**30) -> CachedSource:
 
     Each fragment is read once on a machine, whatever number of processes ask for it. Its rows are kept under a digest of the
     source with its arguments, the fragment's identity, the project's code and the versions of the libraries that may matter: who
-    changes one of them reads anew. What draws random numbers while it reads, or asks which epoch it is, gives other rows each
-    time and is not kept. Files are in `.raymill/cache/rows`, and may be deleted at any time.
+    changes one of them reads anew. What draws random numbers while it reads gives other rows each time, and is not
+    kept. Files are in `.raymill/cache/rows`, and may be deleted at any time.
 
     Args:
         source: a dataclass of plain values, functions of modules (no lambdas) and other such dataclasses.

@@ -24,7 +24,6 @@ import numpy.typing as npt
 
 from raymill.data.order import key, splitmix64
 from raymill.data.rows import take
-from raymill.data.seeds import being_read
 from raymill.errors import DataError, InputError, Problem, did_you_mean
 from raymill.task import TRAIN, VALIDATION, Column, Fragment, Rows, Source
 
@@ -123,9 +122,8 @@ def split_into_folds(
 def resample(source: Source, column: str, weights: Mapping[Any, float], *, seed: int = 0) -> ResampledSource:
     """The rows of a source, some more often than others: those of a rare label, say.
 
-    A row of weight 2.5 is there twice, and in about half of the epochs a third time: which rows those are is drawn anew in each
-    epoch, and follows from epoch and seeds alone. Weights below 1 leave rows out, others in each epoch. An epoch has as many rows
-    as any other. Each copy counts as a row of its own, with its own place in the order.
+    A row of weight 2.5 is there twice, and half of such rows a third time; which ones follows from the row and the seed, the same
+    in each epoch. Weights below 1 leave rows out. Each copy counts as a row of its own, with its own place in the order.
 
     Args:
         source: of training rows.
@@ -221,11 +219,8 @@ class Rule:
 
 def _hashes_at(fragment: Fragment, seed: int) -> Hashes:
     """Of each row by its place."""
-    return splitmix64(np.arange(fragment.num_rows, dtype=np.uint64) ^ np.uint64(key(_path_key(fragment), fragment.part, seed)))
-
-
-def _path_key(fragment: Fragment) -> int:
-    return int.from_bytes(hashlib.blake2b(fragment.path.encode(), digest_size=8).digest(), "little")
+    path = int.from_bytes(hashlib.blake2b(fragment.path.encode(), digest_size=8).digest(), "little")
+    return splitmix64(np.arange(fragment.num_rows, dtype=np.uint64) ^ np.uint64(key(path, fragment.part, seed)))
 
 
 def _hashes_of(column: Column, seed: int) -> Hashes:
@@ -371,7 +366,7 @@ class ResampledSource:
         """
         whole = self.source.fragments()
         try:
-            counted = [_of_rule(one, self._num_copies(one), self._digest) for one in whole]
+            counted = [_of_rule(one, int(self._copies(one).sum()), self._digest) for one in whole]
         except DataError as error:
             where, fix = f"column {self.column!r}", "Restore the file."
             raise InputError([Problem(where, str(error), "a readable column", fix)]) from error
@@ -387,49 +382,18 @@ class ResampledSource:
         """
         whole = _whole(fragment, self._digest, "resampling")
         rows = self.source.read(whole)
-        place = np.random.Generator(np.random.Philox(key=key(_path_key(whole), whole.part, self.seed, *being_read())))
-        return take(rows, np.repeat(np.arange(whole.num_rows), drawn(self._wanted(whole, rows), fragment.num_rows, place)))
+        return take(rows, np.repeat(np.arange(whole.num_rows), self._copies(whole, rows)))
 
     @property
     def _digest(self) -> str:
         """16 hex digits that change when the rule does."""
-        rule = (self.column, self.weights, self.seed, "in each epoch")
-        return hashlib.sha256(repr(rule).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((self.column, self.weights, self.seed)).encode()).hexdigest()[:16]
 
-    def _num_copies(self, whole: Fragment) -> int:
-        # Rounded at random, so that rare rows of small fragments come as often as they should in all.
-        return int(self._wanted(whole).sum() + _hashes_at(whole, self.seed)[0] / 2.0**64)
-
-    def _wanted(self, whole: Fragment, rows: Rows | None = None) -> npt.NDArray[np.float64]:
-        """How often each row is to come, on average."""
+    def _copies(self, whole: Fragment, rows: Rows | None = None) -> npt.NDArray[np.int64]:
         known, weights = _reading(self.source, self.column, whole, rows)[self.column], dict(self.weights)
         values = known.tolist() if isinstance(known, np.ndarray) else known
-        return np.array([weights.get(value, 1.0) for value in values], np.float64)
-
-
-def drawn(wanted: npt.NDArray[np.float64], count: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-    """How often each row comes, `count` in all: the whole number below what is wanted, or the next one.
-
-    Systematic sampling of the rows in random order: Madow, "On the Theory of Systematic Sampling, II", 1949.
-
-    Args:
-        wanted: of each row, on average.
-        count: their sum, rounded up or down.
-        generator: draws.
-
-    Returns:
-        int64 [num_rows].
-    """
-    copies = np.floor(wanted).astype(np.int64)
-    order = generator.permutation(len(wanted))
-    ends = np.cumsum((wanted - copies)[order])
-    points, beyond = count - int(copies.sum()), ends[-1] % 1.0
-    # Points a whole number apart, each in the stretch of one row. Where the first of them lies says how many there are.
-    first = generator.uniform(0.0, beyond) if points > ends[-1] else generator.uniform(beyond, 1.0)
-    before = np.ceil(ends - first).clip(0, points)
-    before[-1] = points
-    copies[order] += np.diff(before, prepend=0).astype(np.int64)
-    return copies
+        wanted = np.array([weights.get(value, 1.0) for value in values], np.float64)
+        return (wanted + _hashes_at(whole, self.seed) / 2.0**64).astype(np.int64)
 
 
 # ---------------------------------------------------------------- what both are made of
