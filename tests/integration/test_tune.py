@@ -323,3 +323,19 @@ def test_a_full_disk_costs_no_trial(undisturbed: list[Any], tmp_path: Path) -> N
         assert not home.left_over()
     finally:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_search_whose_command_is_dead_ends_and_the_same_command_delivers_it(undisturbed: list[Any], tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    begun = home.start(*command())
+    wait_until(lambda: num_over(home) >= 2, begun)
+    begun.kill()
+    begun.communicate()
+    study = study_of(home)
+    wait_until(lambda: study.summary.exists() and process_of(home, "driver") is None)
+    code, stdout, stderr = home.run(*command())
+    assert code == 0, stderr
+    assert "going on with what was begun" in stderr
+    assert json.loads(stdout)["delivered_to_mlflow"]
+    assert told(home) == undisturbed
+    assert not home.left_over()

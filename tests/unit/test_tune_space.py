@@ -13,7 +13,9 @@ from pydantic import ValidationError
 
 from raymill.config.search import SearchSpec
 from raymill.errors import InputError
+from raymill.files import write_record
 from raymill.tune import space
+from raymill.tune.folder import StudyFolder, studies_folder, unfinished_study
 from raymill.tune.population import changed
 from raymill.tune.study import Study, Suggestion, Wait, importance
 
@@ -309,3 +311,15 @@ def test_a_trial_that_was_to_end_ends_though_nobody_acted_on_it(tmp_path: Path) 
     assert isinstance(given, Suggestion)
     assert given.number == 2
     assert again.report(2, 2, 5.0)
+
+
+def test_a_study_that_was_concluded_but_not_delivered_is_gone_on_with() -> None:
+    folder = StudyFolder(studies_folder() / "smoke-20261129-000000-000000")
+    folder.path.mkdir(parents=True)
+    write_record(folder.record, {"job": "a", "search": {}})
+    found = []
+    for summary in (None, {}, {"delivered_to_mlflow": False}, {"delivered_to_mlflow": True}):
+        if summary is not None:
+            write_record(folder.summary, summary)
+        found.append(unfinished_study("a", {}))
+    assert found == [folder, folder, folder, None]

@@ -134,5 +134,7 @@ def unfinished_study(job: str, search: dict[str, Any]) -> StudyFolder | None:
     for one in all_studies():
         record = read_record(one.record)
         if record["job"] == job and record["search"] == search:
-            return None if one.summary.exists() and not one.stop_request.exists() else one
+            # The driver concludes a study; the command that was shown it, and saw it delivered, notes that as well.
+            concluded = read_record(one.summary) if one.summary.exists() else {}
+            return None if concluded.get("delivered_to_mlflow") and not one.stop_request.exists() else one
     return None
