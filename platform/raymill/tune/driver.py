@@ -71,7 +71,7 @@ class Search:
         self.metric, self.mode = record["metric"], record["mode"]
         self.study = Study(folder.store, folder.name, self.search, self.mode, record["first"])
         self.failed: str | None = None
-        self._begun_s, self._over_before = time.monotonic(), self._num_over()
+        self._begun_s, self._over_before = time.monotonic(), num_over(self.study.trials())
         self._deaths: Counter[int] = Counter()
 
     @property
@@ -174,12 +174,10 @@ class Search:
                 self.failed = f"trial {number} failed, and search.on_error is stop: {said}"
         self._tell_of([one for one in self.study.trials() if one.number == number])
 
-    def _num_over(self) -> int:
-        return sum(one.state.is_finished() for one in self.study.trials())
-
     def _tell_of(self, trials: Sequence[FrozenTrial]) -> None:
-        over, most = self._num_over(), self.record["trials"]
-        took_s, best = time.monotonic() - self._begun_s, self.study.best()
+        known, most = self.study.trials(), self.record["trials"]
+        over, best = num_over(known), self.study.best_of(known)
+        took_s = time.monotonic() - self._begun_s
         left_s = took_s / max(1, over - self._over_before) * max(0, most - over)
         so_far = {"over": over, "most_trials": most, "left_s": left_s, "best": None if best is None else best.value}
         with open(self.folder.trials, "a", opener=private) as file:
@@ -211,6 +209,11 @@ class Search:
             return False
         best = self.study.best()
         return best is not None and self.study.worth(best.value) >= self.study.worth(target)
+
+
+def num_over(trials: Sequence[FrozenTrial]) -> int:
+    """How many of them have ended."""
+    return sum(one.state.is_finished() for one in trials)
 
 
 def main(arguments: list[str]) -> int:

@@ -88,7 +88,10 @@ class Study:
 
     def best(self) -> FrozenTrial | None:
         """The best of the trials that ran to their end."""
-        trials = self.trials()
+        return self.best_of(self.trials())
+
+    def best_of(self, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+        """The same, of all trials as they were read: each reading asks the store."""
         done = [one for one in trials if one.state == TrialState.COMPLETE and self.is_whole(one.number, len(trials))]
         return max(done, key=lambda one: (self.worth(one.value), -one.number), default=None)
 
