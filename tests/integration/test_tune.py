@@ -121,6 +121,41 @@ def test_killed_anywhere_it_ends_as_if_nothing_had_been(undisturbed: list[Any], 
     assert not home.left_over()
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {
+            "sampler": {"kind": "ray.tune.search.optuna:OptunaSearch", "args": {"seed": 2}},
+            "limits": {"validation/accuracy": {"least": 0.95}},
+        },
+        {"sampler": {"kind": "tpe", "startup_trials": 3}, "also": {"validation/accuracy": "max"}},
+    ],
+    ids=["a searcher of Ray Tune, a limit", "two metrics"],
+)
+def test_a_searcher_of_others_and_several_metrics_survive_a_killed_driver(more: dict[str, Any], tmp_path: Path) -> None:
+    search = {**SEARCH, **more, "trials": 6}
+    whole, home = Home(tmp_path / "whole"), Home(tmp_path / "killed")
+    summary = whole.json(*command(search))
+    begun = home.start(*command(search))
+    wait_until(lambda: num_over(home) >= 3, begun)
+    wait_until(kill(home, "driver"), begun)
+    stdout, stderr = begun.communicate(timeout=240)
+    assert begun.returncode == 0, stderr
+    assert told(home) == told(whole)
+    again = json.loads(stdout)
+    assert [again[name]["number"] for name in ("best",)] == [summary["best"]["number"]]
+    accuracies = {one["number"]: one["metrics"]["validation/accuracy"] for one in (*summary["top"], *summary["front"])}
+    if "limits" in more:
+        assert summary["best"]["inside"]
+        assert summary["outside"] == sum(
+            facts_of(one)["metrics"]["validation/accuracy"] < 0.95 for one in open_study(study_of(whole)).trials()
+        )
+    else:
+        assert summary["front"] == again["front"]
+        assert accuracies[summary["front"][-1]["number"]] == max(accuracies.values())
+        assert (home.path / "studies" / again["study"] / "pictures" / "front.png").exists()
+
+
 def test_ctrl_c_saves_what_runs_and_the_same_command_goes_on(undisturbed: list[Any], tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     begun = home.start(*command())

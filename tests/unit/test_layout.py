@@ -24,7 +24,7 @@ VAGUE_NAMES = re.compile(r"(^|_)(utils?|helpers?|managers?|common|misc)(_|$)")
 ROOMS = {
     "ray.data": {"data/ray_stream.py"},
     "ray.train": {"orchestration/on_ray/ray_trainer.py", "orchestration/on_ray/worker.py", "ray_internals.py"},
-    "ray.tune": {"tune/ray_tune.py"},
+    "ray.tune": {"tune/ray_tune.py", "tune/searcher.py"},
 }
 
 MOST_FILES_OF_A_ROOM = 13

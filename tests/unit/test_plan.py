@@ -207,6 +207,17 @@ def test_an_elastic_job_is_planned_for_its_most_workers_and_goes_on_with_its_few
     assert (fixed.num_workers, fixed.min_workers) == (2, 2)
 
 
+def test_on_a_cluster_of_others_too_a_run_takes_no_more_than_its_workers() -> None:
+    shared = dataclasses.replace(facts(num_cpus=64), is_shared=True)
+    plan = plan_of(shared, scale={"workers": 2})
+    # Other runs may have every other CPU: reading waits for none, and threads are those of a worker.
+    assert (plan.worker_cpus, plan.read_task_cpus, plan.threads) == (1.0, 0.0, 1)
+    assert plan.data_cpus == 62
+    full = plan_of(dataclasses.replace(facts(num_cpus=2), is_shared=True), scale={"workers": 2})
+    assert (full.worker_cpus, full.data_cpus) == (1.0, 1.0)
+    assert plan_of(shared, scale={"workers": 2, "cpus_per_worker": 4.0}).threads == 4
+
+
 def test_a_strict_job_has_one_number_of_shards_whatever_its_workers_are() -> None:
     plans = [plan_of(loop={"strict": True}, scale={"workers": workers}) for workers in (1, 2, 5)]
     assert [plan.strict_shards for plan in plans] == [12] * 3

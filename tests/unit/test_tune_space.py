@@ -103,7 +103,7 @@ def run(study: Study, trials: int) -> list[tuple[int, space.Values, float]]:
     found = []
     while isinstance(suggestion := study.next(trials), Suggestion):
         value = worth(suggestion.values)
-        study.tell(suggestion.number, "complete", value, {})
+        study.tell(suggestion.number, "complete", [value], {})
         found.append((suggestion.number, suggestion.values, value))
     return found
 
@@ -151,7 +151,7 @@ def test_the_best_trial_is_found_with_one_look_at_the_store(tmp_path: Path, monk
 def test_a_trial_that_is_over_stays_as_it_is(tmp_path: Path) -> None:
     study = Study(tmp_path / "s.db", "s", search(LINE), "max")
     assert study.next(1) is not None
-    study.tell(0, "complete", 2.0, {})
+    study.tell(0, "complete", [2.0], {})
     study.tell(0, "failed", None, {"message": "late"})
     assert study.best() is not None
     assert [(one.value, one.user_attrs) for one in study.trials()] == [(2.0, {})]
@@ -179,7 +179,7 @@ def test_tpe_comes_closer_to_two_published_functions_than_chance(seed: int) -> N
             )
             study = Study(None, "s", made, "min")
             while isinstance(suggestion := study.next(50), Suggestion):
-                study.tell(suggestion.number, "complete", function(suggestion.values["x"], suggestion.values["y"]), {})
+                study.tell(suggestion.number, "complete", [function(suggestion.values["x"], suggestion.values["y"])], {})
             found = study.best()
             assert found is not None
             best[kind] = found.value
@@ -207,7 +207,7 @@ def test_asha_finds_the_best_of_known_curves_with_less_than_half_of_the_work() -
                 ended = True
                 break
         if not ended:
-            study.tell(suggestion.number, "complete", value, {})
+            study.tell(suggestion.number, "complete", [value], {})
     best = study.best()
     assert best is not None
     assert best.number == max(heights, key=lambda number: heights[number])
@@ -259,7 +259,7 @@ def test_population_based_training_beats_chance_on_its_authors_toy(seed: int) ->
             assert isinstance(suggestion, Suggestion)
             begin = learned[suggestion.parent] if suggestion.parent is not None else (0.9, 0.9)
             learned[suggestion.number] = trained(begin, suggestion.values)
-            study.tell(suggestion.number, "complete", quality(learned[suggestion.number]), {"step": 4})
+            study.tell(suggestion.number, "complete", [quality(learned[suggestion.number])], {"step": 4})
         best[kind] = max(quality(learned[number]) for number in range(36, 40))
     assert best["pbt"] > best["none"]
 
@@ -272,7 +272,7 @@ def test_a_generation_waits_for_the_one_before_and_is_found_again(tmp_path: Path
     assert isinstance(second, Suggestion)
     study.tell(0, "failed", None, {})
     assert isinstance(study.next(6), Wait)
-    study.tell(1, "complete", 1.0, {"step": 8})
+    study.tell(1, "complete", [1.0], {"step": 8})
     third = study.next(6)
     assert isinstance(third, Suggestion)
     assert (third.parent, third.step) == (1, 8), "who failed goes on from who did not"
@@ -304,7 +304,7 @@ def test_a_trial_that_was_to_end_ends_though_nobody_acted_on_it(tmp_path: Path) 
         assert isinstance(study.next(9), Suggestion)
         ends = study.report(number, 1, value)
         if number < 2:
-            study.tell(number, "complete", value, {})
+            study.tell(number, "complete", [value], {})
     assert ends
     again = Study(tmp_path / "s.db", "s", made, "max")
     given = again.next(9)

@@ -65,6 +65,7 @@ def submit(
     set_: SetOption = None,
     workers: WorkersOption = None,
     resume: Annotated[str | None, typer.Option("--resume", help="id of an interrupted or failed run")] = None,
+    priority: Annotated[int, typer.Option("--priority", help="higher ones go first; lower ones make room for them")] = 0,
     follow: Annotated[bool, typer.Option("--follow", help="print what it prints, until it ends")] = False,
     json_: JsonOption = False,
 ) -> None:
@@ -74,7 +75,7 @@ def submit(
 
         refuse_unless_one("submit", job, resume)
         read = spec.load_cluster(cluster)
-        told = submitted.submit(cluster, read, job or "", overrides(set_, workers), resume)
+        told = submitted.submit(cluster, read, job or "", overrides(set_, workers), resume, priority)
         again = f"raymill logs {told['run_id']} --cluster {cluster} --follow"
         emit(told, json_, lambda console: console.print(for_people(f"{told['run_id']}\n\nNext:\n  {again}"), soft_wrap=True))
         if follow:
@@ -82,16 +83,14 @@ def submit(
 
 
 def ps(cluster: ClusterOption = "local", json_: JsonOption = False) -> None:
-    """List what was submitted to a cluster, newest first."""
+    """List what was submitted to a cluster: those that wait in line first, then all others, newest first."""
     with errors(json_):
         from raymill.cluster import spec, submitted
 
         found = submitted.list_submitted(cluster, spec.load_cluster(cluster))
-        columns = ("run", "status", "job", "by", "started", "ended")
-        rows = [
-            (one["run_id"], one["status"], one["job"], one["user"], *(_when(one[at]) for at in ("started_ms", "ended_ms")))
-            for one in found
-        ]
+        columns = ("run", "status", "place", "priority", "workers", "attempts", "job", "by", "submitted", "ended")
+        names = ("run_id", "status", "place", "priority", "workers", "attempts", "job", "user")
+        rows = [(*(one[name] for name in names), _when(one["submitted_ms"]), _when(one["ended_ms"])) for one in found]
         emit({"submitted": found}, json_, lambda console: show_table(console, columns, rows))
 
 

@@ -57,7 +57,10 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
     table = Aligned()
     table.add_row("study", summary["study"])
     table.add_row("trials", summary["trials"])
-    table.add_row("searched for", f"{summary['mode']} {summary['metric']}")
+    objectives = {summary["metric"]: summary["mode"], **summary["also"]}
+    table.add_row("searched for", ", ".join(f"{mode} {metric}" for metric, mode in objectives.items()))
+    if summary["limits"]:
+        table.add_row("inside", f"{summary['limits']}; {summary['outside']} trials were not")
     if summary["job_as_it_stands"] is not None:
         table.add_row("the job as it stands", summary["job_as_it_stands"])
     if best := summary["best"]:
@@ -68,12 +71,13 @@ def _show_summary(console: Console, summary: dict[str, Any]) -> None:
     if model := summary.get("model"):
         table.add_row("model", f"{model['name']} version {model['version']}, alias {model['alias']}")
     console.print(table, soft_wrap=True)
-    if summary["top"]:
-        console.print()
+    if shown := summary["front"] or summary["top"]:
+        beside = [*summary["also"], *(name for name in summary["limits"] if name not in objectives)]
+        console.print("\nthe trials that no other beats in every metric" if summary["front"] else "")
         show_table(
             console,
-            ("trial", "value", "seconds", "values"),
-            [[t["number"], t["value"], t["seconds"], t["values"]] for t in summary["top"]],
+            ("trial", "value", *beside, "seconds", "values"),
+            [[t["number"], t["value"], *(t["metrics"][name] for name in beside), t["seconds"], t["values"]] for t in shown],
         )
     if summary.get("note"):
         console.print(f"\n{for_people(summary['note'])}", soft_wrap=True)

@@ -40,50 +40,69 @@ def variables(folder: ClusterFolder, address: str) -> dict[str, str]:
 
 
 def up(name: str, spec: ClusterSpec) -> dict[str, Any]:
-    """Start the nodes and wait until they are there.
+    """Start the nodes and wait until they are there; of a cluster whose first node runs, those that do not.
 
     Returns:
         address, dashboard, nodes with their processes.
 
     Raises:
-        InputError: it runs already.
-        RunError: a node did not start; nothing is left of the others.
+        InputError: all of it runs already.
+        RunError: a node did not start; nothing is left of the others, unless they ran before.
     """
     folder = ClusterFolder(name)
-    if any(node["runs"] for node in status(name)["nodes"]):
+    run = [node["runs"] for node in status(name)["nodes"]]
+    if run and all(run):
         raise InputError([Problem(name, "a cluster that runs", "one that does not", f"`raymill cluster down {name}` ends it.")])
-    folder.make()
-    with open(folder.token, "w", opener=private) as token:
-        token.write(secrets.token_hex(32))
-    # Short, because the names of the sockets in it may have 107 letters.
-    session = Path(tempfile.mkdtemp(prefix="raymill-"))
-    (session / "tmp").mkdir()
-    ports = _free_ports(3)
-    address, dashboard = f"{LOOPBACK}:{ports[0]}", f"http://{LOOPBACK}:{ports[1]}"
-    record: dict[str, Any] = {"kind": "local", "address": address, "dashboard": dashboard, "session": str(session), "nodes": []}
+    if any(run[:1]):
+        _start_missing(folder, spec, read_record(folder.record))
+        return status(name)
+    down(name)
+    record = _new_record(folder)
     try:
-        for number, node in enumerate(spec.nodes):
-            place = (
-                [f"--address={address}"]
-                if number
-                else ["--head", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"]
-            )
-            given = [*place, f"--num-cpus={node.num_cpus}", f"--object-store-memory={spec.object_store_mb * 2**20}"]
-            if node.resources:
-                given.append(f"--resources={json.dumps(node.resources)}")
-            record["nodes"].append({**_start(folder, number, given, address, session), "num_cpus": node.num_cpus})
-            write_record(folder.record, record)
-            _wait_until(folder, record, number)
+        _start_missing(folder, spec, record)
     except BaseException:
         down(name)
         raise
     return status(name)
 
 
-def _start(folder: ClusterFolder, number: int, given: list[str], address: str, session: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "raymill.cluster.node", "start", "--block", "--disable-usage-stats", *given]
+def _new_record(folder: ClusterFolder) -> dict[str, Any]:
+    folder.make()
+    with open(folder.token, "w", opener=private) as token:
+        token.write(secrets.token_hex(32))
+    # Short, because the names of the sockets in it may have 107 letters.
+    session = Path(tempfile.mkdtemp(prefix="raymill-"))
+    (session / "tmp").mkdir()
+    gcs, dashboard, client = _free_ports(3)
+    address, url = f"{LOOPBACK}:{gcs}", f"http://{LOOPBACK}:{dashboard}"
+    record = {"kind": "local", "address": address, "dashboard": url, "client_port": client, "session": str(session), "nodes": []}
+    write_record(folder.record, record)
+    return record
+
+
+def _start_missing(folder: ClusterFolder, spec: ClusterSpec, record: dict[str, Any]) -> None:
+    """Start each node that does not run, the first one first."""
+    for number, node in enumerate(spec.nodes):
+        if number < len(record["nodes"]) and _runs(record["nodes"][number]):
+            continue
+        called = f"{folder.name}-{number}-{secrets.token_hex(3)}"
+        given = [f"--node-name={called}", f"--num-cpus={node.num_cpus}", f"--object-store-memory={spec.object_store_mb * 2**20}"]
+        if node.resources:
+            given.append(f"--resources={json.dumps(node.resources)}")
+        record["nodes"][number : number + 1] = [{**_start(folder, number, given, record), "num_cpus": node.num_cpus}]
+        write_record(folder.record, record)
+        _wait_for(called, folder, record, number)
+
+
+def _start(folder: ClusterFolder, number: int, given: list[str], record: dict[str, Any]) -> dict[str, Any]:
+    address, session = record["address"], Path(record["session"])
+    place = [f"--address={address}"]
+    if number == 0:
+        ports = [address.rpartition(":")[2], record["dashboard"].rpartition(":")[2], record["client_port"]]
+        place = ["--head", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"]
+        place.append(f"--temp-dir={session / 'ray'}")
+    command = [sys.executable, "-m", "raymill.cluster.node", "start", "--block", "--disable-usage-stats", *place, *given]
     command += [f"--node-ip-address={LOOPBACK}", "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
-    command += [f"--temp-dir={session / 'ray'}"] if "--head" in given else []
     own = variables(folder, address) | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
     # Ray's own commands leave in RAY_TMPDIR which cluster was started last, for whoever comes next.
     with open(folder.log(number), "wb", opener=private) as log:
@@ -100,10 +119,10 @@ def _start(folder: ClusterFolder, number: int, given: list[str], address: str, s
     return {"pid": process.pid, "started_s": psutil.Process(process.pid).create_time()}
 
 
-def _wait_until(folder: ClusterFolder, record: dict[str, Any], number: int) -> None:
-    """Wait until the dashboard knows the node, and so may jobs."""
+def _wait_for(called: str, folder: ClusterFolder, record: dict[str, Any], number: int) -> None:
+    """Wait until the dashboard knows the node of this name, and so may jobs."""
     deadline_s = time.monotonic() + START_TIMEOUT_S
-    while _num_alive(folder, record["dashboard"]) <= number:
+    while called not in _alive(folder, record["dashboard"]):
         if not _runs(record["nodes"][number]):
             raise RunError(f"node {number} ended at once; it printed:\n{_end_of(folder.log(number))}")
         if time.monotonic() > deadline_s:
@@ -111,14 +130,15 @@ def _wait_until(folder: ClusterFolder, record: dict[str, Any], number: int) -> N
         time.sleep(POLL_S)
 
 
-def _num_alive(folder: ClusterFolder, dashboard: str) -> int:
-    """Nodes that the dashboard takes for alive; none while it does not answer."""
+def _alive(folder: ClusterFolder, dashboard: str) -> set[str]:
+    """Names of the nodes that the dashboard takes for alive; none while it does not answer."""
     request = urllib.request.Request(
         f"{dashboard}/nodes?view=summary", headers={"Authorization": f"Bearer {folder.token.read_text()}"}
     )
     with suppress(OSError, ValueError, KeyError), urllib.request.urlopen(request, timeout=ASK_TIMEOUT_S) as answer:
-        return sum(node["raylet"]["state"] == "ALIVE" for node in json.load(answer)["data"]["summary"])
-    return 0
+        known = [node["raylet"] for node in json.load(answer)["data"]["summary"]]
+        return {node["nodeName"] for node in known if node["state"] == "ALIVE"}
+    return set()
 
 
 def status(name: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Runs that were submitted to a cluster: jobs of Ray's own Jobs API, which go on when the terminal is closed.
+"""Runs that were submitted to a cluster, as whoever submitted them sees them, from any machine that has the token.
 
-The cluster runs `raymill train` for them: the command that supervises a run is a process of the cluster's head.
+A run stands in line (`line`) until there is room, and goes on when the terminal is closed: the command that supervises it is a
+process of the cluster's head. All that is known here comes from Ray's Jobs API.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import os
 import shlex
 import stat
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymill.cluster import local
+from raymill.cluster import line, local, queue
 from raymill.cluster.spec import ClusterFolder, ClusterSpec
 from raymill.config.load import load_job
 from raymill.errors import InputError, Problem, RunError
@@ -32,13 +35,13 @@ if TYPE_CHECKING:
 NOT_SENT = ["/.raymill", "/.venv", "/.git", "/tests", "/docs"]
 """Of the project; beside what .gitignore names."""
 
-INTERRUPTED = 3
-"""What `raymill train` ends with where a run was stopped and can be resumed."""
-
 ASK_TIMEOUT_S = 10.0
+POLL_S = 0.5
 
 
-def submit(name: str, spec: ClusterSpec, job: str, overrides: Sequence[str] = (), resume: str | None = None) -> dict[str, Any]:
+def submit(
+    name: str, spec: ClusterSpec, job: str, overrides: Sequence[str] = (), resume: str | None = None, priority: int = 0
+) -> dict[str, Any]:
     """Hand a run to a cluster. The job file is checked first; its data is when the run begins, where the data is.
 
     Args:
@@ -47,6 +50,7 @@ def submit(name: str, spec: ClusterSpec, job: str, overrides: Sequence[str] = ()
         job: what `find_job` takes; with `resume`, ignored.
         overrides: as of `load_job`.
         resume: the id of a run to go on with.
+        priority: higher ones stand before lower ones, which make room for them.
 
     Returns:
         run_id, cluster, submission_id: the run's id, or that and a number where it was resumed.
@@ -55,93 +59,150 @@ def submit(name: str, spec: ClusterSpec, job: str, overrides: Sequence[str] = ()
         InputError: the job, or the cluster's file, is wrong, or the cluster does not run.
         RunError: the cluster refused it.
     """
-    arguments = ["--resume", resume] if resume else []
-    run_id, submission = resume or "", resume or ""
-    if not resume:
-        loaded = load_job(job, overrides)
-        path = loaded.path.resolve()
-        if not path.is_relative_to(project_root()):
-            raise InputError(
-                [Problem(job, str(path), f"a job file in {project_root()}", "Only the project travels: copy it there.")]
-            )
-        run_id = submission = new_id(loaded.spec.name)
-        arguments = [str(path.relative_to(project_root())), "--run-id", run_id]
-    client = _client(name, spec)
+    user = getpass.getuser()
     if resume:
-        taken = {one.submission_id for one in client.list_jobs()}
-        submission = next(f"{resume}.{number}" for number in range(2, 10_000) if f"{resume}.{number}" not in taken)
-    sets = [part for one in overrides for part in ("--set", one)]
-    own_python = sys.executable if spec.kind == "local" else "python"
-    begin = ["env", f"RAYMILL_HOME={home()}", own_python, "-m", "raymill.cluster.entry", submission]
+        client = _client(name, spec)
+        submission, asked = _again(_requests(client), resume, overrides)
+    else:
+        submission, asked = _first(job, overrides)
+        client = _client(name, spec)
+    asked = replace(asked, user=user, priority=priority, quota_cpus=spec.quotas.get(user))
     # Each part is quoted: nothing in a name is a command of the shell.
-    train = [*begin, "train", *arguments, *sets, "--json"]
+    own_python = sys.executable if spec.kind == "local" else "python"
+    entrypoint = shlex.join(["env", f"RAYMILL_HOME={home()}", own_python, "-m", "raymill.cluster.request", submission])
     travels = {"working_dir": str(project_root()), "excludes": NOT_SENT, "py_modules": [str(ENGINE)]}
-    told = {"run": run_id, "user": getpass.getuser(), "job": arguments[0] if not resume else f"--resume {resume}"}
     try:
-        client.submit_job(entrypoint=shlex.join(train), submission_id=submission, runtime_env=travels, metadata=told)
+        queue.submit(client, submission, entrypoint, asked.as_metadata(), runtime_env=travels)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the cluster {name} did not take the run: {str(error).splitlines()[-1]}") from error
-    return {"run_id": run_id, "cluster": name, "submission_id": submission}
+    return {"run_id": asked.run, "cluster": name, "submission_id": submission}
+
+
+def _first(job: str, overrides: Sequence[str]) -> tuple[str, line.Asked]:
+    """What a new run is called, and what it asks for."""
+    loaded = load_job(job, overrides)
+    path, scale = loaded.path.resolve(), loaded.spec.scale
+    if not path.is_relative_to(project_root()):
+        fix = "Only the project travels: copy it there."
+        raise InputError([Problem(job, str(path), f"a job file in {project_root()}", fix)])
+    run, where = new_id(loaded.spec.name), str(path.relative_to(project_root()))
+    asked = line.Asked(
+        run=run,
+        job=where,
+        user="",
+        command=("train", where, "--run-id", run, *(f"--set={one}" for one in overrides), "--json"),
+        least=scale.min_num_workers,
+        most=scale.max_num_workers,
+        cpus=scale.cpus_per_worker or (0.0 if scale.gpus_per_worker else 1.0),
+        gpus=scale.gpus_per_worker,
+    )
+    return run, asked
+
+
+def _again(known: Sequence[line.Request], run: str, overrides: Sequence[str]) -> tuple[str, line.Asked]:
+    """What the request is called that goes on with a run that is over, and what it asks for."""
+    before = [one for one in known if one.asked.run == run]
+    if not before:
+        raise InputError([_no_such_run(run)])
+    going_on = [one for one in before if one.exit_code is None]
+    if going_on:
+        fix = f"`raymill logs {run} --follow` shows it; `raymill stop {run}` stops it."
+        raise InputError([Problem("--resume", f"a run that is {going_on[0].state.lower()}", "one that is over", fix)])
+    command = ("train", "--resume", run, *(f"--set={one}" for one in overrides), "--json")
+    return f"{run}.{len(before) + 1}", replace(before[-1].asked, command=command)
 
 
 def list_submitted(name: str, spec: ClusterSpec) -> list[dict[str, Any]]:
-    """What was submitted to a cluster since it was started, newest first: submission_id, run_id, status, job, user, message."""
-    found = [_told(one) for one in _client(name, spec).list_jobs() if one.submission_id]
-    return sorted(found, key=lambda one: -(one["started_ms"] or 0))
+    """What was submitted to a cluster since it was started: those in line by their place, then all others, newest first.
+
+    Each has submission_id, run_id, status (WAITING, RUNNING, SUCCEEDED, FAILED, INTERRUPTED), place (in line; else None),
+    priority, workers (that it has, or asks for), attempts, job, user, exit_code, submitted_ms, ended_ms.
+    """
+    requests = _requests(_client(name, spec))
+    told = _told(requests)
+    return sorted(told, key=lambda one: (one["place"] is None, one["place"] or 0, -one["submitted_ms"]))
 
 
 def logs(name: str, spec: ClusterSpec, run: str, write: Callable[[str], object], *, follow: bool) -> dict[str, Any]:
-    """Write what a run has printed; with `follow`, until it ends. What came of it, as in `list_submitted`.
+    """Write what a run has printed; with `follow`, until it is over. What came of it, as in `list_submitted`.
 
     Raises:
         InputError: no such run was submitted.
     """
     client = _client(name, spec)
-    submission = _newest(client, run)
+    shown, said = 0, ""
 
-    async def tail() -> None:
-        async for part in client.tail_job_logs(submission):
+    async def tail(attempt: str) -> None:
+        async for part in client.tail_job_logs(attempt):
             write(part)
 
-    if follow:
-        asyncio.run(tail())
-    else:
-        write(client.get_job_logs(submission))
-    return _told(client.get_job_info(submission))
+    while True:
+        requests = _requests(client)
+        request = _newest(requests, run)
+        attempts = request.attempts[shown:]
+        for attempt in attempts:
+            if follow:
+                asyncio.run(tail(attempt.job.id))
+            else:
+                write(client.get_job_logs(attempt.job.id))
+        shown += len(attempts)
+        if attempts and follow:
+            continue
+        [told] = [one for one in _told(requests) if one["submission_id"] == request.job.id]
+        if request.state == "FAILED" and not request.attempts:
+            write(client.get_job_logs(request.job.id))
+        if not follow or request.exit_code is not None:
+            return told
+        if told["place"] and said != (said := f"waiting, place {told['place']} in line\n"):
+            write(said)
+        time.sleep(POLL_S)
 
 
 def stop(name: str, spec: ClusterSpec, run: str) -> dict[str, Any]:
-    """Ask a run to save its state and stop; see `list_submitted`. It may take a step to do so."""
+    """Ask a run to save its state and stop, or to leave the line; see `list_submitted`. It may take a step to do so."""
     client = _client(name, spec)
-    submission = _newest(client, run)
-    client.stop_job(submission)
-    return _told(client.get_job_info(submission))
+    request = _newest(_requests(client), run)
+    if request.exit_code is None:
+        queue.note(client, line.STOP, request.job.id)
+    [told] = [one for one in _told(_requests(client)) if one["submission_id"] == request.job.id]
+    return told
 
 
-def _newest(client: JobSubmissionClient, run: str) -> str:
-    found = [one for one in client.list_jobs() if one.submission_id and (one.metadata or {}).get("run") == run]
+def _requests(client: JobSubmissionClient) -> list[line.Request]:
+    return line.read(map(queue.as_job, client.list_jobs()))
+
+
+def _newest(requests: Sequence[line.Request], run: str) -> line.Request:
+    found = [one for one in requests if one.asked.run == run]
     if not found:
-        fix = "`raymill ps --cluster NAME` lists those of this cluster."
-        raise InputError([Problem("run", repr(run[:80]), "a run that was submitted to this cluster", fix)])
-    return str(max(found, key=lambda one: one.start_time or 0).submission_id)
+        raise InputError([_no_such_run(run)])
+    return max(found, key=lambda one: one.job.began_ms)
 
 
-def _told(one: Any) -> dict[str, Any]:
-    metadata, status = one.metadata or {}, str(getattr(one.status, "value", one.status))
-    exit_code = one.driver_exit_code
-    if status == "STOPPED" or (status == "FAILED" and exit_code == INTERRUPTED):
-        # Asked to stop it has saved its state, or else it goes on from the checkpoint before.
-        status, exit_code = "INTERRUPTED", INTERRUPTED
-    return {
-        "submission_id": one.submission_id,
-        "run_id": metadata.get("run"),
-        "status": status,
-        "job": metadata.get("job"),
-        "user": metadata.get("user"),
-        "exit_code": exit_code,
-        "started_ms": one.start_time,
-        "ended_ms": one.end_time,
-    }
+def _no_such_run(run: str) -> Problem:
+    fix = "`raymill ps --cluster NAME` lists those of this cluster."
+    return Problem("run", repr(run[:80]), "a run that was submitted to this cluster", fix)
+
+
+def _told(requests: Sequence[line.Request]) -> list[dict[str, Any]]:
+    waiting = [one.job.id for one in requests if one.state == "WAITING"]
+    return [
+        {
+            "submission_id": one.job.id,
+            "run_id": one.asked.run,
+            "status": one.state,
+            "place": waiting.index(one.job.id) + 1 if one.job.id in waiting else None,
+            "priority": one.asked.priority,
+            "workers": one.attempts[-1].workers if one.state == "RUNNING" else one.asked.most,
+            "attempts": len(one.attempts),
+            "job": one.asked.job,
+            "user": one.asked.user,
+            "exit_code": one.exit_code,
+            "submitted_ms": one.job.began_ms,
+            "ended_ms": (one.attempts[-1].job if one.attempts else one.job).ended_ms if one.exit_code is not None else None,
+        }
+        for one in requests
+    ]
 
 
 # ---------------------------------------------------------------- the way to it

@@ -43,6 +43,7 @@ MARKS = {
     "function": (("raymill.task", "Pipeline"),),
     "optimizer": (("torch.optim", "Optimizer"),),
     "schedule": (("torch.optim.lr_scheduler", "LRScheduler"),),
+    "searcher": (("ray.tune.search", "Searcher"), ("ray.tune.search.searcher", "Searcher")),
 }
 """What code must say of itself before a job may name it: a class derives from one of these, a function returns a Pipeline."""
 
@@ -56,6 +57,7 @@ MARK_PROBLEMS = {
         "a subclass of torch.optim.lr_scheduler.LRScheduler",
         "Write `class {name}(torch.optim.lr_scheduler.LRScheduler):`.",
     ),
+    "searcher": ("a subclass of ray.tune.search.Searcher", "Write `class {name}(Searcher):`."),
     "function": ("a function annotated with what it returns, a raymill.task.Pipeline", "Write `def {name}(...) -> Pipeline:`."),
 }
 """Per kind: what was expected, and what to do."""
@@ -149,6 +151,13 @@ class Packages:
 
 
 _TORCH = Packages(frozenset({"torch"}), None)
+_RAY = Packages(frozenset({"ray"}), None)
+
+OF_RAY_TUNE = "ray.tune.search."
+"""What the path of a searcher may begin with, beside the packages of the project."""
+
+SEARCHER_FILLED = frozenset({"space", "metric", "mode", "points_to_evaluate", "evaluated_rewards"})
+"""Arguments of a searcher that follow from the search."""
 
 
 def project_packages(root: Path) -> Packages:
@@ -169,6 +178,15 @@ def project_packages(root: Path) -> Packages:
         where, fix = f"{file.name} tool.raymill.packages", 'Write packages = ["mypackage"].'
         raise InputError([Problem(where, shortened(names), "a list of top-level package names", fix)])
     return Packages(ALLOWED | frozenset(names), root)
+
+
+def packages_of(import_path: str, kind: str, own: Packages) -> Packages:
+    """The packages that a thing of this kind (see `MARKS`) may come from, for one of this path.
+
+    Args:
+        own: those of the project.
+    """
+    return _RAY if kind == "searcher" and import_path.startswith(OF_RAY_TUNE) else own
 
 
 def find_code(import_path: str, field: str, kind: str, packages: Packages) -> Signature:
@@ -244,7 +262,24 @@ def check_names(values: Mapping[str, Any], packages: Packages) -> list[Problem]:
         parts = {f"{field}.{number}": given for number, given in enumerate(own)} if isinstance(own, list) else {field: own}
         for where, given in parts.items():
             problems += _check_class(where, given, _SCHEDULE, packages)
-    return problems
+    return problems + _check_searcher(values, packages)
+
+
+def _check_searcher(values: Mapping[str, Any], packages: Packages) -> list[Problem]:
+    """A class that suggests what a search tries, where its sampler is named by an import path."""
+    search = values.get("search")
+    sampler = search.get("sampler") if isinstance(search, dict) else None
+    kind = sampler.get("kind") if isinstance(sampler, dict) else None
+    if not isinstance(sampler, dict) or not isinstance(kind, str) or ":" not in kind:
+        return []
+    try:
+        signature = find_code(kind, "search.sampler.kind", "searcher", packages_of(kind, "searcher", packages))
+    except InputError as error:
+        return list(error.problems)
+    arguments = sampler.get("args", {})
+    if not isinstance(arguments, dict):
+        return []
+    return check_arguments(signature, arguments, "search.sampler.args", ignore=SEARCHER_FILLED)
 
 
 def _makes_optimizers(values: Mapping[str, Any], packages: Packages) -> bool:

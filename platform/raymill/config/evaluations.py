@@ -74,6 +74,10 @@ def deciding_metrics(spec: JobSpec) -> list[tuple[str, str, bool]]:
     if spec.loop.early_stopping:
         asked.append(("loop.early_stopping.metric", spec.loop.early_stopping.metric, True))
     asked += [(f"{field}.metric", schedule.metric, True) for field, schedule in spec.schedules()]
+    if spec.search:
+        asked.append(("search.metric", spec.search.metric, spec.search.scheduler.kind != "none"))
+        asked += [(f"search.also.{metric}", metric, False) for metric in spec.search.also]
+        asked += [(f"search.limits.{metric}", metric, False) for metric in spec.search.limits]
     return [(field, metric, regularly) for field, metric, regularly in asked if metric is not None]
 
 

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from raymill.config import strict_yaml
-from raymill.config.code_lookup import Packages, argument_names, check_names, find_code, project_packages
+from raymill.config.code_lookup import Packages, argument_names, check_names, find_code, packages_of, project_packages
 from raymill.config.signature import UNKNOWN_ARGUMENT, shortened, without_quotes
 from raymill.config.spec import JobSpec
 from raymill.errors import InputError, Problem, did_you_mean, nearest
@@ -225,8 +225,8 @@ def _wanted(function: Any, **given: Any) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in inspect.signature(function).parameters}
 
 
-def import_class(import_path: str, field: str, kind: Literal["optimizer", "schedule"]) -> Any:
-    """Import a job's own optimizer or schedule class.
+def import_class(import_path: str, field: str, kind: Literal["optimizer", "schedule", "searcher"]) -> Any:
+    """Import a job's own optimizer, schedule or searcher class, or a searcher of Ray Tune's.
 
     Raises:
         InputError: when it may not be imported, or cannot be.
@@ -245,10 +245,11 @@ def _import_code(import_path: str, field: str, kind: str) -> Any:
     The project stays importable, since workers look up the job's classes by name.
     """
     root = project_root()
-    packages = project_packages(root)
+    own = project_packages(root)
+    packages = packages_of(import_path, kind, own)
     find_code(import_path, field, kind, packages)
     name, _, attribute = import_path.partition(":")
-    make_importable(root, packages.names)
+    make_importable(root, own.names)
     try:
         module = importlib.import_module(name)
     except (Exception, SystemExit) as error:  # a module may raise anything while it is imported

@@ -64,11 +64,13 @@ class ClusterFacts:
         num_cpus: CPUs that Ray may give out, all nodes together.
         num_gpus: GPUs likewise.
         memory_bytes: memory of this machine.
+        is_shared: others may use what this run leaves, and leave nothing: a cluster, rather than a Ray of our own.
     """
 
     num_cpus: float
     num_gpus: float
     memory_bytes: int
+    is_shared: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,7 +177,7 @@ def make_plan(
     measured = spec.evaluations(split_rows)
     why["num_evaluations"] = evaluations.described(measured, split_rows)
     threads = _threads(spec, facts, why)
-    _explain_counts(spec, manifest, why)
+    _explain_counts(spec, manifest, facts, why)
     every = spec.checkpoint.every_steps or steps_per_epoch
     object_store_bytes = int(min(2 * 2**30, max(256 * 2**20, 0.1 * facts.memory_bytes)))
     return Plan(
@@ -183,8 +185,7 @@ def make_plan(
         min_workers=spec.scale.min_num_workers,
         worker_cpus=worker_cpus,
         data_cpus=data_cpus,
-        # Ray Train fills every CPU with workers of an elastic job; tasks that reserve one would wait for ever.
-        read_task_cpus=0.0 if spec.scale.elastic else min(1.0, data_cpus),
+        read_task_cpus=0.0 if _may_be_full(spec, facts) else min(1.0, data_cpus),
         threads=threads,
         global_batch_rows=spec.loop.global_batch_rows,
         shards_per_worker=spec.loop.gradient_accumulation_steps,
@@ -205,15 +206,20 @@ def make_plan(
     )
 
 
-def _explain_counts(spec: JobSpec, manifest: Manifest, why: dict[str, str]) -> None:
+def _may_be_full(spec: JobSpec, facts: ClusterFacts) -> bool:
+    """Whether workers may come to have every CPU: Ray Train gives them to an elastic job's, and a cluster to those of other runs."""
+    return spec.scale.elastic or facts.is_shared
+
+
+def _explain_counts(spec: JobSpec, manifest: Manifest, facts: ClusterFacts, why: dict[str, str]) -> None:
     """The reasons of numbers that are taken over or follow from others at once."""
     elastic = "what the cluster has room for, from scale.min_workers to scale.max_workers"
     given = "scale.workers" if spec.scale.workers is not None else "1, unless scale.workers says otherwise"
     why["num_workers"] = elastic if spec.scale.elastic else given
     why["min_workers"] = "scale.min_workers" if spec.scale.elastic else "the number of workers is fixed"
     why["read_task_cpus"] = (
-        "0, because Ray Train gives every CPU to an elastic job's workers, and tasks that reserve one would wait for ever"
-        if spec.scale.elastic
+        "0, because workers of this run or of others may have every CPU, and tasks that reserve one would wait for ever"
+        if _may_be_full(spec, facts)
         else "1, or what is left for reading data if that is less"
     )
     why["global_batch_rows"] = "loop.global_batch_rows"
@@ -340,8 +346,8 @@ def _min_data_cpus(facts: ClusterFacts) -> float:
 
 def _cpus(spec: JobSpec, facts: ClusterFacts, why: dict[str, str]) -> tuple[float, float]:
     workers = spec.scale.max_num_workers
-    if spec.scale.elastic:
-        return _elastic_cpus(spec, facts, why)
+    if _may_be_full(spec, facts):
+        return _whole_cpus(spec, facts, why)
     if spec.scale.cpus_per_worker is not None:
         worker_cpus = spec.scale.cpus_per_worker
         why["worker_cpus"] = "given"
@@ -359,14 +365,14 @@ def _cpus(spec: JobSpec, facts: ClusterFacts, why: dict[str, str]) -> tuple[floa
     return worker_cpus, data_cpus
 
 
-def _elastic_cpus(spec: JobSpec, facts: ClusterFacts, why: dict[str, str]) -> tuple[float, float]:
+def _whole_cpus(spec: JobSpec, facts: ClusterFacts, why: dict[str, str]) -> tuple[float, float]:
     least, most = spec.scale.min_num_workers, spec.scale.max_num_workers
     if spec.scale.cpus_per_worker is not None:
         worker_cpus = spec.scale.cpus_per_worker
         why["worker_cpus"] = "given"
     elif facts.num_cpus >= least:
         worker_cpus = 1.0
-        why["worker_cpus"] = "1 each, so that as many workers run as there are CPUs, whatever their number is later"
+        why["worker_cpus"] = "1 each, whatever the number of CPUs and of workers is later"
     else:
         worker_cpus = max(MIN_WORKER_CPUS, float(np.floor(facts.num_cpus / least * 100) / 100))
         why["worker_cpus"] = f"{facts.num_cpus:g} CPUs shared by at least {least} workers"
@@ -381,6 +387,9 @@ def _threads(spec: JobSpec, facts: ClusterFacts, why: dict[str, str]) -> int:
     if spec.loop.strict or spec.scale.elastic:
         why["threads"] = "1, because sums may round differently with more, and the number of workers may change"
         return 1
+    if facts.is_shared:
+        why["threads"] = "the CPUs of a worker, at least 1: the others are for other runs"
+        return max(1, int(spec.scale.cpus_per_worker or 1))
     why["threads"] = f"{facts.num_cpus:g} CPUs / {spec.scale.max_num_workers} workers, at least 1"
     return max(1, int(facts.num_cpus) // spec.scale.max_num_workers)
 

@@ -5,9 +5,10 @@ Frozen and closed as the rest of a job. What a value would make of the job is ch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raymill.config.strict_model import StrictModel
 
@@ -48,13 +49,58 @@ class ParameterSpec(StrictModel):
         return self
 
 
+SAMPLERS = ("tpe", "gp", "cmaes", "nsgaii", "random", "quasirandom", "grid")
+"""Of Optuna."""
+
+
 class SamplerSpec(StrictModel):
     """Where suggestions come from."""
 
-    kind: Literal["tpe", "gp", "cmaes", "random", "quasirandom", "grid"] = Field(
-        default="tpe", description="of Optuna: tpe, gp, cmaes, random, quasirandom or grid"
+    kind: str = Field(
+        default="tpe",
+        description=f"of Optuna: {', '.join(SAMPLERS)}; or a searcher of Ray Tune or the project: package.module:Class",
     )
     startup_trials: int = Field(default=10, ge=0, description="trials at random before tpe or gp")
+    args: dict[str, Scalar] = Field(default_factory=dict, description="arguments of a searcher that is named by its path")
+
+    @property
+    def is_searcher(self) -> bool:
+        """Whether it is a class that is named by its import path."""
+        return ":" in self.kind
+
+    @field_validator("kind")
+    @classmethod
+    def _is_known(cls, kind: str) -> str:
+        if kind not in SAMPLERS and ":" not in kind:
+            raise ValueError(f"one of {', '.join(SAMPLERS)}, or package.module:Class")
+        return kind
+
+    @model_validator(mode="after")
+    def _arguments_have_a_taker(self) -> Self:
+        if self.args and not self.is_searcher:
+            raise ValueError(f"args goes with a searcher that is named by its path; {self.kind} takes none")
+        return self
+
+
+class LimitSpec(StrictModel):
+    """What a metric may come to: `{most: 0.2}`."""
+
+    least: float | None = Field(default=None, description="no less than this")
+    most: float | None = Field(default=None, description="no more than this")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.least is None and self.most is None:
+            raise ValueError("give least, most, or both")
+        if self.least is not None and self.most is not None and self.least > self.most:
+            raise ValueError(f"least {self.least} is above most {self.most}")
+        return self
+
+    def excess(self, value: float) -> float:
+        """By how much a value breaks it; 0 and less: it does not."""
+        over = [value - self.most] if self.most is not None else []
+        under = [self.least - value] if self.least is not None else []
+        return max(over + under)
 
 
 class SchedulerSpec(StrictModel):
@@ -76,6 +122,10 @@ class SearchSpec(StrictModel):
     space: dict[str, ParameterSpec] = Field(min_length=1, description="field of the job -> its values")
     metric: str | None = Field(default=None, description="what is searched for; null: checkpoint.metric")
     mode: Literal["max", "min"] | None = Field(default=None, description="whether more of it is better; null: checkpoint.mode")
+    also: dict[str, Literal["max", "min"]] = Field(
+        default_factory=dict, description="further metrics, each with whether more or less of it is better"
+    )
+    limits: dict[str, LimitSpec] = Field(default_factory=dict, description="metric -> what a good trial's may come to")
     trials: int = Field(default=20, gt=0, le=100_000, description="trials in all")
     max_hours: float | None = Field(default=None, gt=0, description="hours after which no trial begins; null: no limit")
     target: float | None = Field(default=None, description="value of the metric that is enough; null: go on to the last trial")
@@ -93,6 +143,12 @@ class SearchSpec(StrictModel):
     def _one_run_where_trials_end_early(self) -> Self:
         if self.scheduler.kind != "none" and (self.seeds > 1 or self.folds):
             raise ValueError("a scheduler ends trials of one run; leave it out, or seeds and folds")
+        if self.also and self.scheduler.kind != "none":
+            raise ValueError("a scheduler ends trials by one metric; leave it out, or also")
+        if self.also and (self.sampler.kind == "cmaes" or self.sampler.is_searcher):
+            raise ValueError("cmaes and searchers of others search for one metric; leave also out, or take tpe or nsgaii")
+        if self.metric in self.also:
+            raise ValueError(f"{self.metric} is the metric already; leave it out of also")
         if self.scheduler.kind == "pbt":
             if self.trials % self.scheduler.population:
                 raise ValueError(f"trials {self.trials} is no multiple of the scheduler's population {self.scheduler.population}")
@@ -103,6 +159,10 @@ class SearchSpec(StrictModel):
             if free:
                 raise ValueError(f"a grid needs a choice, an int or a step for each field, always tried; {free[0]} is not so")
         return self
+
+    def breaks(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """By how much a trial's metrics break each limit; 0 and less: they do not."""
+        return {name: limit.excess(metrics[name]) for name, limit in self.limits.items()}
 
     def repeats(self, seed: int) -> list[list[str]]:
         """The overrides of each run of a trial, beside its values."""

@@ -186,7 +186,8 @@ def main() -> int:
     found = ray.cluster_resources()  # type: ignore[no-untyped-call]
     ray.shutdown()
     memory_bytes = psutil.virtual_memory().total
-    facts = ClusterFacts(num_cpus=found.get("CPU", 0.0), num_gpus=found.get("GPU", 0.0), memory_bytes=memory_bytes)
+    there = {"num_cpus": found.get("CPU", 0.0), "num_gpus": found.get("GPU", 0.0)}
+    facts = ClusterFacts(**there, memory_bytes=memory_bytes, is_shared=True)
     print(json.dumps(asdict(facts)))
     return 0
 

@@ -176,12 +176,23 @@ def describe_search(study: str, job: str, summary: Mapping[str, Any], mlflow_run
     """
     best, count = summary["best"], sum(summary["trials"].values())
     states = ", ".join(f"{number} {state}" for state, number in summary["trials"].items())
-    parts = [f"A search of {_count(count, 'trial')} ({states}) for the {summary['mode']} of `{summary['metric']}`."]
+    wanted = {summary["metric"]: summary["mode"], **summary["also"]}
+    aims = ", ".join(f"the {mode} of `{metric}`" for metric, mode in wanted.items())
+    parts = [f"A search of {_count(count, 'trial')} ({states}) for {aims}."]
+    if summary["limits"]:
+        limits = [
+            (f"`{name}`", " and ".join(f"at {side} {edge:g}" for side, edge in limit.items() if edge is not None))
+            for name, limit in summary["limits"].items()
+        ]
+        parts += [f"A good trial is inside these limits; {summary['outside']} were not:", _list(limits)]
     if best:
         values = [(name, f"`{value}`") for name, value in best["values"].items()]
         before = summary["job_as_it_stands"]
         than = f"; the job as it stands has {before:.4g}" if before is not None else ""
         parts += [f"The best is **{best['value']:.4g}**, trial {best['number']}{than}.", _list(values)]
+        if summary["front"]:
+            numbers = ", ".join(str(one["number"]) for one in summary["front"])
+            parts.append(f"No other trial beats these in every metric: {numbers}.")
         sets = " ".join(f"--set {name}={json.dumps(value)}" for name, value in best["values"].items())
         parts.append(_code_block([f"raymill tune show {study}", f"raymill train {job} {sets}"]))
     parts += [f"![{name}](get-artifact?path={quote(name)}&run_uuid={mlflow_run})" for name in pictures]

@@ -122,7 +122,7 @@ class Search:
             job=self.record["job"],
             runs={run_id: [*fixed, *values, *own] for run_id, own in zip(ids, repeats, strict=True)},
             metric=self.metric,
-            mode=self.mode,
+            measured=[*self.search.also, *self.search.limits],
             cwd=self.record["cwd"],
             in_process=self.in_process,
             stop_after=stop_after,
@@ -150,10 +150,11 @@ class Search:
 
     def _ended(self, number: int, result: dict[str, Any], *, pruned: bool) -> None:
         facts = {RUNS: result.get("runs", [f"{self.folder.name}-{number:04d}"])}
-        if "score" in result:
-            facts |= {METRICS: result["metrics"], SECONDS: result["seconds"], DEVIATION: result["deviation"]}
-            facts |= {STEP: result["step"]}
-            self.study.tell(number, "complete", result["score"], facts)
+        if "metrics" in result:
+            metrics = result["metrics"]
+            facts |= {METRICS: metrics, SECONDS: result["seconds"], DEVIATION: result["deviation"], STEP: result["step"]}
+            values = [metrics[name] for name in (self.metric, *self.search.also)]
+            self.study.tell(number, "complete", values, facts, self.search.breaks(metrics))
         elif pruned:
             self.study.tell(number, "pruned", None, facts)
         elif self.is_stopped():
@@ -179,7 +180,7 @@ class Search:
         over, best = num_over(known), self.study.best_of(known)
         took_s = time.monotonic() - self._begun_s
         left_s = took_s / max(1, over - self._over_before) * max(0, most - over)
-        so_far = {"over": over, "most_trials": most, "left_s": left_s, "best": None if best is None else best.value}
+        so_far = {"over": over, "most_trials": most, "left_s": left_s, "best": None if best is None else best.values[0]}
         with open(self.folder.trials, "a", opener=private) as file:
             for trial in trials:
                 file.write(json.dumps(redact({"time_s": time.time(), **facts_of(trial), "so_far": so_far})) + "\n")
@@ -208,7 +209,7 @@ class Search:
         if target is None:
             return False
         best = self.study.best()
-        return best is not None and self.study.worth(best.value) >= self.study.worth(target)
+        return best is not None and self.study.worth(best.values[0]) >= self.study.worth(target)
 
 
 def num_over(trials: Sequence[FrozenTrial]) -> int:

@@ -35,23 +35,27 @@ def show(folder: StudyFolder, study: Study | None = None) -> dict[str, Any]:
         study: the same, where it is open already.
 
     Returns:
-        study, job, metric, mode, trials (state -> how many), most_trials, best (see `facts_of`), top (the best five),
+        study, job, metric, mode, also, limits, trials (state -> how many), most_trials, best (see `facts_of`), top (the best
+        five), front (of several metrics, the trials that no other beats in all), outside (how many broke a limit),
         job_as_it_stands (the value of the first trial, where that is the job), begun_s.
     """
     record, study = read_record(folder.record), study or open_study(folder)
-    trials = [facts_of(one) for one in study.trials()]
-    whole = [one for one in trials if one["state"] == "complete" and study.is_whole(one["number"], len(trials))]
-    done = sorted(whole, key=lambda one: (-study.worth(one["value"]), one["number"]))
+    known = study.trials()
+    trials, top = [facts_of(one) for one in known], [facts_of(one) for one in study.ranked(known)[:NUM_SHOWN]]
     first = next((one for one in trials if one["number"] == 0 and one["state"] == "complete"), None)
     return {
         "study": folder.name,
         "job": record["job"],
         "metric": record["metric"],
         "mode": record["mode"],
+        "also": study.search.also,
+        "limits": {name: limit.model_dump() for name, limit in study.search.limits.items()},
         "trials": dict(Counter(one["state"] for one in trials)),
         "most_trials": record["trials"],
-        "best": done[0] if done else None,
-        "top": done[:NUM_SHOWN],
+        "best": top[0] if top else None,
+        "top": top,
+        "front": [facts_of(one) for one in study.front(known)] if study.search.also else [],
+        "outside": sum(not one["inside"] for one in trials),
         "job_as_it_stands": first["value"] if first and record["first_is_the_job"] else None,
         "begun_s": record["begun_s"],
     }
@@ -86,7 +90,7 @@ def best_run(summary: dict[str, Any]) -> str:
         InputError: no trial ran to its end.
     """
     if not summary["best"]:
-        fix = "Look at the trials with `raymill tune show`, and correct the space or the job."
-        raise InputError([Problem("search", "no trial that ran to its end", "at least one", fix)])
+        fix = "Look at the trials with `raymill tune show`, and correct the space, the limits or the job."
+        raise InputError([Problem("search", "no trial that ran to its end inside the limits", "at least one", fix)])
     runs: Sequence[str] = summary["best"]["runs"]
     return runs[0]

@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raymill.files import read_record
 from raymill.tune.folder import StudyFolder
 from raymill.tune.outcome import open_study
-from raymill.tune.study import Study, importance
+from raymill.tune.study import Study, first_value, importance
 
 log = logging.getLogger("raymill.tune")
 
@@ -25,15 +27,21 @@ def draw(folder: StudyFolder) -> tuple[dict[str, float], list[Path]]:
     matplotlib.use("Agg")
     from optuna.visualization import matplotlib as plots
 
-    study = open_study(folder)
+    study, study_metric = open_study(folder), read_record(folder.record)["metric"]
     found = importance(study)
     folder.pictures.mkdir(exist_ok=True)
-    wanted: Mapping[str, Callable[[Any], Any]] = {
-        "history": plots.plot_optimization_history,
-        "parallel_coordinates": plots.plot_parallel_coordinate,
-        "slices": plots.plot_slice,
-        "intermediate_values": plots.plot_intermediate_values,
+    metrics = [study_metric, *study.search.also]
+    # Of several metrics, the first; the front shows them all.
+    first = {"target": first_value, "target_name": metrics[0]}
+    wanted: dict[str, Callable[[Any], Any]] = {
+        "history": partial(plots.plot_optimization_history, **first),
+        "parallel_coordinates": partial(plots.plot_parallel_coordinate, **first),
+        "slices": partial(plots.plot_slice, **first),
     }
+    if study.search.also:
+        wanted["front"] = partial(plots.plot_pareto_front, target_names=metrics)
+    else:
+        wanted["intermediate_values"] = plots.plot_intermediate_values
     drawn = [path for name, plot in wanted.items() if (path := _drawn(name, plot, study, folder.pictures))]
     if found:
         drawn.append(_importance(found, folder.pictures / "importance.png"))

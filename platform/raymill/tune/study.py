@@ -13,13 +13,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from raymill.config.search import ParameterSpec, SearchSpec
 from raymill.tune.population import Member, changed, parent_of
+from raymill.tune.searcher import Searched
 from raymill.tune.space import Values, in_order, is_tried
 
 DEVIATION, MESSAGE, METRICS, RUNS, SECONDS, STEP = "deviation", "message", "metrics", "runs", "seconds", "step"
@@ -29,6 +32,7 @@ ENDS = "ends"
 """Likewise: it was decided that the trial ends early."""
 
 
+DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 
 
@@ -61,7 +65,7 @@ class Study:
 
         Args:
             store: Optuna's file; None: it is not to be kept.
-            mode: "max" or "min".
+            mode: "max" or "min"; of the first metric, where there are several.
             first: values to begin with; for a field that is left out, one is suggested.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -70,7 +74,7 @@ class Study:
         self.optuna = optuna.create_study(
             storage=f"sqlite:///{store}" if store else None,
             study_name=name,
-            direction="maximize" if mode == "max" else "minimize",
+            directions=[DIRECTIONS[one] for one in (mode, *search.also.values())],
             load_if_exists=True,
             pruner=_pruner(search),
         )
@@ -80,6 +84,7 @@ class Study:
             self.optuna.enqueue_trial(dict(values))
         # Begun by a process that is no more: to be run again, each under its number.
         self._live: dict[int, optuna.trial.Trial] = {}
+        self._searched: Searched | None = None
         self._begun = [one.number for one in self.trials() if one.state == TrialState.RUNNING]
 
     def trials(self) -> list[FrozenTrial]:
@@ -87,13 +92,35 @@ class Study:
         return [one for one in self.optuna.get_trials(deepcopy=False) if one.state != TrialState.WAITING]
 
     def best(self) -> FrozenTrial | None:
-        """The best of the trials that ran to their end."""
+        """The best, by the first metric, of the trials that ran to their end and are inside the limits."""
         return self.best_of(self.trials())
 
     def best_of(self, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
         """The same, of all trials as they were read: each reading asks the store."""
-        done = [one for one in trials if one.state == TrialState.COMPLETE and self.is_whole(one.number, len(trials))]
-        return max(done, key=lambda one: (self.worth(one.value), -one.number), default=None)
+        return next(iter(self.ranked(trials)), None)
+
+    def ranked(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """All of these that ran to their end and are inside the limits, the best by the first metric first."""
+        done = [
+            one
+            for one in trials
+            if one.state == TrialState.COMPLETE and self.is_whole(one.number, len(trials)) and is_inside(one)
+        ]
+        return sorted(done, key=lambda one: (-self.worth(one.values[0]), one.number))
+
+    def front(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Of the ranked ones, those that no other is as good as in every metric, and better in one (Pareto's front)."""
+        modes = [self.mode, *self.search.also.values()]
+
+        def worths(trial: FrozenTrial) -> list[float]:
+            return [worth(value, mode) for value, mode in zip(trial.values, modes, strict=True)]
+
+        ranked = [(one, worths(one)) for one in self.ranked(trials)]
+        return [
+            one
+            for one, own in ranked
+            if not any(other != own and all(a >= b for a, b in zip(other, own, strict=True)) for _, other in ranked)
+        ]
 
     def is_whole(self, number: int, num_trials: int) -> bool:
         """Whether a trial that ended is a whole training, and not a part of one that others go on from.
@@ -106,10 +133,8 @@ class Study:
         return self.search.scheduler.kind != "pbt" or number >= num_trials - (beyond or size)
 
     def worth(self, value: float | None) -> float:
-        """A value such that more is better."""
-        if value is None or math.isnan(value):
-            return -math.inf
-        return value if self.mode == "max" else -value
+        """A value of the first metric such that more is better."""
+        return worth(value, self.mode)
 
     def next(self, most_trials: int) -> Suggestion | Wait | None:
         """The next trial: one that was begun before, or a new one; None: there are enough."""
@@ -160,6 +185,9 @@ class Study:
 
     def report(self, number: int, evaluation: int, value: float) -> bool:
         """Note what a trial has come to at its n-th evaluation; returns whether it is to end there. The same twice is once."""
+        if self.search.also:
+            # Optuna notes no evaluations of such a study.
+            return False
         trial = self._live[number]
         trial.report(value, evaluation)
         if self.search.scheduler.kind in ("none", "pbt"):
@@ -170,11 +198,20 @@ class Study:
         trial.set_user_attr(ENDS, True)
         return True
 
-    def tell(self, number: int, state: str, value: float | None, facts: Mapping[str, Any]) -> None:
+    def tell(
+        self,
+        number: int,
+        state: str,
+        values: Sequence[float] | None,
+        facts: Mapping[str, Any],
+        breaks: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """Note how a trial ended that `next` has given. Done once: a trial that is over stays as it is.
 
         Args:
             state: "complete", "pruned" or "failed".
+            values: of each metric, if it is complete.
+            breaks: limit -> by how much the trial breaks it; 0 and less: it does not.
             facts: name -> what else is known of it, JSON-ready.
         """
         if number not in self._live:
@@ -182,14 +219,21 @@ class Study:
         trial = self._live.pop(number)
         for name, fact in facts.items():
             trial.set_user_attr(name, fact)
-        self.optuna.tell(number, None if state == "failed" else value, state=STATES[state], skip_if_finished=True)
+        known = self._frozen(number).constraints if breaks else {}
+        for name, excess in breaks.items():
+            # Whoever noted it before may have died before the trial was over.
+            if name not in known:
+                trial.set_constraint(name, excess)
+        self.optuna.tell(number, values, state=STATES[state], skip_if_finished=True)
 
     def _frozen(self, number: int) -> FrozenTrial:
         return next(one for one in self.optuna.get_trials(deepcopy=False) if one.number == number)
 
     def _reseed(self, number: int, name: str, inherited: Values | None = None) -> None:
         digest = hashlib.blake2b(json.dumps([self.search.seed, number, name]).encode(), digest_size=4).digest()
-        sampler = _sampler(self.search, int.from_bytes(digest, "little"))
+        if self.search.sampler.is_searcher:
+            self._searched = self._searched or Searched(self.search, self.mode)
+        sampler = self._searched or _sampler(self.search, int.from_bytes(digest, "little"))
         fixed = optuna.samplers.PartialFixedSampler(dict(inherited), sampler) if inherited else sampler
         self.optuna.sampler = fixed
 
@@ -222,20 +266,35 @@ def suggest(trial: optuna.trial.Trial, name: str, one: ParameterSpec) -> Any:
 
 
 def _sampler(search: SearchSpec, seed: int) -> optuna.samplers.BaseSampler:
-    kind, startup = search.sampler.kind, search.sampler.startup_trials
-    match kind:
+    startup = search.sampler.startup_trials
+    match search.sampler.kind:
         case "random" | "grid":
             # A grid's trials are all given.
             return optuna.samplers.RandomSampler(seed=seed)
+        case "nsgaii":
+            # Of generations of so many; those before the first is whole are at random.
+            return optuna.samplers.NSGAIISampler(population_size=max(2, startup), seed=seed)
         case "quasirandom":
             return optuna.samplers.QMCSampler(seed=search.seed, scramble=True)
         case "gp":
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
         case "cmaes":
             return optuna.samplers.CmaEsSampler(seed=seed)
-        case "tpe":
-            # Trials that run are taken for bad ones, so that those beside them look elsewhere.
+        case _:
+            # tpe. Trials that run are taken for bad ones, so that those beside them look elsewhere.
             return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
+
+
+def is_inside(trial: FrozenTrial) -> bool:
+    """Whether a trial is inside the limits."""
+    return all(excess <= 0 for excess in trial.constraints.values())
+
+
+def worth(value: float | None, mode: str) -> float:
+    """A value such that more is better."""
+    if value is None or math.isnan(value):
+        return -math.inf
+    return value if mode == "max" else -value
 
 
 def _pruner(search: SearchSpec) -> optuna.pruners.BasePruner:
@@ -259,14 +318,19 @@ def _pruner(search: SearchSpec) -> optuna.pruners.BasePruner:
 def importance(study: Study) -> dict[str, float]:
     """How much of the differences between trials each field explains, by fANOVA (Hutter et al., 2014); {} of few trials."""
     done = [one for one in study.trials() if one.state == TrialState.COMPLETE]
-    if len(done) < 4 or len({one.value for one in done}) == 1:
+    if len(done) < 4 or len({one.values[0] for one in done}) == 1:
         return {}
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    return dict(optuna.importance.get_param_importances(study.optuna, evaluator=evaluator))
+    return dict(optuna.importance.get_param_importances(study.optuna, evaluator=evaluator, target=first_value))
+
+
+def first_value(trial: FrozenTrial) -> float:
+    """Of the first metric, of a trial that is complete."""
+    return float(trial.values[0])
 
 
 def facts_of(trial: FrozenTrial) -> dict[str, Any]:
-    """A trial as it is shown, JSON-ready: number, state, value, deviation, seconds, values, runs, metrics, message."""
+    """A trial as it is shown, JSON-ready: number, state, value, inside, deviation, seconds, values, runs, metrics, message."""
     names = {
         TrialState.COMPLETE: "complete",
         TrialState.PRUNED: "pruned",
@@ -275,11 +339,12 @@ def facts_of(trial: FrozenTrial) -> dict[str, Any]:
     }
     noted = trial.user_attrs
     last = max(trial.intermediate_values, default=None)
-    value = trial.value if last is None or trial.state == TrialState.COMPLETE else trial.intermediate_values[last]
+    value = trial.values[0] if trial.values else None if last is None else trial.intermediate_values[last]
     return {
         "number": trial.number,
         "state": names.get(trial.state, "waiting"),
         "value": value,
+        "inside": is_inside(trial),
         "deviation": noted.get(DEVIATION),
         "seconds": noted.get(SECONDS),
         "values": dict(trial.params),

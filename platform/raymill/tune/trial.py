@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import statistics
@@ -41,7 +42,8 @@ class TrialSpec:
         study, number: which trial.
         job: the job file.
         runs: run id -> its overrides.
-        metric, mode: what is searched for.
+        metric: what is searched for.
+        measured: further metrics that each run has to measure.
         cwd: where the command was given.
         in_process: its runs have one worker, and need no other process.
         stop_after: evaluations behind which a run is stopped, saved, for others to go on from; None: it runs to its end.
@@ -52,7 +54,7 @@ class TrialSpec:
     job: str
     runs: dict[str, list[str]]
     metric: str
-    mode: str
+    measured: list[str]
     cwd: str
     in_process: bool
     stop_after: int | None = None
@@ -62,21 +64,23 @@ def run_trial(trial: TrialSpec, report: Report) -> dict[str, Any]:
     """Run a trial to its end.
 
     Returns:
-        score, deviation, metrics and runs; or failed, with what the job's own code said; or no_room, with what the system said.
+        metrics (means over the runs), deviation (of the metric), step, seconds and runs; or failed, with what the job's own code
+        said; or no_room, with what the system said.
     """
     begun_s = time.perf_counter()
     os.chdir(trial.cwd)
-    scores: list[float] = []
-    metrics: dict[str, float] = {}
+    measured: list[dict[str, float]] = []
     step = 0
     try:
         for run_id, overrides in trial.runs.items():
             summary = _run(trial, run_id, overrides, report)
-            if trial.metric not in summary["metrics"]:
-                known = sorted(summary["metrics"])
-                raise RunError(f"the run did not measure {trial.metric!r}, but {known}. Correct search.metric.")
-            metrics, step = summary["metrics"], summary["steps"]
-            scores.append(metrics[trial.metric])
+            for name in (trial.metric, *trial.measured):
+                if name not in summary["metrics"]:
+                    raise RunError(f"the run did not measure {name!r}, but {sorted(summary['metrics'])}. Correct the search.")
+                if math.isnan(summary["metrics"][name]):
+                    raise RunError(f"{name} is not a number at the end of run {run_id}; look at what evaluate() gives.")
+            measured.append(summary["metrics"])
+            step = summary["steps"]
     except Interrupted:
         return {"interrupted": True}
     except Exception as error:  # the job's own code may raise anything, and no other trial is to end by it
@@ -85,9 +89,8 @@ def run_trial(trial: TrialSpec, report: Report) -> dict[str, Any]:
         problems = [str(problem) for problem in error.problems] if isinstance(error, InputError) else []
         return {"failed": "\n".join([tell(error), *problems]), "runs": list(trial.runs)}
     return {
-        "score": statistics.fmean(scores),
-        "deviation": statistics.stdev(scores) if len(scores) > 1 else None,
-        "metrics": metrics,
+        "metrics": {name: statistics.fmean(one[name] for one in measured) for name in set[str].intersection(*map(set, measured))},
+        "deviation": statistics.stdev(one[trial.metric] for one in measured) if len(measured) > 1 else None,
         "runs": list(trial.runs),
         "step": step,
         "seconds": time.perf_counter() - begun_s,

@@ -1,0 +1,179 @@
+"""The line of a cluster of three nodes on this machine: who waits, who makes room, and what is left when its parts are killed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from integration.commands import Home
+from integration.test_cluster import STEP_TIMEOUT_S, until
+from raymill.record.events import AttemptStarted, StepDone, read_events
+
+pytestmark = pytest.mark.timeout(900)
+
+QUICK = ("--set", "loop.epochs=6", "--set", "checkpoint.every_steps=10", "--set", "register=null")
+SLOW = ("--set", "loop.epochs=60", "--set", "checkpoint.every_steps=10", "--set", "register=null")
+
+
+class Cluster(Home):
+    """A state folder with a cluster that runs."""
+
+    def submit(self, *arguments: str) -> str:
+        """The id of a run that was submitted."""
+        return str(self.json("submit", *arguments, "--json")["run_id"])
+
+    def submitted(self) -> dict[str, dict[str, Any]]:
+        """Run -> what `raymill ps` says of it."""
+        return {one["run_id"]: one for one in self.json("ps", "--json")["submitted"]}
+
+    def step_of(self, run: str) -> int:
+        return max((event.step for event in self.events_of(run) if isinstance(event, StepDone)), default=0)
+
+    def events_of(self, run: str) -> list[Any]:
+        path = self.path / "runs" / run / "events.jsonl"
+        return read_events(path)[0] if path.exists() else []
+
+    def summary(self, run: str) -> dict[str, Any]:
+        return dict(json.loads((self.path / "runs" / run / "summary.json").read_text()))
+
+    def kill(self, what: str, choose: Callable[[list[psutil.Process]], psutil.Process] = lambda found: found[0]) -> bool:
+        """Kill one process of this cluster whose command line has these words."""
+        found = []
+        for process in self.processes():
+            with suppress(psutil.Error):
+                if what in " ".join(process.cmdline()):
+                    found.append(process)
+        if found:
+            choose(found).kill()
+        return bool(found)
+
+    def wait_for_end(self, *runs: str) -> dict[str, dict[str, Any]]:
+        def are_over() -> bool:
+            known = self.submitted()
+            return all(known[run]["exit_code"] is not None for run in runs)
+
+        until(are_over, STEP_TIMEOUT_S, f"the end of {runs}")
+        return self.submitted()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The cluster of cluster/local.yaml: three nodes of a CPU each, room for one run of two workers."""
+    found = Cluster(tmp_path_factory.mktemp("home"))
+    found.json("cluster", "up", "local", "--json")
+    try:
+        yield found
+    finally:
+        found.run("cluster", "down", "local")
+    assert found.left_over() == []
+
+
+def alone(tmp_path_factory: pytest.TempPathFactory, *arguments: str) -> str:
+    """The weights of the same run with a Ray of its own."""
+    return str(Home(tmp_path_factory.mktemp("alone")).json("train", *arguments, "--json")["weights_sha256"])
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return alone(tmp_path_factory, "smoke", *SLOW)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return alone(tmp_path_factory, "smoke", *QUICK)
+
+
+def test_a_higher_priority_makes_what_runs_give_way_and_go_on_later_with_the_same_weights(
+    cluster: Cluster, slow: str, quick: str
+) -> None:
+    first = cluster.submit("smoke", *SLOW)
+    until(lambda: cluster.step_of(first) >= 15, STEP_TIMEOUT_S, "steps of the first")
+    second = cluster.submit("smoke", *QUICK)
+    urgent = cluster.submit("smoke", *QUICK, "--priority", "5")
+    until(lambda: cluster.step_of(urgent) >= 1, STEP_TIMEOUT_S, "steps of the urgent one")
+    known = cluster.submitted()
+    assert {run: (one["status"], one["place"]) for run, one in known.items() if run in (first, second, urgent)} == {
+        first: ("WAITING", 1),
+        second: ("WAITING", 2),
+        urgent: ("RUNNING", None),
+    }
+    # Whoever acts on the line dies.
+    assert cluster.kill("ray::Queue")
+    # Who waits may leave the line.
+    left = cluster.submit("smoke", *QUICK)
+    cluster.json("stop", left, "--json")
+    code, out, _ = cluster.run("logs", first, "--follow")
+    assert code == 0, out
+    known = cluster.wait_for_end(first, second, urgent, left)
+    assert [known[run]["attempts"] for run in (first, second, urgent, left)] == [2, 1, 1, 0]
+    assert (known[left]["status"], known[left]["exit_code"]) == ("INTERRUPTED", 3)
+    assert [cluster.summary(run)["weights_sha256"] for run in (first, second, urgent)] == [slow, quick, quick]
+    # Each step once: it was asked to make room, and saved its state.
+    assert [event.step for event in cluster.events_of(first) if isinstance(event, StepDone)] == list(range(1, 601))
+    assert known[urgent]["ended_ms"] < known[first]["ended_ms"] < known[second]["ended_ms"]
+    assert list((cluster.path / "submitted").iterdir()) == [], "the code of runs that are over is gone"
+
+
+def test_its_driver_and_then_its_supervisor_are_killed_and_it_goes_on_by_itself(cluster: Cluster, slow: str) -> None:
+    run = cluster.submit("smoke", *SLOW)
+    attached = cluster.start("logs", run, "--follow")
+    for reached, what in ((20, "on_ray.driver"), (60, "-m raymill train")):
+        until(lambda reached=reached: cluster.step_of(run) >= reached, STEP_TIMEOUT_S, f"step {reached}")  # type: ignore[misc]
+        assert cluster.kill(what), what
+    out, _ = attached.communicate(timeout=STEP_TIMEOUT_S)
+    assert attached.returncode == 0, out
+    assert cluster.summary(run)["weights_sha256"] == slow
+    assert cluster.submitted()[run]["attempts"] == 2
+
+
+@pytest.mark.cluster
+def test_five_at_once_run_in_order_however_often_the_queue_is_killed(cluster: Cluster, quick: str) -> None:
+    draw = random.Random(0)
+    submitting = [cluster.start("submit", "smoke", *QUICK, "--json") for _ in range(5)]
+    runs = [str(json.loads(one.communicate(timeout=240)[0])["run_id"]) for one in submitting]
+    killed = 0
+
+    def are_over() -> bool:
+        nonlocal killed
+        if draw.random() < 0.3:
+            killed += cluster.kill("ray::Queue")
+        known = cluster.submitted()
+        return all(known[run]["exit_code"] is not None for run in runs)
+
+    until(are_over, 2 * STEP_TIMEOUT_S, "the end of five runs")
+    assert killed >= 10
+    known = cluster.submitted()
+    assert [known[run]["attempts"] for run in runs] == [1] * 5
+    assert [cluster.summary(run)["weights_sha256"] for run in runs] == [quick] * 5
+    in_line = sorted(runs, key=lambda run: (known[run]["submitted_ms"], run))
+    begun = sorted(runs, key=lambda run: next(one.time_s for one in cluster.events_of(run) if isinstance(one, AttemptStarted)))
+    assert begun == in_line
+
+
+@pytest.mark.cluster
+def test_a_node_is_lost_in_the_middle_and_another_one_comes(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> None:
+    data = Path(__file__).parents[2] / ".raymill" / "data"
+    if not (data / "mnist").exists():
+        pytest.skip("needs `raymill data get mnist`")
+    job = ["mnist", "--set", f"data.root={data}", "--set", "loop.epochs=1", "--set", "checkpoint.every_steps=10"]
+    job += ["--set", "register=null", "--set", "loop.threads=1", "--set", "scale.cpus_per_worker=1"]
+    expected = alone(tmp_path_factory, *job, "--workers", "2")
+    run = cluster.submit(*job, "--workers", "2")
+    until(lambda: cluster.step_of(run) >= 15, STEP_TIMEOUT_S, "steps")
+    # Not the head's: the others.
+    worker = next(one for one in cluster.processes() if "RayTrainWorker" in one.name())
+    raylet = psutil.Process(worker.ppid())
+    assert raylet.name() == "raylet"
+    raylet.kill()
+    cluster.json("cluster", "up", "local", "--json")
+    code, out, _ = cluster.run("logs", run, "--follow")
+    assert code == 0, out
+    assert cluster.summary(run)["weights_sha256"] == expected
+    assert [node["runs"] for node in cluster.json("cluster", "status", "local", "--json")["nodes"]] == [True] * 3
