@@ -119,6 +119,11 @@ PRIVATE_NAMES = (
     ),
     PrivateName("$RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "tasks without GPUs leave CUDA_VISIBLE_DEVICES alone", "a warning each"),
     PrivateName(
+        "$RAY_idle_worker_killing_time_threshold_ms",
+        "on a node whose CPUs training workers have, the processes that read stay from one task to the next",
+        "each task there starts a process: 100 steps in 35 s, for 4 (docs/performance.md)",
+    ),
+    PrivateName(
         "$RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
         "0: Ray takes the loopback address for its own, and every process listens there alone",
         "some processes listen on every interface",
@@ -144,6 +149,9 @@ RAY_SETTINGS = {
 
 EMBEDDED_SETTINGS = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """The same, for a Ray of our own."""
+
+NODE_SETTINGS = {"RAY_idle_worker_killing_time_threshold_ms": "600000"}
+"""The same, for a node: whatever starts one."""
 
 ELASTIC_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
 """The same, for an elastic job: a place that Ray Train counted on may have gone; it then looks again what there is."""
@@ -229,7 +237,7 @@ def run_on_loopback() -> None:
     import ray.scripts.scripts as scripts
 
     services.get_node_ip_address = lambda address=None: LOOPBACK
-    os.environ |= EMBEDDED_SETTINGS
+    os.environ |= EMBEDDED_SETTINGS | NODE_SETTINGS
     scripts.main()  # type: ignore[no-untyped-call]
 
 

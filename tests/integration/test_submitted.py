@@ -1,13 +1,17 @@
-"""Runs that are submitted to a cluster: they go on when whoever submitted them leaves, and end with the same weights."""
+"""Runs that are submitted to a cluster of three nodes: they go on when whoever submitted them leaves, stand in line, make room
+for others, and end with the same weights whichever of their parts are killed.
+"""
 
 from __future__ import annotations
 
 import json
+import random
 import signal
 import stat
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +19,84 @@ import psutil
 import pytest
 
 from integration.commands import Home, wait_until
-from raymill.record.catalog import find_run
-from raymill.record.events import StepDone, read_events
+from integration.test_cluster import STEP_TIMEOUT_S, until
+from raymill.record.events import AttemptStarted, StepDone, read_events
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
-LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+QUICK = ("--set", "loop.epochs=6", "--set", "checkpoint.every_steps=10", "--set", "register=null")
+SLOW = ("--set", "data.num_rows=6000", "--set", "loop.epochs=16", "--set", "checkpoint.every_steps=10", "--set", "register=null")
+
+
+class Cluster(Home):
+    """A state folder with a cluster that runs."""
+
+    def submit(self, *arguments: str) -> str:
+        """The id of a run that was submitted."""
+        return str(self.json("submit", *arguments, "--json")["run_id"])
+
+    def submitted(self) -> dict[str, dict[str, Any]]:
+        """Run -> what `raymill ps` says of it."""
+        return {one["run_id"]: one for one in self.json("ps", "--json")["submitted"]}
+
+    def step_of(self, run: str) -> int:
+        return max((event.step for event in self.events_of(run) if isinstance(event, StepDone)), default=0)
+
+    def events_of(self, run: str) -> list[Any]:
+        path = self.path / "runs" / run / "events.jsonl"
+        return read_events(path)[0] if path.exists() else []
+
+    def summary(self, run: str) -> dict[str, Any]:
+        return dict(json.loads((self.path / "runs" / run / "summary.json").read_text()))
+
+    def kill(self, what: str, choose: Callable[[list[psutil.Process]], psutil.Process] = lambda found: found[0]) -> bool:
+        """Kill one process of this cluster whose command line has these words."""
+        found = []
+        for process in self.processes():
+            with suppress(psutil.Error):
+                if what in " ".join(process.cmdline()):
+                    found.append(process)
+        if found:
+            choose(found).kill()
+        return bool(found)
+
+    def wait_for_end(self, *runs: str) -> dict[str, dict[str, Any]]:
+        def are_over() -> bool:
+            known = self.submitted()
+            return all(known[run]["exit_code"] is not None for run in runs)
+
+        until(are_over, STEP_TIMEOUT_S, f"the end of {runs}")
+        return self.submitted()
+
+
+def alone(tmp_path_factory: pytest.TempPathFactory, *arguments: str) -> str:
+    """The weights of the same run with a Ray of its own."""
+    return str(Home(tmp_path_factory.mktemp("alone")).json("train", *arguments, "--json")["weights_sha256"])
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
-    """A state folder with the cluster of cluster/local.yaml, two nodes of a CPU each."""
-    home = Home(tmp_path_factory.mktemp("home"))
-    told = home.json("cluster", "up", "local", "--json")
-    assert [node["runs"] for node in told["nodes"]] == [True, True]
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The cluster of cluster/local.yaml: three nodes of a CPU each, room for one run of two workers."""
+    found = Cluster(tmp_path_factory.mktemp("home"))
+    found.json("cluster", "up", "local", "--json")
     try:
-        yield home
+        yield found
     finally:
-        home.run("cluster", "down", "local")
-    assert home.left_over() == []
-    assert not (home.path / "clusters" / "local" / "token").exists()
+        found.run("cluster", "down", "local")
+    assert found.left_over() == []
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return alone(tmp_path_factory, "smoke", *SLOW)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return alone(tmp_path_factory, "smoke", *QUICK)
+
+
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def answer(url: str, token: str | None) -> int:
@@ -46,99 +108,160 @@ def answer(url: str, token: str | None) -> int:
         return error.code
 
 
-def test_it_asks_for_its_token_and_nobody_else_can_read_or_reach_it(home: Home) -> None:
-    told = home.json("cluster", "status", "local", "--json")
+def test_it_asks_for_its_token_and_nobody_else_can_read_or_reach_it(cluster: Cluster) -> None:
+    told = cluster.json("cluster", "status", "local", "--json")
     token = Path(told["token_file"])
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     jobs = f"{told['dashboard']}/api/jobs/"
     assert [answer(jobs, one) for one in (None, "0" * 64, token.read_text())] == [401, 403, 200]
     listening = {
         (process.name(), connection.laddr.ip)
-        for process in home.processes()
+        for process in cluster.processes()
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
     assert len(listening) > 3
     assert {one for one in listening if one[1] not in LOOPBACK} == set()
-    assert token.read_text() not in "".join(" ".join(process.cmdline()) for process in home.processes())
+    assert token.read_text() not in "".join(" ".join(process.cmdline()) for process in cluster.processes())
 
 
-def test_a_token_that_others_may_read_is_refused_and_so_is_what_is_no_job(home: Home) -> None:
-    token = home.path / "clusters" / "local" / "token"
+def test_a_token_that_others_may_read_is_refused_and_so_is_what_is_no_job(cluster: Cluster) -> None:
+    before = cluster.submitted()
+    token = cluster.path / "clusters" / "local" / "token"
     token.chmod(0o644)
     try:
-        code, _, said = home.run("ps")
+        code, _, said = cluster.run("ps")
     finally:
         token.chmod(0o600)
     assert (code, "a file that others may read" in said) == (2, True)
-    code, _, said = home.run("submit", "smoke", "--set", "loop.epocs=1")
+    code, _, said = cluster.run("submit", "smoke", "--set", "loop.epocs=1")
     assert (code, "loop.epocs" in said) == (2, True)
-    code, _, said = home.run("submit", "smoke", "--cluster", "locl")
+    code, _, said = cluster.run("submit", "smoke", "--cluster", "locl")
     assert (code, "Did you mean 'local'?" in said) == (2, True)
-    assert home.run("cluster", "up", "local")[0] == 2, "it runs already"
-    assert home.json("ps", "--json") == {"submitted": []}
+    assert cluster.run("cluster", "up", "local")[0] == 2, "it runs already"
+    assert cluster.submitted() == before
 
 
-def step_of(home: Home, run: str) -> int:
-    path = home.path / "runs" / run / "events.jsonl"
-    return max((event.step for event in read_events(path)[0] if isinstance(event, StepDone)), default=0) if path.exists() else 0
-
-
-def followed(home: Home, run: str) -> tuple[int, str]:
-    """Attach until it ends: the exit code, and what the run printed."""
-    code, out, _ = home.run("logs", run, "--follow")
-    return code, out
-
-
-def weights_of(home: Home, run: str) -> str:
-    summary: dict[str, Any] = json.loads((home.path / "runs" / run / "summary.json").read_text())
-    return str(summary["weights_sha256"])
-
-
-SLOW = ("--set", "loop.epochs=40", "--set", "checkpoint.every_steps=10")
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The weights of the same run with a Ray of its own."""
-    home = Home(tmp_path_factory.mktemp("alone"))
-    return str(home.json("train", "smoke", *SLOW, "--json")["weights_sha256"])
-
-
-def test_it_goes_on_without_its_terminal_through_a_dead_worker_and_is_stopped_and_resumed(home: Home, expected: str) -> None:
-    submitting = home.start("submit", "smoke", *SLOW, "--follow", "--json")
-    wait_until(lambda: home.step() >= 3, submitting)
-    [run] = [path.name for path in (home.path / "runs").iterdir()]
+def test_it_goes_on_without_its_terminal_through_a_dead_worker_and_is_stopped_and_resumed(cluster: Cluster, slow: str) -> None:
+    before = set(cluster.submitted())
+    submitting = cluster.start("submit", "smoke", *SLOW, "--follow", "--json")
+    wait_until(lambda: bool(set(cluster.submitted()) - before), submitting)
+    [run] = set(cluster.submitted()) - before
+    wait_until(lambda: cluster.step_of(run) >= 3, submitting)
     # The terminal is closed, whatever was going on in it.
     submitting.send_signal(signal.SIGKILL)
     submitting.communicate()
-    workers = [process for process in home.processes() if "TrainWorker" in process.name() or "RayTrainWorker" in process.name()]
-    assert workers
-    workers[0].kill()
-    attached = home.start("logs", run, "--follow")
-    reached = home.step() + 20
+    assert cluster.kill("ray::RayTrainWorker")
+    attached = cluster.start("logs", run, "--follow")
+    reached = cluster.step_of(run) + 20
     try:
-        wait_until(lambda: home.step() >= reached, attached)
+        wait_until(lambda: cluster.step_of(run) >= reached, attached)
     except BaseException:
-        print(home.run("logs", run)[1])
+        print(cluster.run("logs", run)[1])
         raise
-    told = home.json("stop", run, "--json")
+    told = cluster.json("stop", run, "--json")
     assert told["run_id"] == run
     attached.communicate(timeout=240)
     assert attached.returncode == 3, "saved, and can be resumed"
-    [listed] = home.json("ps", "--json")["submitted"]
-    assert (listed["status"], listed["run_id"], listed["exit_code"]) == ("INTERRUPTED", run, 3)
-    again = home.json("submit", "--resume", run, "--json")
+    listed = cluster.submitted()[run]
+    assert (listed["status"], listed["exit_code"]) == ("INTERRUPTED", 3)
+    again = cluster.json("submit", "--resume", run, "--json")
     assert again == {"run_id": run, "cluster": "local", "submission_id": f"{run}.2"}
-    code, out = followed(home, run)
+    code, _, said = cluster.run("submit", "--resume", run)
+    assert (code, "a run that is" in said) == (2, True)
+    code, out, _ = cluster.run("logs", run, "--follow")
     assert code == 0, out
-    assert weights_of(home, run) == expected
-    assert find_run_status(home, run) == "finished"
-    assert [one["status"] for one in home.json("ps", "--json")["submitted"]] == ["SUCCEEDED", "INTERRUPTED"]
+    assert cluster.summary(run)["weights_sha256"] == slow
+    assert cluster.json("runs", "show", run, "--json")["status"] == "finished"
+    of_it = [one for one in cluster.json("ps", "--json")["submitted"] if one["run_id"] == run]
+    assert [one["status"] for one in of_it] == ["SUCCEEDED", "INTERRUPTED"]
 
 
-def find_run_status(home: Home, run: str) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAYMILL_HOME", str(home.path))
-        assert find_run(run).path.name == run
-    return str(home.json("runs", "show", run, "--json")["status"])
+def test_a_higher_priority_makes_what_runs_give_way_and_go_on_later_with_the_same_weights(
+    cluster: Cluster, slow: str, quick: str
+) -> None:
+    first = cluster.submit("smoke", *SLOW)
+    until(lambda: cluster.step_of(first) >= 15, STEP_TIMEOUT_S, "steps of the first")
+    second = cluster.submit("smoke", *QUICK)
+    urgent = cluster.submit("smoke", *QUICK, "--priority", "5")
+    until(lambda: cluster.step_of(urgent) >= 1, STEP_TIMEOUT_S, "steps of the urgent one")
+    known = cluster.submitted()
+    assert {run: (one["status"], one["place"]) for run, one in known.items() if run in (first, second, urgent)} == {
+        first: ("WAITING", 1),
+        second: ("WAITING", 2),
+        urgent: ("RUNNING", None),
+    }
+    # Whoever acts on the line dies.
+    assert cluster.kill("ray::Queue")
+    # Who waits may leave the line.
+    left = cluster.submit("smoke", *QUICK)
+    cluster.json("stop", left, "--json")
+    code, out, _ = cluster.run("logs", first, "--follow")
+    assert code == 0, out
+    known = cluster.wait_for_end(first, second, urgent, left)
+    assert [known[run]["attempts"] for run in (first, second, urgent, left)] == [2, 1, 1, 0]
+    assert (known[left]["status"], known[left]["exit_code"]) == ("INTERRUPTED", 3)
+    assert [cluster.summary(run)["weights_sha256"] for run in (first, second, urgent)] == [slow, quick, quick]
+    # Each step once: it was asked to make room, and saved its state.
+    assert [event.step for event in cluster.events_of(first) if isinstance(event, StepDone)] == list(range(1, 1601))
+    assert known[urgent]["ended_ms"] < known[first]["ended_ms"] < known[second]["ended_ms"]
+    assert list((cluster.path / "submitted").iterdir()) == [], "the code of runs that are over is gone"
+
+
+@pytest.mark.cluster
+def test_its_driver_and_then_its_supervisor_are_killed_and_it_goes_on_by_itself(cluster: Cluster, slow: str) -> None:
+    run = cluster.submit("smoke", *SLOW)
+    attached = cluster.start("logs", run, "--follow")
+    for reached, what in ((20, "on_ray.driver"), (100, "-m raymill train")):
+        until(lambda reached=reached: cluster.step_of(run) >= reached, STEP_TIMEOUT_S, f"step {reached}")  # type: ignore[misc]
+        assert cluster.kill(what), what
+    out, _ = attached.communicate(timeout=STEP_TIMEOUT_S)
+    assert attached.returncode == 0, out
+    assert cluster.summary(run)["weights_sha256"] == slow
+    assert cluster.submitted()[run]["attempts"] == 2
+
+
+@pytest.mark.cluster
+def test_five_at_once_run_in_order_however_often_the_queue_is_killed(cluster: Cluster, quick: str) -> None:
+    draw = random.Random(0)
+    submitting = [cluster.start("submit", "smoke", *QUICK, "--json") for _ in range(5)]
+    runs = [str(json.loads(one.communicate(timeout=240)[0])["run_id"]) for one in submitting]
+    killed = 0
+
+    def are_over() -> bool:
+        nonlocal killed
+        if draw.random() < 0.3:
+            killed += cluster.kill("ray::Queue")
+        known = cluster.submitted()
+        return all(known[run]["exit_code"] is not None for run in runs)
+
+    until(are_over, 2 * STEP_TIMEOUT_S, "the end of five runs")
+    assert killed >= 10
+    known = cluster.submitted()
+    assert [known[run]["attempts"] for run in runs] == [1] * 5
+    assert [cluster.summary(run)["weights_sha256"] for run in runs] == [quick] * 5
+    in_line = sorted(runs, key=lambda run: (known[run]["submitted_ms"], run))
+    begun = sorted(runs, key=lambda run: next(one.time_s for one in cluster.events_of(run) if isinstance(one, AttemptStarted)))
+    assert begun == in_line
+
+
+@pytest.mark.cluster
+def test_a_node_is_lost_in_the_middle_and_another_one_comes(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> None:
+    data = Path(__file__).parents[2] / ".raymill" / "data"
+    if not (data / "mnist").exists():
+        pytest.skip("needs `raymill data get mnist`")
+    job = ["mnist", "--set", f"data.root={data}", "--set", "loop.epochs=1", "--set", "checkpoint.every_steps=10"]
+    job += ["--set", "register=null", "--set", "loop.threads=1", "--set", "scale.cpus_per_worker=1"]
+    expected = alone(tmp_path_factory, *job, "--workers", "2")
+    run = cluster.submit(*job, "--workers", "2")
+    until(lambda: cluster.step_of(run) >= 15, STEP_TIMEOUT_S, "steps")
+    # Not the head's: the others.
+    worker = next(one for one in cluster.processes() if "RayTrainWorker" in one.name())
+    raylet = psutil.Process(worker.ppid())
+    assert raylet.name() == "raylet"
+    raylet.kill()
+    cluster.json("cluster", "up", "local", "--json")
+    code, out, _ = cluster.run("logs", run, "--follow")
+    assert code == 0, out
+    assert cluster.summary(run)["weights_sha256"] == expected
+    assert [node["runs"] for node in cluster.json("cluster", "status", "local", "--json")["nodes"]] == [True] * 3

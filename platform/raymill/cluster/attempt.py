@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from raymill.cluster.request import engine_of, project_of
 from raymill.errors import RunError
-from raymill.files import run_lock
+from raymill.files import read_record, run_lock
 from raymill.record.folder import RunFolder, run_folder
 
 BEFORE_ENDS_S = 120.0
@@ -31,6 +31,9 @@ def main(arguments: Sequence[str]) -> int:
     request, run, workers, *command = arguments
     folder = run_folder(run)
     _wait_for_the_one_before(folder)
+    if "--resume" not in command and _is_finished(folder):
+        # The attempt before was asked to end when there was nothing left to do but to deliver it.
+        return subprocess.run([sys.executable, "-m", "raymill.orchestration.tracker", str(folder.path)], check=False).returncode
     # Asked to stop, it waits for the command, which is asked as well, to save its state.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     kept = {name: value for name, value in os.environ.items() if name != "RAY_JOB_CONFIG_JSON_ENV_VAR"}
@@ -52,6 +55,10 @@ def as_attempt(command: Sequence[str], folder: RunFolder, workers: str) -> list[
             shutil.rmtree(folder.path, ignore_errors=True)
         return given
     return ["train", "--resume", folder.run_id, *([given[-1]] if workers != "-" else []), "--json"]
+
+
+def _is_finished(folder: RunFolder) -> bool:
+    return folder.summary.exists() and read_record(folder.summary).get("status") == "finished"
 
 
 def _wait_for_the_one_before(folder: RunFolder) -> None:

@@ -108,6 +108,8 @@ def _again(known: Sequence[line.Request], run: str, overrides: Sequence[str]) ->
     if going_on:
         fix = f"`raymill logs {run} --follow` shows it; `raymill stop {run}` stops it."
         raise InputError([Problem("--resume", f"a run that is {going_on[0].state.lower()}", "one that is over", fix)])
+    if before[-1].state == "SUCCEEDED":
+        raise InputError([Problem("--resume", "a run that is finished", "an interrupted or failed run", "Submit a new one.")])
     command = ("train", "--resume", run, *(f"--set={one}" for one in overrides), "--json")
     return f"{run}.{len(before) + 1}", replace(before[-1].asked, command=command)
 

@@ -207,7 +207,7 @@ def make_plan(
 
 
 def _may_be_full(spec: JobSpec, facts: ClusterFacts) -> bool:
-    """Whether workers may come to have every CPU: Ray Train gives them to an elastic job's, and a cluster to those of other runs."""
+    """Whether workers may come to have every CPU: an elastic job's take what they find, and on a cluster there are other runs."""
     return spec.scale.elastic or facts.is_shared
 
 

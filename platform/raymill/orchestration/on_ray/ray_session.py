@@ -39,7 +39,7 @@ def ray_for(plan: Plan, meanwhile: Callable[[], object]) -> Iterator[None]:
     """
     named = address()
     settings = dict(ray_internals.RAY_SETTINGS)
-    settings |= {} if named else ray_internals.EMBEDDED_SETTINGS
+    settings |= {} if named else ray_internals.EMBEDDED_SETTINGS | ray_internals.NODE_SETTINGS
     settings |= ray_internals.ELASTIC_SETTINGS if plan.min_workers < plan.num_workers else {}
     for name, value in settings.items():
         os.environ.setdefault(name, value)
