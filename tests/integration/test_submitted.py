@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 
 from integration.commands import Home, wait_until
 from integration.test_cluster import STEP_TIMEOUT_S, until
@@ -142,6 +143,13 @@ def test_a_token_that_others_may_read_is_refused_and_so_is_what_is_no_job(cluste
     assert cluster.submitted() == before
 
 
+def test_its_nodes_are_looked_at_and_differ_in_nothing(cluster: Cluster) -> None:
+    told = cluster.json("cluster", "check", "local", "--json")
+    assert told["differences"] == []
+    assert [one["versions"]["ray"] for one in told["nodes"]] == [ray.__version__] * 3
+    assert all(one["bandwidth_mb_s"] > 1 and abs(one["skew_s"]) < 1 for one in told["nodes"])
+
+
 def test_it_goes_on_without_its_terminal_through_a_dead_worker_and_is_stopped_and_resumed(cluster: Cluster, slow: str) -> None:
     before = set(cluster.submitted())
     submitting = cluster.start("submit", "smoke", *SLOW, "--follow", "--json")
@@ -247,11 +255,11 @@ def test_five_at_once_run_in_order_however_often_the_queue_is_killed(cluster: Cl
 
 @pytest.mark.cluster
 def test_a_node_is_lost_in_the_middle_and_another_one_comes(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> None:
-    data = Path(__file__).parents[2] / ".raymill" / "data"
-    if not (data / "mnist").exists():
+    data = Path(__file__).parents[2] / ".raymill" / "data" / "mnist"
+    if not data.exists():
         pytest.skip("needs `raymill data get mnist`")
     job = ["mnist", "--set", f"data.root={data}", "--set", "loop.epochs=1", "--set", "checkpoint.every_steps=10"]
-    job += ["--set", "register=null", "--set", "loop.threads=1", "--set", "scale.cpus_per_worker=1"]
+    job += ["--set", "register=null", "--set", "loop.threads=1"]
     expected = alone(tmp_path_factory, *job, "--workers", "2")
     run = cluster.submit(*job, "--workers", "2")
     until(lambda: cluster.step_of(run) >= 15, STEP_TIMEOUT_S, "steps")

@@ -59,6 +59,37 @@ def down(name: NameArgument = "local", json_: JsonOption = False) -> None:
         emit(told, json_, lambda console: console.print(for_people(f"{name}: {told['ended']} nodes ended")))
 
 
+@app.command("check")
+def check(name: NameArgument = "local", json_: JsonOption = False) -> None:
+    """Look at every node: versions, clocks, disks, memory, GPUs, the way between them. Ends with 1 where something does harm."""
+    with errors(json_):
+        from raymill.cluster import spec, submitted
+
+        told = submitted.check(name, spec.load_cluster(name))
+
+        def show(console: Console) -> None:
+            columns = ("node", "disk free", "shared memory free", "GPUs", "clock", "to it from the one before")
+            rows = [
+                (
+                    one["name"],
+                    f"{one['disk_free_gb']:g} GB",
+                    f"{one['shared_memory_free_gb']:g} GB",
+                    len(one["gpus"]),
+                    f"{one['skew_s']:+.3f} s",
+                    f"{one['bandwidth_mb_s'] or 0:.0f} MB/s",
+                )
+                for one in told["nodes"]
+                if not one.get("failed")
+            ]
+            show_table(console, columns, rows)
+            for line in told["differences"] or ["nothing differs"]:
+                console.print(for_people(line), soft_wrap=True)
+
+        emit(told, json_, show)
+        if told["differences"]:
+            raise typer.Exit(1)
+
+
 def submit(
     job: Annotated[str | None, typer.Argument(help="a job file, its folder, or a name in jobs/; not with --resume")] = None,
     cluster: ClusterOption = "local",

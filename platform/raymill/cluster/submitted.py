@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+import json
 import logging
 import os
 import shlex
@@ -168,6 +169,29 @@ def stop(name: str, spec: ClusterSpec, run: str) -> dict[str, Any]:
         queue.note(client, line.STOP, request.job.id)
     [told] = [one for one in _told(_requests(client)) if one["submission_id"] == request.job.id]
     return told
+
+
+def check(name: str, spec: ClusterSpec) -> dict[str, Any]:
+    """Look at every node of a cluster; see `health`.
+
+    Returns:
+        nodes, and differences: what will do harm, and what to do.
+
+    Raises:
+        RunError: the head could not look; with what it printed.
+    """
+    client = _client(name, spec)
+    own_python = sys.executable if spec.kind == "local" else "python"
+    submission = new_id("check")
+    command = shlex.join([own_python, "-m", "raymill.cluster.health"])
+    queue.submit(client, submission, command, {"raymill": "check"}, runtime_env={"py_modules": [str(ENGINE)]})
+    while (job := queue.as_job(client.get_job_info(submission))).lives:
+        time.sleep(POLL_S)
+    printed = client.get_job_logs(submission)
+    if job.status != "SUCCEEDED":
+        raise RunError(f"the nodes of {name} could not be looked at; the head printed:\n{printed[-2000:]}")
+    found: dict[str, Any] = json.loads(next(one for one in reversed(printed.splitlines()) if one.startswith("{")))
+    return found
 
 
 def _requests(client: JobSubmissionClient) -> list[line.Request]:
