@@ -13,9 +13,12 @@ from pydantic import ValidationError
 from raymill.config import load
 from raymill.config.search import SearchSpec
 from raymill.errors import InputError
+from raymill.files import write_record
+from raymill.tune.folder import StudyFolder
+from raymill.tune.outcome import table
 from raymill.tune.searcher import Searched
 from raymill.tune.space import Values
-from raymill.tune.study import Study, Suggestion
+from raymill.tune.study import METRICS, Study, Suggestion
 
 SPACE = {
     "x": {"kind": "uniform", "low": 0.0, "high": 1.0},
@@ -208,3 +211,22 @@ def test_events_at_the_same_instant_have_an_order(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("optuna.storages._in_memory.datetime", Still)
     found = run(Study(None, "s", made, "min"), 5)
     assert [number for number, *_ in found] == list(range(5))
+
+
+def test_the_table_of_a_study_has_its_further_metrics(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "s")
+    folder.path.mkdir()
+    made = search(also={"second": "min"}, limits={"third": {"most": 0.5}})
+    write_record(folder.record, {"search": made.model_dump(mode="json"), "mode": "min"})
+    study = Study(folder.store, "s", made, "min")
+    suggestion = study.next(1)
+    assert isinstance(suggestion, Suggestion)
+    study.tell(
+        0, "complete", [1.0, 2.0], {METRICS: {"first": 1.0, "second": 2.0, "third": 0.25}}, study.search.breaks({"third": 0.25})
+    )
+    columns, [row] = table(folder)
+    assert dict(zip(columns, row, strict=True)) == {
+        **{"number": 0, "state": "complete", "value": 1.0, "second": 2.0, "third": 0.25},
+        **{"deviation": None, "seconds": None, "message": None},
+        **suggestion.values,
+    }

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 NOT_SENT = ["/.raymill", "/.venv", "/.git", "/tests", "/docs"]
 """Of the project; beside what .gitignore names."""
 
+ELSEWHERE = 'env RAYMILL_HOME="${RAYMILL_HOME:-$HOME/.raymill}" python'
+"""Begins a command on the head of a cluster elsewhere, which keeps its runs where it says."""
+
 ASK_TIMEOUT_S = 10.0
 POLL_S = 0.5
 
@@ -69,8 +72,9 @@ def submit(
         client = _client(name, spec)
     asked = replace(asked, user=user, priority=priority, quota_cpus=spec.quotas.get(user))
     # Each part is quoted: nothing in a name is a command of the shell.
-    own_python = sys.executable if spec.kind == "local" else "python"
-    entrypoint = shlex.join(["env", f"RAYMILL_HOME={home()}", own_python, "-m", "raymill.cluster.request", submission])
+    here = shlex.join(["env", f"RAYMILL_HOME={home()}", sys.executable])
+    begin = here if spec.kind == "local" else ELSEWHERE
+    entrypoint = f"{begin} {shlex.join(['-m', 'raymill.cluster.request', submission])}"
     travels = {"working_dir": str(project_root()), "excludes": NOT_SENT, "py_modules": [str(ENGINE)]}
     try:
         queue.submit(client, submission, entrypoint, asked.as_metadata(), runtime_env=travels)

@@ -12,11 +12,12 @@ from datetime import timedelta
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
 
-LOOPBACK = "127.0.0.1"
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 def join_group(
@@ -40,8 +41,9 @@ def join_group(
     if world_size == 1:
         return
     host, port = meeting
-    if host == LOOPBACK:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if GLOO_INTERFACE not in os.environ and (interface := interface_towards(host, port)):
+        # Left to itself, gloo takes the address of this machine's name, which on Debian is a loopback one.
+        os.environ[GLOO_INTERFACE] = interface
     timeout = timedelta(seconds=timeout_s)
     # Given no socket, the store would listen on every interface.
     descriptor = listener.detach() if listener else None
@@ -56,6 +58,16 @@ def join_group(
     )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def interface_towards(host: str, port: int) -> str | None:
+    """The network interface of this machine by which another one is reached; None where its address is that of none."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        # Sends nothing: the kernel finds the way.
+        probe.connect(address)
+        own = probe.getsockname()[0]
+    return next((name for name, known in psutil.net_if_addrs().items() if own in {one.address for one in known}), None)
 
 
 def leave_group(*, together: bool) -> None:

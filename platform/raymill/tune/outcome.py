@@ -77,10 +77,13 @@ def _short(value: Any) -> str:
 
 def table(folder: StudyFolder) -> tuple[list[str], list[list[Any]]]:
     """All trials as a table: names of columns, rows."""
-    trials = [facts_of(one) for one in open_study(folder).trials()]
+    study = open_study(folder)
+    trials = [facts_of(one) for one in study.trials()]
     fields = sorted({name for one in trials for name in one["values"]})
-    columns = ["number", "state", "value", "deviation", "seconds", *fields, "message"]
-    return columns, [[one["values"].get(name) if name in fields else one[name] for name in columns] for one in trials]
+    beside = list(dict.fromkeys([*study.search.also, *study.search.limits]))
+    columns = ["number", "state", "value", *beside, "deviation", "seconds", *fields, "message"]
+    rows = [{**one, **{name: one["metrics"].get(name) for name in beside}, **one["values"]} for one in trials]
+    return columns, [[row.get(name) for name in columns] for row in rows]
 
 
 def best_run(summary: dict[str, Any]) -> str:
