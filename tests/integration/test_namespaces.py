@@ -58,6 +58,8 @@ class Network:
 
     def down(self) -> None:
         for name in self.names:
+            # By itself: a connection that nobody has closed keeps a namespace for minutes.
+            ip("link", "del", f"{name}out", check=False)
             ip("netns", "del", name, check=False)
         ip("link", "del", BRIDGE, check=False)
 
@@ -69,9 +71,8 @@ class Network:
 
     def lose(self, number: int, percent: int) -> None:
         """Drop so many packets of a hundred that come to a machine, whichever they are."""
-        rules = (
-            f"table inet loss {{ chain come {{ type filter hook input priority 0; numgen random mod 100 < {percent} drop; }} }}"
-        )
+        chain = "add chain inet loss come { type filter hook input priority 0; policy accept; }"
+        rules = f"add table inet loss; {chain}; add rule inet loss come numgen random mod 100 < {percent} drop"
         subprocess.run(["ip", "netns", "exec", f"rm{number}", "nft", rules], check=True)
 
 
