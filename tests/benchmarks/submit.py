@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -66,7 +65,7 @@ class Place:
         script = [sys.executable, str(Path(__file__).with_name("guide_way.py")), "--data", str(DATA), "--epochs", "1"]
         own = {"PYTHONPATH": f"{PROJECT}:{PROJECT / 'platform'}", "T0": str(time.time())}
         command = [str(Path(sys.executable).with_name("ray")), "job", "submit", f"--address={record['dashboard']}"]
-        command += [f"--runtime-env-json={json.dumps({'env_vars': own})}", "--", shlex.join(script)]
+        command += [f"--runtime-env-json={json.dumps({'env_vars': own})}", "--", *script]
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.home / "clusters" / "local" / "token")}
         done = subprocess.run(command, env=self.variables | token, check=True, capture_output=True, text=True)
         [line] = [line for line in done.stdout.splitlines() if "seconds_to_first_step" in line]
