@@ -209,7 +209,7 @@ def raymill_on_mnist(trials: int) -> list[str]:
     values = {
         "search": json.dumps({**MNIST_SEARCH, "trials": trials, "sampler": {"kind": "tpe"}}),
         "loop.epochs": "1",
-        "data.root": str(PROJECT / ".raymill" / "data"),
+        "data.root": str(PROJECT / ".raymill" / "data" / "mnist"),
         "register": "null",
     }
     sets = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
@@ -236,7 +236,7 @@ def measure(name: str, trials: int, seconds: float | None) -> dict[str, float]:
             else:
                 work = SPUN.format(spin=SPIN, seconds=seconds)
             (folder / "contestant.py").write_text(HEAD + work + textwrap.dedent(CONTESTANTS[name]).format(trials=trials))
-            command = [sys.executable, "contestant.py"]
+            command = [sys.executable, str(folder / "contestant.py")]
         began = time.perf_counter()
         done = subprocess.run(command, cwd=PROJECT if seconds is None else folder, capture_output=True, text=True, env=variables)
         took_s = time.perf_counter() - began
