@@ -232,6 +232,14 @@ def test_killed_between_any_two_acts_nothing_is_lost_doubled_or_begun_without_ro
     assert all(ray.left[name] == 0 for name in set(names) - failed)
 
 
+@pytest.mark.parametrize("changed", [{"asked": "[0"}, {"asked": "[1, 2, 3, 4, 5, 6, 7, 8]"}, {"command": "train"}, {"run": None}])
+def test_what_is_no_request_of_ours_is_in_nobodys_way(changed: dict[str, Any]) -> None:
+    whole = request("a", 0)
+    metadata = {name: value for name, value in {**whole.metadata, **changed}.items() if value is not None}
+    foreign = [replace(whole, metadata=metadata), Job("x", {"raymill": ATTEMPT, "of": "b"}, "RUNNING"), Job("y", {}, "RUNNING")]
+    assert decided([*foreign, Job("z", {"raymill": STOP}, "SUCCEEDED"), request("b", 1)]) == [("start", "b-try-1", 1)]
+
+
 def test_an_end_names_the_attempt_that_runs() -> None:
     [found] = decide(read([request("a", 0), attempt("a", 1, "FAILED", 137), attempt("a", 2), note(STOP, "a")]), 1, 0)
     assert isinstance(found, End)

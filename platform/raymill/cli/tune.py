@@ -54,15 +54,19 @@ def _teller(console: Console) -> Callable[[dict[str, Any]], None]:
 
 
 def _show_summary(console: Console, summary: dict[str, Any]) -> None:
+    from raymill.tracking.description import limits_in_words
+
     table = Aligned()
     table.add_row("study", summary["study"])
     table.add_row("trials", summary["trials"])
     objectives = {summary["metric"]: summary["mode"], **summary["also"]}
     table.add_row("searched for", ", ".join(f"{mode} {metric}" for metric, mode in objectives.items()))
     if summary["limits"]:
-        table.add_row("inside", f"{summary['limits']}; {summary['outside']} trials were not")
+        table.add_row("inside", f"{', '.join(limits_in_words(summary['limits']))}; {summary['outside']} trials were not")
     if summary["job_as_it_stands"] is not None:
         table.add_row("the job as it stands", summary["job_as_it_stands"])
+    if not summary["best"]:
+        table.add_row("best", "no trial ran to its end inside the limits" if summary["limits"] else "no trial ran to its end")
     if best := summary["best"]:
         deviation = f" (deviation {in_words(best['deviation'])})" if best["deviation"] is not None else ""
         table.add_row("best", f"{in_words(best['value'])}{deviation}, trial {best['number']}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -173,21 +174,25 @@ def was_killed(job: Job) -> bool:
 
 
 def read(jobs: Iterable[Job]) -> list[Request]:
-    """All requests among Ray's jobs, the one that stands furthest ahead first."""
+    """All requests among Ray's jobs, the one that stands furthest ahead first. What cannot be read as one is none of ours."""
     by_kind: dict[str, list[Job]] = {}
     for job in jobs:
         by_kind.setdefault(job.metadata.get("raymill", ""), []).append(job)
-    stops = {job.metadata["of"] for job in by_kind.get(STOP, [])}
-    making_room = {job.metadata["of"] for job in by_kind.get(MAKE_ROOM, [])}
-    attempts: dict[str, list[Attempt]] = {}
-    for job in sorted(by_kind.get(ATTEMPT, []), key=lambda one: int(one.metadata["number"])):
-        told = job.metadata
-        made = Attempt(job, int(told["workers"]), told.get("is_ahead") == "yes", job.id in making_room)
-        attempts.setdefault(told["of"], []).append(made)
-    found = [
-        Request(job, Asked.from_metadata(job.metadata), tuple(attempts.get(job.id, ())), job.id in stops)
-        for job in by_kind.get(REQUEST, [])
-    ]
+    stops = {job.metadata.get("of") for job in by_kind.get(STOP, [])}
+    making_room = {job.metadata.get("of") for job in by_kind.get(MAKE_ROOM, [])}
+    attempts: dict[str, list[tuple[int, Attempt]]] = {}
+    for job in by_kind.get(ATTEMPT, []):
+        with suppress(KeyError, ValueError):
+            told = job.metadata
+            made = Attempt(job, int(told["workers"]), told.get("is_ahead") == "yes", job.id in making_room)
+            attempts.setdefault(told["of"], []).append((int(told["number"]), made))
+    in_order = {of: tuple(made for _, made in sorted(all_, key=lambda one: one[0])) for of, all_ in attempts.items()}
+    found = []
+    for job in by_kind.get(REQUEST, []):
+        # Another version may have submitted it, or somebody by hand: nobody else is to wait for that.
+        with suppress(KeyError, TypeError, ValueError):
+            asked = Asked.from_metadata(job.metadata)
+            found.append(Request(job, asked, in_order.get(job.id, ()), job.id in stops))
     return sorted(found, key=lambda one: one.place)
 
 

@@ -180,11 +180,8 @@ def describe_search(study: str, job: str, summary: Mapping[str, Any], mlflow_run
     aims = ", ".join(f"the {mode} of `{metric}`" for metric, mode in wanted.items())
     parts = [f"A search of {_count(count, 'trial')} ({states}) for {aims}."]
     if summary["limits"]:
-        limits = [
-            (f"`{name}`", " and ".join(f"at {side} {edge:g}" for side, edge in limit.items() if edge is not None))
-            for name, limit in summary["limits"].items()
-        ]
-        parts += [f"A good trial is inside these limits; {summary['outside']} were not:", _list(limits)]
+        limits = ", ".join(f"`{limit}`" for limit in limits_in_words(summary["limits"]))
+        parts += [f"A good trial is inside these limits: {limits}; {summary['outside']} were not."]
     if best:
         values = [(name, f"`{value}`") for name, value in best["values"].items()]
         before = summary["job_as_it_stands"]
@@ -197,6 +194,18 @@ def describe_search(study: str, job: str, summary: Mapping[str, Any], mlflow_run
         parts.append(_code_block([f"raymill tune show {study}", f"raymill train {job} {sets}"]))
     parts += [f"![{name}](get-artifact?path={quote(name)}&run_uuid={mlflow_run})" for name in pictures]
     return "\n\n".join(parts)
+
+
+def limits_in_words(limits: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """The limits of a search, each such as "validation/recall >= 0.9".
+
+    Args:
+        limits: metric -> least and most.
+    """
+    signs = {"least": ">=", "most": "<="}
+    return [
+        f"{name} {signs[side]} {edge:g}" for name, limit in limits.items() for side, edge in limit.items() if edge is not None
+    ]
 
 
 def _headline(facts: RunFacts) -> str:
