@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from integration.commands import PROJECT, Home
@@ -55,21 +57,18 @@ def home(tmp_path: Path) -> Home:
 
 def test_it_starts_ray_on_its_nodes_trains_and_leaves_no_token(home: Home, tmp_path: Path) -> None:
     script = ["bash", str(PROJECT / "cluster" / "slurm" / "raymill.sbatch"), "smoke", "--set", "register=null"]
-    process = subprocess.Popen(
-        script,
-        env=home.environment,
-        cwd=tmp_path,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    said = tmp_path / "said"
+    with said.open("w") as out:
+        process = subprocess.Popen(script, env=home.environment, cwd=tmp_path, stdout=out, stderr=out, start_new_session=True)
     try:
-        said, _ = process.communicate(timeout=300)
+        code = process.wait(timeout=300)
     finally:
-        for left in home.processes():
+        # Slurm ends what is left of a job; here nobody does.
+        os.killpg(process.pid, signal.SIGTERM)
+        _, alive = psutil.wait_procs(home.processes(), timeout=30)
+        for left in alive:
             left.kill()
-    assert process.returncode == 0, said
+    assert code == 0, said.read_text()
     summary = json.loads((home.path / "runs" / "slurm-4711" / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 20)
     assert list(home.path.glob("*.token")) == [], "the token is gone with the job"
