@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymill.cluster.line import ATTEMPT, INTERRUPTED, MAKE_ROOM, MOST_LOST, STOP, Asked, End, Job, Request, Start, decide, read
+from raymill.cluster.submitted import _again
+from raymill.errors import InputError
 
 
 def request(name: str, began_ms: int, **asked: Any) -> Job:
@@ -238,6 +240,15 @@ def test_what_is_no_request_of_ours_is_in_nobodys_way(changed: dict[str, Any]) -
     metadata = {name: value for name, value in {**whole.metadata, **changed}.items() if value is not None}
     foreign = [replace(whole, metadata=metadata), Job("x", {"raymill": ATTEMPT, "of": "b"}, "RUNNING"), Job("y", {}, "RUNNING")]
     assert decided([*foreign, Job("z", {"raymill": STOP}, "SUCCEEDED"), request("b", 1)]) == [("start", "b-try-1", 1)]
+
+
+def test_what_is_resumed_is_the_last_that_was_submitted_whatever_its_priority() -> None:
+    first = [request("a", 0), attempt("a", 1, "FAILED", INTERRUPTED)]
+    second = replace(request("a", 9, priority=5), id="a.2")
+    assert _again(read(first), "a", [])[0] == "a.2"
+    done = attempt("a.2", 1, "SUCCEEDED", 0)
+    with pytest.raises(InputError, match="a run that is finished"):
+        _again(read([*first, second, done]), "a", [])
 
 
 def test_an_end_names_the_attempt_that_runs() -> None:

@@ -106,17 +106,14 @@ def _first(job: str, overrides: Sequence[str]) -> tuple[str, line.Asked]:
 
 def _again(known: Sequence[line.Request], run: str, overrides: Sequence[str]) -> tuple[str, line.Asked]:
     """What the request is called that goes on with a run that is over, and what it asks for."""
-    before = [one for one in known if one.asked.run == run]
-    if not before:
-        raise InputError([_no_such_run(run)])
-    going_on = [one for one in before if one.exit_code is None]
-    if going_on:
+    last = _newest(known, run)
+    if last.exit_code is None:
         fix = f"`raymill logs {run} --follow` shows it; `raymill stop {run}` stops it."
-        raise InputError([Problem("--resume", f"a run that is {going_on[0].state.lower()}", "one that is over", fix)])
-    if before[-1].state == "SUCCEEDED":
+        raise InputError([Problem("--resume", f"a run that is {last.state.lower()}", "one that is over", fix)])
+    if last.state == "SUCCEEDED":
         raise InputError([Problem("--resume", "a run that is finished", "an interrupted or failed run", "Submit a new one.")])
     command = ("train", "--resume", run, *(f"--set={one}" for one in overrides), "--json")
-    return f"{run}.{len(before) + 1}", replace(before[-1].asked, command=command)
+    return f"{run}.{sum(one.asked.run == run for one in known) + 1}", replace(last.asked, command=command)
 
 
 def list_submitted(name: str, spec: ClusterSpec) -> list[dict[str, Any]]:
@@ -205,13 +202,9 @@ def _requests(client: JobSubmissionClient) -> list[line.Request]:
 def _newest(requests: Sequence[line.Request], run: str) -> line.Request:
     found = [one for one in requests if one.asked.run == run]
     if not found:
-        raise InputError([_no_such_run(run)])
+        fix = "`raymill ps --cluster NAME` lists those of this cluster."
+        raise InputError([Problem("run", repr(run[:80]), "a run that was submitted to this cluster", fix)])
     return max(found, key=lambda one: one.job.began_ms)
-
-
-def _no_such_run(run: str) -> Problem:
-    fix = "`raymill ps --cluster NAME` lists those of this cluster."
-    return Problem("run", repr(run[:80]), "a run that was submitted to this cluster", fix)
 
 
 def _told(requests: Sequence[line.Request]) -> list[dict[str, Any]]:
