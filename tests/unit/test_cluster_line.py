@@ -10,14 +10,38 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymill.cluster.line import ATTEMPT, INTERRUPTED, MAKE_ROOM, MOST_LOST, STOP, Asked, End, Job, Request, Start, decide, read
+from raymill.cluster.line import (
+    ATTEMPT,
+    INTERRUPTED,
+    KEEP_READY_S,
+    MAKE_ROOM,
+    MOST_LOST,
+    NOT_TAKEN,
+    READY,
+    STOP,
+    Asked,
+    Dismiss,
+    End,
+    Job,
+    MakeReady,
+    Ready,
+    Request,
+    Shape,
+    Start,
+    decide,
+    needed_code,
+    read,
+    read_ready,
+    was_killed,
+)
 from raymill.cluster.submitted import _again
 from raymill.errors import InputError
 
 
 def request(name: str, began_ms: int, **asked: Any) -> Job:
+    code = asked.pop("code", "c0de")
     told = Asked(run=name, job="job", user=asked.pop("user", "anna"), command=("train",), **asked)
-    return Job(name, told.as_metadata(), "SUCCEEDED", 0, began_ms, began_ms + 1)
+    return Job(name, told.as_metadata(), "SUCCEEDED", 0, began_ms, began_ms + 1, code)
 
 
 def attempt(name: str, number: int = 1, status: str = "RUNNING", exit_code: int | None = None, workers: int = 1) -> Job:
@@ -34,8 +58,28 @@ def decided(jobs: list[Job], cpus: float = 1, gpus: float = 0) -> list[tuple[str
     for one in decide(read(jobs), cpus, gpus):
         if isinstance(one, Start):
             found.append(("start", one.id, one.workers))
-        else:
+        elif isinstance(one, End):
             found.append(("room" if one.makes_room else "end", one.attempt.job.id, None))
+    return found
+
+
+def ready(after: str, code: str = "c0de", workers: int = 1, status: str = "RUNNING", exit_code: int | None = None) -> Job:
+    told = {"raymill": READY, "after": after, "shape": Shape(code, workers, 1.0, 0.0).as_text()}
+    return Job(f"{after}-ready", told, status, exit_code, 50)
+
+
+def about_ready(jobs: list[Job], cpus: float = 1, now_ms: int = 1000, in_place: tuple[str, ...] = ()) -> list[str]:
+    """Who is to do what: "start a-try-1 by b-ready", "make b-ready", "dismiss b-ready", "room a-try-1"."""
+    found = []
+    for one in decide(read(jobs), cpus, 0, read_ready(jobs), now_ms, in_place):
+        if isinstance(one, Start):
+            found.append(f"start {one.id}" + (f" by {one.by.job.id}" if one.by else ""))
+        elif isinstance(one, MakeReady):
+            found.append(f"make {one.id}")
+        elif isinstance(one, Dismiss):
+            found.append(f"dismiss {one.ready.job.id}")
+        else:
+            found.append(f"room {one.attempt.job.id}")
     return found
 
 
@@ -156,6 +200,90 @@ def test_a_stop_is_for_good_also_of_what_waits_or_makes_room() -> None:
     assert state(request("a", 0), attempt("a", 1, "SUCCEEDED", 0), stop) == "SUCCEEDED"
 
 
+def over(name: str, ended_ms: int = 500, **asked: Any) -> list[Job]:
+    """A run that is over, whose workers may be followed by others that stand ready."""
+    done = attempt(name, 1, "SUCCEEDED", 0)
+    return [request(name, 0, keeps_ready=True, **asked), replace(done, ended_ms=ended_ms)]
+
+
+def test_after_a_run_workers_stand_ready_for_one_like_it_once() -> None:
+    assert about_ready(over("a")) == ["make a-ready"]
+    assert about_ready([*over("a"), ready("a")]) == []
+    # Those that died are not replaced: what killed them would kill the next.
+    assert about_ready([*over("a"), ready("a", status="FAILED", exit_code=1)]) == []
+    # Nobody wants them, or it is too long ago, or there is no room, or their number is not known.
+    assert about_ready([request("a", 0), over("a")[1]]) == []
+    assert about_ready(over("a"), now_ms=500 + int(KEEP_READY_S * 1000)) == []
+    assert about_ready([*over("a"), request("b", 1), attempt("b")]) == []
+    assert about_ready(over("a", least=1, most=2), cpus=4) == []
+    # Beside a run that leaves room; not while anybody waits.
+    assert about_ready([*over("a"), request("b", 1), attempt("b")], cpus=2) == ["make a-ready"]
+    # What can never begin on this cluster is in nobody's way.
+    assert about_ready([*over("a"), request("b", 1, least=2, most=2)]) == ["make a-ready"]
+    assert about_ready([*over("a"), request("b", 1)], cpus=2) == ["start b-try-1"]
+
+
+def test_a_run_like_them_takes_those_that_stand_ready_and_any_other_sends_them_away() -> None:
+    stands = [*over("a"), ready("a")]
+    assert about_ready([*stands, request("b", 1)]) == ["start b-try-1 by a-ready"]
+    assert about_ready([*stands, request("b", 1, code="other")]) == ["dismiss a-ready"]
+    assert about_ready([*stands, request("b", 1, cpus=0.5)]) == ["dismiss a-ready"]
+    # Nobody is in their way where there is room for both.
+    assert about_ready([*stands, request("b", 1, code="other")], cpus=2) == ["start b-try-1"]
+    # They make room before anybody who trains does.
+    low = [request("low", 0), attempt("low"), request("high", 1, priority=1, code="other")]
+    assert about_ready([*stands, *low], cpus=2) == ["dismiss a-ready"]
+    assert about_ready([*over("a"), *low], cpus=1) == ["room low-try-1"]
+    # Too old, or a run of other code was the last.
+    assert about_ready(stands, now_ms=500 + int(KEEP_READY_S * 1000)) == ["dismiss a-ready"]
+    assert about_ready([*stands, *over("b", ended_ms=600, code="other")]) == ["dismiss a-ready"]
+    # One at a time, and none ahead of who stands before.
+    assert about_ready([*stands, request("b", 1), request("c", 2)]) == ["start b-try-1 by a-ready"]
+    assert (
+        about_ready([*stands, request("b", 1, least=2, most=2, cpus=1.0, code="x"), request("c", 2)], cpus=2)[0]
+        == "dismiss a-ready"
+    )
+
+
+def test_code_that_is_in_place_already_need_not_be_waited_for() -> None:
+    coming = replace(request("b", 1), status="PENDING", exit_code=None)
+    assert about_ready([*over("a"), ready("a"), coming]) == []
+    assert about_ready([*over("a"), ready("a"), coming], in_place=("c0de",)) == ["start b-try-1 by a-ready"]
+    assert about_ready([coming], in_place=("c0de",)) == ["start b-try-1"]
+    assert about_ready([replace(coming, status="FAILED", exit_code=1)], in_place=("c0de",)) == []
+
+
+def test_what_becomes_of_those_that_stood_ready_becomes_of_the_attempt() -> None:
+    told = {**attempt("b").metadata, "by": "a-ready"}
+    given = [*over("a"), request("b", 1), Job("b-try-1", told, "SUCCEEDED", 0, 200)]
+    [last] = [one for one in read([*given, ready("a")]) if one.asked.run == "b"]
+    assert (last.state, last.attempts[0].job.id, last.holds()) == ("RUNNING", "a-ready", (1.0, 0.0))
+    assert about_ready([*given, ready("a")]) == [], "they are no longer to be had, and hold their room"
+    becomes = {
+        ("SUCCEEDED", 0): "SUCCEEDED",
+        ("FAILED", 1): "FAILED",
+        ("FAILED", NOT_TAKEN): "WAITING",
+        ("STOPPED", None): "INTERRUPTED",
+    }
+    for (status, code), expected in becomes.items():
+        [last] = [one for one in read([*given, ready("a", status=status, exit_code=code)]) if one.asked.run == "b"]
+        assert last.state == expected
+    # Nobody knows of them any more: they are lost.
+    assert [one.state for one in read(given) if one.asked.run == "b"] == ["WAITING"]
+    assert about_ready([*given, ready("a", status="FAILED", exit_code=NOT_TAKEN)]) == ["start b-try-2"]
+
+
+def test_code_stays_for_what_is_not_over_for_the_last_that_is_and_for_those_that_stand_ready() -> None:
+    jobs = [
+        *over("a", 500, code="1"),
+        *over("b", 600, code="2"),
+        request("c", 3, code="3"),
+        ready("z", code="4"),
+        ready("y", code="5", status="FAILED", exit_code=NOT_TAKEN),
+    ]
+    assert needed_code(read(jobs), read_ready(jobs)) == {"2", "3", "4"}
+
+
 @dataclass
 class Ray:
     """A cluster whose queue is killed between any two acts, and whose runs are killed too."""
@@ -165,18 +293,35 @@ class Ray:
     jobs: dict[str, Job] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
+    told: dict[str, Job] = field(default_factory=dict)
+    now_ms: int = 0
+
+    def look(self) -> list[Job]:
+        """What Ray knows, and what lies on the head's disk: attempts that those who stood ready were given."""
+        return [*self.jobs.values(), *(job for job in self.told.values() if job.id not in self.jobs)]
 
     def submit(self, name: str, metadata: dict[str, str], status: str) -> None:
         self.jobs.setdefault(name, Job(name, metadata, status))
 
     def tick(self) -> None:
-        requests = read(self.jobs.values())
-        self.check(requests)
-        for one in decide(requests, self.cpus, 0):
+        self.now_ms += 1000
+        for job in [job for job in self.told.values() if self.draw.random() < 0.3]:
+            self.jobs.setdefault(job.id, replace(job, status="SUCCEEDED", exit_code=0))
+        jobs = self.look()
+        requests, stands = read(jobs), read_ready(jobs)
+        self.check(requests, stands)
+        for one in decide(requests, self.cpus, 0, stands, self.now_ms):
             if self.draw.random() < 0.3:
                 return
-            if isinstance(one, Start):
+            if isinstance(one, Start) and one.by:
+                self.told.setdefault(one.by.job.id, Job(one.id, one.as_metadata(), "PENDING"))
+                continue
+            if isinstance(one, Start | MakeReady):
                 self.submit(one.id, one.as_metadata(), "RUNNING")
+                continue
+            if isinstance(one, Dismiss):
+                if one.ready.job.id not in self.told:
+                    self.end(one.ready.job.id, "FAILED", NOT_TAKEN)
                 continue
             if one.makes_room and not one.attempt.makes_room:
                 self.submit(f"{one.attempt.job.id}-room", {"raymill": MAKE_ROOM, "of": one.attempt.job.id}, "SUCCEEDED")
@@ -190,7 +335,10 @@ class Ray:
         if self.draw.random() < 0.05:
             self.end(one.id, "FAILED", 137)
             return
-        run = one.metadata["run"]
+        given = self.told.get(one.id)
+        if one.metadata["raymill"] == READY and given is None:
+            return
+        run = (given or one).metadata["run"]
         self.left[run] -= 1
         if self.left[run] == 0:
             self.end(one.id, "SUCCEEDED", 0)
@@ -198,10 +346,11 @@ class Ray:
 
     def end(self, name: str, status: str, exit_code: int) -> None:
         if self.jobs[name].lives:
-            self.jobs[name] = replace(self.jobs[name], status=status, exit_code=exit_code)
+            self.jobs[name] = replace(self.jobs[name], status=status, exit_code=exit_code, ended_ms=self.now_ms)
 
-    def check(self, requests: list[Request]) -> None:
-        assert sum(one.holds()[0] for one in requests) <= self.cpus
+    def check(self, requests: list[Request], stands: list[Ready]) -> None:
+        unused = sum(one.shape.holds()[0] for one in stands if one.job.lives and not one.is_given)
+        assert sum(one.holds()[0] for one in requests) + unused <= self.cpus
         for one in requests:
             assert sum(found.job.lives for found in one.attempts) <= 1
 
@@ -211,23 +360,28 @@ class Ray:
 def test_killed_between_any_two_acts_nothing_is_lost_doubled_or_begun_without_room(seed: int) -> None:
     draw = random.Random(seed)
     ray = Ray(draw, cpus=draw.randint(1, 4))
-    names = [f"run{number}" for number in range(6)]
+    names, later = [f"run{number}" for number in range(6)], []
     for number, name in enumerate(names):
         least = draw.randint(1, ray.cpus)
         asked = {"least": least, "most": draw.choice([least, ray.cpus]), "priority": draw.choice([0, 0, 1])}
-        made = request(name, number, **asked)
-        ray.jobs[name], ray.left[name] = made, draw.randint(1, 6)
-    for _ in range(2000):
+        coming = (
+            draw.choice([0, 0, 30]),
+            request(name, number, **asked, keeps_ready=draw.random() < 0.8, code=draw.choice("xy")),
+        )
+        later.append((draw.choice([0, 0, 30]), made))
+        ray.left[name] = draw.randint(1, 6)
+    for tick in range(2000):
+        ray.jobs |= {made.id: made for at, made in later if at == tick}
         ray.tick()
-        if all(one.exit_code is not None for one in read(ray.jobs.values())):
+        if tick > 30 and all(one.exit_code is not None for one in read(ray.look())):
             break
-    ended = {one.asked.run: one.state for one in read(ray.jobs.values())}
+    ended = {one.asked.run: one.state for one in read(ray.look())}
     failed = {name for name, became in ended.items() if became == "FAILED"}
     assert set(ended.values()) <= {"SUCCEEDED", "FAILED"}
     # Only what was killed time after time.
     for name in failed:
         assert (
-            sum(job.exit_code == 137 for job in ray.jobs.values() if job.metadata.get("run") == name and "-try-" in job.id)
+            sum(was_killed(one.job) for found in read(ray.look()) if found.asked.run == name for one in found.attempts)
             > MOST_LOST
         )
     assert sorted(ray.order) == sorted(set(names) - failed)

@@ -17,7 +17,7 @@ from raymill.files import read_record, run_lock
 from raymill.orchestration.on_ray import driver
 from raymill.orchestration.on_ray.driver_process import MEMORY_FACTOR, PAYS_S, Outlook, decide_standby
 from raymill.orchestration.on_ray.session_folder import VARIABLE
-from raymill.orchestration.on_ray.turn import STAND_BY, TURN, Turn, has_come, wait_at_gate
+from raymill.orchestration.on_ray.turn import STAND_BY, Turn, give_turn, has_come, wait_at_gate
 from raymill.record.folder import RunFolder
 
 PATIENCE_S = 20.0
@@ -89,10 +89,21 @@ def test_workers_wait_until_their_driver_has_its_turn(folder: RunFolder, session
         workers = [Worker(session), Worker(session)]
         assert (turn.has_come, has_come(session), is_held(folder)) == (False, False, False)
         assert [worker.let_in for worker in workers] == [None, None]
-        os.write(said, TURN)
+        give_turn(said, folder)
         assert [worker.outcome() for worker in workers] == [True, True]
         assert (turn.has_come, has_come(session), is_held(folder)) == (True, True, True)
     assert not is_held(folder)
+
+
+def test_a_driver_may_be_told_its_run_when_its_turn_comes(folder: RunFolder, session: Path, pipe: tuple[int, int]) -> None:
+    heard, said = pipe
+    with Turn(None, session, [STAND_BY, str(heard)]) as turn:
+        with pytest.raises(RunError, match="without a turn"):
+            _ = turn.known_folder
+        assert not turn.is_decided.is_set()
+        give_turn(said, folder)
+        assert turn.is_decided.wait(PATIENCE_S)
+        assert (turn.known_folder, turn.has_come, is_held(folder)) == (folder, True, True)
 
 
 def test_workers_do_not_train_when_the_supervisor_died_before_their_turn(
@@ -109,7 +120,7 @@ def test_workers_do_not_train_when_the_supervisor_died_before_their_turn(
 def test_a_turn_is_refused_while_another_process_drives_the_run(folder: RunFolder, session: Path, pipe: tuple[int, int]) -> None:
     heard, said = pipe
     with run_lock(folder.driver_lock), Turn(folder, session, [str(folder.path), STAND_BY, str(heard)]) as turn:
-        os.write(said, TURN)
+        give_turn(said, folder)
         assert Worker(session).outcome() is False
         assert not turn.has_come
         assert isinstance(turn.refused, RunError)
@@ -120,7 +131,7 @@ def test_a_driver_says_so_when_another_process_drives_the_run(
     folder: RunFolder, session: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, str(session))
-    monkeypatch.setattr(driver, "_stop_on_sigterm", lambda folder, turn: None)
+    monkeypatch.setattr(driver, "_stop_on_sigterm", lambda turn: None)
     with run_lock(folder.driver_lock):
         assert driver.main([str(folder.path)]) == driver.FAILED
     said = errors.from_record(read_record(folder.failure))

@@ -1,6 +1,6 @@
 """What a cluster runs for an attempt at a submitted run: `raymill`, on the code that its request has put in place.
 
-    python -m raymill.cluster.attempt REQUEST RUN WORKERS train jobs/mnist/job.yaml ...
+    python -m raymill.cluster.attempt CODE RUN WORKERS train jobs/mnist/job.yaml ...
 
 It goes on with what the attempt before has saved, with the number of workers that the line has room for.
 """
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 
-from raymill.cluster.request import engine_of, project_of
+from raymill.cluster.head import project_of
+from raymill.cluster.request import JOB_CONFIG
 from raymill.errors import RunError
 from raymill.files import read_record, run_lock
 from raymill.record.folder import RunFolder, run_folder
@@ -26,24 +25,32 @@ BEFORE_ENDS_S = 120.0
 POLL_S = 0.2
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Returns what the command ends with; 128 and a signal's number where one killed it."""
-    request, run, workers, *command = arguments
+def main(arguments: Sequence[str]) -> None:
+    """Become the command; see `carry_out`."""
+    code, run, workers, *command = arguments
+    os.environ.pop(JOB_CONFIG, None)
+    os.chdir(project_of(code))
+    carry_out(run, command, workers)
+
+
+def carry_out(run: str, command: Sequence[str], workers: str = "-") -> None:
+    """Make an attempt at a run in this process, which ends with what the command ends with.
+
+    Args:
+        run: its id.
+        command: arguments of `raymill`, as they were submitted.
+        workers: how many there is room for; "-": as the job says.
+    """
+    from raymill.cli import app
+    from raymill.orchestration import tracker
+
     folder = run_folder(run)
     _wait_for_the_one_before(folder)
     if "--resume" not in command and _is_finished(folder):
         # The attempt before was asked to end when there was nothing left to do but to deliver it.
-        return subprocess.run([sys.executable, "-m", "raymill.orchestration.tracker", str(folder.path)], check=False).returncode
-    # Asked to stop, it waits for the command, which is asked as well, to save its state.
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
-    kept = {name: value for name, value in os.environ.items() if name != "RAY_JOB_CONFIG_JSON_ENV_VAR"}
-    done = subprocess.run(
-        [sys.executable, "-m", "raymill", *as_attempt(command, folder, workers)],
-        cwd=project_of(request),
-        env=kept | {"PYTHONPATH": str(engine_of(request))},
-        check=False,
-    )
-    return done.returncode if done.returncode >= 0 else 128 - done.returncode
+        sys.exit(tracker.main([str(folder.path)]))
+    sys.argv = ["raymill", *as_attempt(command, folder, workers)]
+    app.main()
 
 
 def as_attempt(command: Sequence[str], folder: RunFolder, workers: str) -> list[str]:
@@ -74,4 +81,4 @@ def _wait_for_the_one_before(folder: RunFolder) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -13,16 +13,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-REQUEST, ATTEMPT, MAKE_ROOM, STOP = "request", "attempt", "make room", "stop"
+REQUEST, ATTEMPT, READY, MAKE_ROOM, STOP = "request", "attempt", "ready", "make room", "stop"
 """What a job of Ray's is for: its metadata `raymill`."""
+
+KEEP_READY_S = 600.0
+"""How long after a run's end workers are kept ready for the next one like it."""
 
 INTERRUPTED = 3
 """What `raymill train` ends with where a run was stopped and can be resumed."""
+
+NOT_TAKEN = 75
+"""What workers that were ready end with if they were given no run: for whoever was to be theirs, they are lost. EX_TEMPFAIL."""
 
 MOST_LOST = 5
 """Attempts of a request whose process was killed, and that were followed by another one."""
@@ -40,6 +46,7 @@ class Job:
         status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
         exit_code: of its command; None: it goes on, or nobody saw it end.
         began_ms, ended_ms: by the head's clock.
+        code: names the code that was sent with it; see `queue.code_of`.
     """
 
     id: str
@@ -48,6 +55,7 @@ class Job:
     exit_code: int | None = None
     began_ms: int = 0
     ended_ms: int | None = None
+    code: str = ""
 
     @property
     def lives(self) -> bool:
@@ -67,6 +75,7 @@ class Asked:
         least, most: workers; apart from each other where it is elastic.
         cpus, gpus: of each worker.
         quota_cpus: that all runs of this user may hold at once; None: no limit.
+        keeps_ready: whether workers are to be ready afterwards for another run like it.
         command: arguments of `raymill`.
     """
 
@@ -80,10 +89,11 @@ class Asked:
     cpus: float = 1.0
     gpus: float = 0.0
     quota_cpus: float | None = None
+    keeps_ready: bool = False
 
     def as_metadata(self) -> dict[str, str]:
         """As the metadata of a job of Ray's, which are texts."""
-        numbers = [self.priority, self.least, self.most, self.cpus, self.gpus, self.quota_cpus]
+        numbers = [self.priority, self.least, self.most, self.cpus, self.gpus, self.quota_cpus, self.keeps_ready]
         told = {"run": self.run, "job": self.job, "user": self.user, "asked": json.dumps(numbers)}
         return {"raymill": REQUEST, **told, "command": json.dumps(self.command)}
 
@@ -95,8 +105,53 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What workers have to be like to be those of a run, though nobody knows which.
+
+    Attributes:
+        code: that they import; see `Job`.
+        workers: how many.
+        cpus, gpus: of each.
+    """
+
+    code: str
+    workers: int
+    cpus: float
+    gpus: float
+
+    def holds(self) -> tuple[float, float]:
+        """CPUs and GPUs that they have."""
+        return self.workers * self.cpus, self.workers * self.gpus
+
+    def as_text(self) -> str:
+        """In one line."""
+        return json.dumps([self.code, self.workers, self.cpus, self.gpus])
+
+    @staticmethod
+    def from_text(text: str) -> Shape:
+        """The same, read back."""
+        return Shape(*json.loads(text))
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A job of Ray's that holds workers ready for a run that nobody has submitted yet.
+
+    Attributes:
+        after: the request whose end was the reason.
+        shape: what they are like.
+        is_given: an attempt was given to it, and it will train that.
+    """
+
+    job: Job
+    after: str
+    shape: Shape
+    is_given: bool
+
+
+@dataclass(frozen=True)
 class Attempt:
-    """One job of Ray's that trains a run; see `Job`.
+    """One job of Ray's that trains a run; see `Job`. One that had stood ready does so for the attempt that it was given.
 
     Attributes:
         workers: that it was given.
@@ -162,6 +217,19 @@ class Request:
         last = self.attempts[-1].job if self.attempts else self.job
         return 0 if self.state == "SUCCEEDED" else last.exit_code or 1
 
+    @property
+    def ended_ms(self) -> int | None:
+        """When it was over."""
+        if self.exit_code is None:
+            return None
+        return (self.attempts[-1].job if self.attempts else self.job).ended_ms
+
+    @property
+    def shape(self) -> Shape | None:
+        """What its workers have to be like; None: their number may change."""
+        asked = self.asked
+        return None if asked.least < asked.most else Shape(self.job.code, asked.most, asked.cpus, asked.gpus)
+
     def holds(self) -> tuple[float, float]:
         """CPUs and GPUs that it has now."""
         workers = self.attempts[-1].workers if self.state == "RUNNING" else 0
@@ -170,21 +238,21 @@ class Request:
 
 def was_killed(job: Job) -> bool:
     """Whether a job's process was killed, rather than ended by itself."""
-    return job.status == "FAILED" and (job.exit_code is None or job.exit_code < 0 or job.exit_code > 128)
+    code = job.exit_code
+    return job.status == "FAILED" and (code is None or code < 0 or code > 128 or code == NOT_TAKEN)
 
 
 def read(jobs: Iterable[Job]) -> list[Request]:
     """All requests among Ray's jobs, the one that stands furthest ahead first. What cannot be read as one is none of ours."""
-    by_kind: dict[str, list[Job]] = {}
-    for job in jobs:
-        by_kind.setdefault(job.metadata.get("raymill", ""), []).append(job)
+    by_kind = _by_kind(jobs)
+    ready = {job.id: job for job in by_kind.get(READY, [])}
     stops = {job.metadata.get("of") for job in by_kind.get(STOP, [])}
     making_room = {job.metadata.get("of") for job in by_kind.get(MAKE_ROOM, [])}
     attempts: dict[str, list[tuple[int, Attempt]]] = {}
     for job in by_kind.get(ATTEMPT, []):
         with suppress(KeyError, ValueError):
-            told = job.metadata
-            made = Attempt(job, int(told["workers"]), told.get("is_ahead") == "yes", job.id in making_room)
+            told, trains = job.metadata, _who_trains(job, ready)
+            made = Attempt(trains, int(told["workers"]), told.get("is_ahead") == "yes", trains.id in making_room)
             attempts.setdefault(told["of"], []).append((int(told["number"]), made))
     in_order = {of: tuple(made for _, made in sorted(all_, key=lambda one: one[0])) for of, all_ in attempts.items()}
     found = []
@@ -196,13 +264,54 @@ def read(jobs: Iterable[Job]) -> list[Request]:
     return sorted(found, key=lambda one: one.place)
 
 
+def read_ready(jobs: Iterable[Job]) -> list[Ready]:
+    """All that stands ready, or did, among Ray's jobs."""
+    by_kind = _by_kind(jobs)
+    given = {job.metadata.get("by") for job in by_kind.get(ATTEMPT, [])}
+    found = []
+    for job in by_kind.get(READY, []):
+        with suppress(KeyError, TypeError, ValueError):
+            found.append(Ready(job, job.metadata["after"], Shape.from_text(job.metadata["shape"]), job.id in given))
+    return found
+
+
+def needed_code(requests: Sequence[Request], ready: Sequence[Ready]) -> set[str]:
+    """The code that has to stay in place: of what is not over, and of the last run that is, for another one like it."""
+    last = _last(requests)
+    needed = [one for one in requests if one.exit_code is None or one is last]
+    return {one.job.code for one in needed} | {one.shape.code for one in ready if one.job.lives}
+
+
+def _last(requests: Sequence[Request]) -> Request | None:
+    """The one that was the last to be over."""
+    over = [one for one in requests if one.ended_ms is not None]
+    return max(over, key=lambda one: (one.ended_ms or 0, one.job.id), default=None)
+
+
+def _by_kind(jobs: Iterable[Job]) -> dict[str, list[Job]]:
+    found: dict[str, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(job.metadata.get("raymill", ""), []).append(job)
+    return found
+
+
+def _who_trains(attempt: Job, ready: Mapping[str, Job]) -> Job:
+    """The job that makes an attempt: itself, or one that had stood ready for it."""
+    by = attempt.metadata.get("by")
+    if by is None:
+        return attempt
+    # One that Ray knows nothing of any more can have done nothing.
+    return replace(ready.get(by, Job(by, {}, "FAILED")), began_ms=attempt.began_ms)
+
+
 @dataclass(frozen=True)
 class Start:
-    """Begin the next attempt at a request, with so many workers."""
+    """Begin the next attempt at a request, with so many workers; `by` has them ready."""
 
     request: Request
     workers: int
     is_ahead: bool
+    by: Ready | None = None
 
     @property
     def number(self) -> int:
@@ -217,6 +326,7 @@ class Start:
     def as_metadata(self) -> dict[str, str]:
         """What its job is submitted with."""
         told = {"of": self.request.job.id, "number": str(self.number), "workers": str(self.workers)}
+        told |= {"by": self.by.job.id} if self.by else {}
         return {"raymill": ATTEMPT, **told, "is_ahead": "yes" if self.is_ahead else "no", "run": self.request.asked.run}
 
 
@@ -228,19 +338,58 @@ class End:
     makes_room: bool
 
 
-def decide(requests: Sequence[Request], cpus: float, gpus: float) -> list[Start | End]:
+@dataclass(frozen=True)
+class MakeReady:
+    """Start workers for a run like one that is over, before somebody submits it."""
+
+    after: Request
+    shape: Shape
+
+    @property
+    def id(self) -> str:
+        """Of its job: one for each request, whatever becomes of it."""
+        return f"{self.after.job.id}-ready"
+
+    def as_metadata(self) -> dict[str, str]:
+        """What its job is submitted with."""
+        return {"raymill": READY, "after": self.after.job.id, "shape": self.shape.as_text()}
+
+
+@dataclass(frozen=True)
+class Dismiss:
+    """Let workers go that stand ready."""
+
+    ready: Ready
+
+
+def decide(
+    requests: Sequence[Request],
+    cpus: float,
+    gpus: float,
+    ready: Sequence[Ready] = (),
+    now_ms: int = 0,
+    in_place: Collection[str] = (),
+) -> list[Start | End | MakeReady | Dismiss]:
     """What is to be done now.
 
     Args:
         requests: as `read` gives them.
         cpus, gpus: that the cluster has.
+        ready: as `read_ready` gives them.
+        now_ms: by the head's clock.
+        in_place: code that is on the head already, so that nobody need wait for it.
 
     The first in line begins once there is room. Those of lower priority that run make room for it, if that is enough; so do
     those that were let in ahead of it. Meanwhile elastic runs from behind may use what it cannot, with as many workers as fit.
+    Workers that stand ready are for a run like theirs, and go as soon as they are in anybody's way.
     """
     running = [one for one in requests if one.state == "RUNNING"]
-    found: list[Start | End] = [End(one.attempts[-1], makes_room=False) for one in running if one.stop_asked]
-    free = [cpus - sum(one.holds()[0] for one in running), gpus - sum(one.holds()[1] for one in running)]
+    spare = [one for one in ready if one.job.lives and not one.is_given]
+    found: list[Start | End | MakeReady | Dismiss] = [
+        End(one.attempts[-1], makes_room=False) for one in running if one.stop_asked
+    ]
+    held_now = [one.holds() for one in running] + [one.shape.holds() for one in spare]
+    free = [cpus - sum(one[0] for one in held_now), gpus - sum(one[1] for one in held_now)]
     held: dict[str, float] = {}
     for one in running:
         held[one.asked.user] = held.get(one.asked.user, 0.0) + one.holds()[0]
@@ -253,15 +402,40 @@ def decide(requests: Sequence[Request], cpus: float, gpus: float) -> list[Start 
         if quota < asked.least * asked.cpus:
             # It waits for its own user's runs, and nobody for it.
             continue
+        may_begin = one.is_ready or (one.job.lives and one.job.code in in_place)
+        own = next((have for have in spare if have.shape == one.shape), None)
         fit = min(asked.most, _how_many(free[0], asked.cpus), _how_many(free[1], asked.gpus), _how_many(quota, asked.cpus))
-        if one.is_ready and fit >= asked.least and (first is None or asked.least < asked.most):
+        if own and may_begin and first is None:
+            found.append(Start(one, asked.most, is_ahead=False, by=own))
+            spare.remove(own)
+            held[asked.user] = held.get(asked.user, 0.0) + asked.most * asked.cpus
+        elif may_begin and fit >= asked.least and (first is None or asked.least < asked.most):
             found.append(Start(one, int(fit), is_ahead=first is not None))
             free[0] -= fit * asked.cpus
             free[1] -= fit * asked.gpus
             held[asked.user] = held.get(asked.user, 0.0) + fit * asked.cpus
         elif first is None:
             first = one
-            found += _making_room(one, running, free)
+            if own is None and fit < asked.least:
+                found += [Dismiss(have) for have in spare]
+            going = [have.shape.holds() for have in spare]
+            found += _making_room(one, running, [free[0] + sum(one[0] for one in going), free[1] + sum(one[1] for one in going)])
+    waits = any(one.state == "WAITING" and least_room(one.asked, cpus, gpus) is None for one in requests)
+    return found if waits else found + _about_ready(requests, ready, spare, free, now_ms)
+
+
+def _about_ready(
+    requests: Sequence[Request], ready: Sequence[Ready], spare: Sequence[Ready], free: Sequence[float], now_ms: int
+) -> list[MakeReady | Dismiss]:
+    """What is to be done about workers that stand ready, while nobody waits: there are some for a run like the last one."""
+    last = _last(requests)
+    if last is None:
+        return []
+    wanted = last.shape if last.asked.keeps_ready and now_ms - (last.ended_ms or 0) < KEEP_READY_S * 1000 else None
+    found: list[MakeReady | Dismiss] = [Dismiss(one) for one in spare if one.shape != wanted]
+    has_room = wanted is not None and all(has >= needs for has, needs in zip(free, wanted.holds(), strict=True))
+    if wanted and has_room and not spare and all(one.after != last.job.id for one in ready):
+        found.append(MakeReady(last, wanted))
     return found
 
 

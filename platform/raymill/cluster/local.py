@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from raymill.cluster import head
 from raymill.cluster.spec import ClusterFolder, ClusterSpec
 from raymill.errors import InputError, Problem, RunError
 from raymill.files import private, read_record, write_record
@@ -161,7 +162,8 @@ def down(name: str) -> dict[str, Any]:
         if _runs(node):
             _end(node["pid"])
             ended += 1
-    shutil.rmtree(record["session"], ignore_errors=True)
+    for left in (Path(record["session"]), head.folder(record["address"])):
+        shutil.rmtree(left, ignore_errors=True)
     for path in (folder.record, folder.token):
         path.unlink(missing_ok=True)
     return {"name": name, "ended": ended}

@@ -1,31 +1,37 @@
 """Who acts on the line: an actor of Ray's on the cluster's head, started again by Ray when it dies.
 
-Once a second it reads the list of Ray's jobs, decides (`line.decide`) and acts. It remembers nothing, so it may be killed at
+Again and again it reads the list of Ray's jobs, decides (`line.decide`) and acts. It remembers nothing, so it may be killed at
 any moment.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import sys
 import threading
 import time
 import traceback
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from shlex import join
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from raymill.cluster import line
+from raymill.cluster import head, line
+from raymill.config.plan import ClusterFacts
+from raymill.orchestration.cluster_facts import TOLD, facts_of
 from raymill.paths import ENGINE, home
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 NAME = "raymill-queue"
-POLL_S = 1.0
+POLL_S = 0.3
+TOLD_LATER_S = 10.0
 NOTHING = "true"
 """The command of a job that only says something."""
 
@@ -47,6 +53,8 @@ class Queue:
         from ray.job_submission import JobSubmissionClient
 
         client: Any = None
+        # Held as long as this process lives: so others see that it does, without asking Ray.
+        head.acts_lock().acquire()
         while True:
             try:
                 client = client or JobSubmissionClient()
@@ -61,23 +69,68 @@ def act(client: JobSubmissionClient) -> None:
     """Look at the line once, and do what is to be done."""
     import ray
 
-    requests = line.read(map(as_job, client.list_jobs()))
-    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    for one in line.decide(requests, there.get("CPU", 0.0), there.get("GPU", 0.0)):
+    jobs = _look(client)
+    requests, ready = line.read(jobs), line.read_ready(jobs)
+    facts = facts_of(ray.cluster_resources())  # type: ignore[no-untyped-call]
+    now_ms, in_place = int(time.time() * 1000), head.in_place()
+    for one in line.decide(requests, facts.num_cpus, facts.num_gpus, ready, now_ms, in_place):
         if isinstance(one, line.Start):
-            asked = one.request.asked
-            workers = str(one.workers) if asked.least < asked.most else "-"
-            own = [f"RAYMILL_HOME={home()}", f"PYTHONPATH={home() / 'submitted' / one.request.job.id / 'engine'}"]
-            begin = ["env", *own, sys.executable, "-m", "raymill.cluster.attempt", one.request.job.id, asked.run, workers]
-            submit(client, one.id, join([*begin, *asked.command]), one.as_metadata())
+            _start(client, one, facts)
+        elif isinstance(one, line.MakeReady):
+            shape = one.shape
+            command = _python(shape.code, "raymill.cluster.ready", one.id, shape.as_text(), facts=facts)
+            submit(client, one.id, command, one.as_metadata())
+        elif isinstance(one, line.Dismiss):
+            head.tell_ready(one.ready.job.id, {})
         else:
             if one.makes_room and not one.attempt.makes_room:
                 # Said first: whoever sees it ended has to know why.
                 note(client, line.MAKE_ROOM, one.attempt.job.id)
             client.stop_job(one.attempt.job.id)
-    for request in requests:
-        if request.exit_code is not None:
-            shutil.rmtree(home() / "submitted" / request.job.id, ignore_errors=True)
+    if set(in_place) - line.needed_code(requests, ready):
+        head.remove_all_but(partial(_needed_now, client))
+
+
+def _look(client: JobSubmissionClient) -> list[line.Job]:
+    """All jobs that Ray knows, and attempts that it does not know yet: those that workers were given which stood ready.
+
+    The latter are told to Ray when such an attempt is under way: every job of Ray's begins with a process of its own, and that
+    would take CPU away from the run at the moment when it starts.
+    """
+    jobs = [as_job(one) for one in client.list_jobs()]
+    known = {one.id for one in jobs}
+    for one in jobs:
+        told = head.told_ready(one.id) if one.metadata.get("raymill") == line.READY else None
+        if not told or told["attempt"] in known:
+            continue
+        jobs = [*jobs, line.Job(told["attempt"], told["metadata"], "PENDING", began_ms=told["given_ms"])]
+        if not one.lives or time.time() * 1000 - told["given_ms"] > TOLD_LATER_S * 1000:
+            submit(client, told["attempt"], NOTHING, told["metadata"])
+    return jobs
+
+
+def _needed_now(client: JobSubmissionClient) -> set[str]:
+    jobs = _look(client)
+    return line.needed_code(line.read(jobs), line.read_ready(jobs))
+
+
+def _start(client: JobSubmissionClient, start: line.Start, facts: ClusterFacts) -> None:
+    asked = start.request.asked
+    workers = str(start.workers) if asked.least < asked.most else "-"
+    if start.by is None:
+        code = start.request.job.code
+        command = _python(code, "raymill.cluster.attempt", code, asked.run, workers, *asked.command, facts=facts)
+        submit(client, start.id, command, start.as_metadata())
+        return
+    told = {"run": asked.run, "command": list(asked.command), "facts": json.dumps(asdict(facts))}
+    of_attempt = {"attempt": start.id, "metadata": start.as_metadata(), "given_ms": int(time.time() * 1000)}
+    head.tell_ready(start.by.job.id, told | of_attempt)
+
+
+def _python(code: str, module: str, *arguments: str, facts: ClusterFacts) -> str:
+    """The command that runs a module of the raymill that was sent."""
+    own = [f"RAYMILL_HOME={home()}", f"PYTHONPATH={head.engine_of(code)}", f"{TOLD}={json.dumps(asdict(facts))}"]
+    return join(["env", *own, sys.executable, "-m", module, *arguments])
 
 
 def note(client: JobSubmissionClient, what: str, of: str) -> None:
@@ -97,9 +150,9 @@ def submit(client: JobSubmissionClient, name: str, command: str, metadata: dict[
 def as_job(one: Any) -> line.Job:
     """A job, as Ray's client tells of it."""
     status = str(getattr(one.status, "value", one.status))
-    return line.Job(
-        one.submission_id or "", one.metadata or {}, status, one.driver_exit_code, one.start_time or 0, one.end_time or None
-    )
+    times = one.start_time or 0, one.end_time or None
+    code = head.code_of(one.runtime_env)
+    return line.Job(one.submission_id or "", one.metadata or {}, status, one.driver_exit_code, *times, code)
 
 
 def ensure(engine: Path) -> None:
@@ -111,8 +164,8 @@ def ensure(engine: Path) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    own = home() / "queue"
-    with FileLock(home() / "queue.lock", mode=0o600):
+    own = head.folder() / head.QUEUE
+    with FileLock(head.folder() / "queue.lock", mode=0o600):
         ray.init(address="auto", namespace=NAME, logging_level=logging.ERROR, log_to_driver=False)
         try:
             if any(one["name"] == NAME for one in ray.util.list_named_actors(all_namespaces=True)):

@@ -31,6 +31,7 @@ class ClusterSpec(StrictModel):
     nodes: list[NodeSpec] = Field(default_factory=lambda: [NodeSpec(num_cpus=2)], min_length=1, max_length=64)
     object_store_mb: int = Field(default=200, ge=80, description="of each node, in MB")
     quotas: dict[str, float] = Field(default_factory=dict, description="user -> CPUs that all runs of theirs may hold at once")
+    keep_ready: bool = Field(default=True, description="after a run, hold workers ready for another one like it, for ten minutes")
     dashboard: str | None = Field(default=None, description="of kind address: where its Jobs API answers, http://HOST:8265")
     token_file: str | None = Field(default=None, description="of kind address: the file with its token, which only you may read")
 

@@ -70,11 +70,11 @@ def submit(
     else:
         submission, asked = _first(job, overrides)
         client = _client(name, spec)
-    asked = replace(asked, user=user, priority=priority, quota_cpus=spec.quotas.get(user))
+    asked = replace(asked, user=user, priority=priority, quota_cpus=spec.quotas.get(user), keeps_ready=spec.keep_ready)
     # Each part is quoted: nothing in a name is a command of the shell.
     here = shlex.join(["env", f"RAYMILL_HOME={home()}", sys.executable])
     begin = here if spec.kind == "local" else ELSEWHERE
-    entrypoint = f"{begin} {shlex.join(['-m', 'raymill.cluster.request', submission])}"
+    entrypoint = f"{begin} -m raymill.cluster.request"
     travels = {"working_dir": str(project_root()), "excludes": NOT_SENT, "py_modules": [str(ENGINE)]}
     try:
         queue.submit(client, submission, entrypoint, asked.as_metadata(), runtime_env=travels)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,8 +28,10 @@ from raymill.own_code.traces import for_a_journey
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from ray.data import DataIterator, Datasource
+    from ray.data import DataIterator, Dataset, Datasource
 
+
+FEW_WINDOWS = 8
 
 # ---------------------------------------------------------------- Ray Data
 
@@ -120,8 +122,17 @@ def split_with_ray(
     Returns:
         One iterator per rank, for `receive` in that rank's process.
     """
+    stream = Stream(reader.order, position, evaluated=evaluated)
+    packets = _packets(len(stream), data_cpus, task_cpus, _read_block, {"reader": reader, "stream": stream})
+    return packets.streaming_split(world_size, equal=False)
+
+
+def _packets(
+    num_windows: int, data_cpus: float, task_cpus: float, read: Callable[..., Any], given: Mapping[str, Any] | None = None
+) -> Dataset:
+    """What `read` makes of the number of each window, in order; for the other arguments see `split_with_ray`."""
     import ray.data
-    from ray.data import DataContext, Dataset, ExecutionOptions, ExecutionResources, TaskPoolStrategy
+    from ray.data import DataContext, ExecutionOptions, ExecutionResources, TaskPoolStrategy
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -131,24 +142,38 @@ def split_with_ray(
     )
     # Every packet becomes a block of its own: a block is closed as soon as it holds a byte.
     context.target_max_block_size = 1
-    stream = Stream(reader.order, position, evaluated=evaluated)
     # Tasks that reserve no CPU are held back by their number.
     most_tasks = None if task_cpus else TaskPoolStrategy(size=max(1, int(data_cpus)))
     items: Dataset = ray.data.read_datasource(
-        _window_numbers(len(stream)),
+        _window_numbers(num_windows),
         num_cpus=task_cpus,
         compute=most_tasks,
-        override_num_blocks=len(stream),
+        override_num_blocks=num_windows,
     )
-    packets = items.map_batches(
-        _read_block,  # type: ignore[arg-type]  # Ray's stub forgets keyword arguments
+    return items.map_batches(
+        read,
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"reader": reader, "stream": stream},
+        fn_kwargs=dict(given or {}),
         num_cpus=task_cpus,
         compute=most_tasks,
     )
-    return packets.streaming_split(world_size, equal=False)
+
+
+def warm_up() -> None:
+    """Have Ray Data start, for the job of this process, what it starts once for all streams: reading processes and its own.
+
+    A stream of nothing goes the way of a real one.
+    """
+    packets = _packets(FEW_WINDOWS, 1.0, 0.0, _import_reader)
+    for _ in packets.streaming_split(1, equal=False)[0].iter_batches(batch_size=None, batch_format="pyarrow"):  # type: ignore[arg-type]
+        pass
+
+
+def _import_reader(block: pa.Table) -> pa.Table:
+    import raymill.data.reader  # noqa: F401
+
+    return block
 
 
 def receive(iterator: DataIterator, rank: int) -> Iterator[Packet]:

@@ -15,13 +15,13 @@ from typing import Any
 import psutil
 
 from raymill import errors
-from raymill.config.spec import JobSpec
 from raymill.errors import Interrupted, RaymillError, StallError
 from raymill.files import read_record
 from raymill.orchestration.attempts import Show, committed_step, run_attempts, stop_on_signal
 from raymill.orchestration.cluster_facts import address
 from raymill.orchestration.on_ray.driver import FINISHED, INTERRUPTED
 from raymill.orchestration.on_ray.driver_process import DriverProcess, Outlook, decide_standby
+from raymill.orchestration.on_ray.group import Group
 from raymill.orchestration.prepare import Prepared
 from raymill.orchestration.retry import Cause, budgets
 from raymill.orchestration.tracker import Tracker
@@ -37,6 +37,9 @@ from raymill.record.events import (
     read_events,
 )
 from raymill.record.folder import RunFolder
+
+ready: DriverProcess | None = None
+"""A driver that this process has started before it knew its run, with workers that wait for one like it; see `cluster.ready`."""
 
 POLL_S = 0.1
 END_TIMEOUT_S = 2.0
@@ -63,7 +66,7 @@ def supervise(folder: RunFolder, prepared: Prepared, show: Show, look: Look) -> 
     tracker = Tracker(folder)
     monitor = _EventMonitor(folder, prepared.spec.loop.stall_timeout_s, show, tracker)
     try:
-        with stop_on_signal(folder), closing(_Drivers(folder, prepared.spec, monitor, look)) as drivers:
+        with stop_on_signal(folder), closing(_Drivers(folder, prepared, monitor, look)) as drivers:
             run_attempts(folder, prepared.spec, drivers.attempt, show)
     except Interrupted:
         tracker.finish(show)
@@ -78,9 +81,9 @@ def supervise(folder: RunFolder, prepared: Prepared, show: Show, look: Look) -> 
 class _Drivers:
     """The driver whose turn it is, and in a long run the one that stands by."""
 
-    def __init__(self, folder: RunFolder, spec: JobSpec, monitor: _EventMonitor, look: Look) -> None:
-        self._folder, self._spec, self._monitor, self._look = folder, spec, monitor, look
-        self._standby: DriverProcess | None = None
+    def __init__(self, folder: RunFolder, prepared: Prepared, monitor: _EventMonitor, look: Look) -> None:
+        self._folder, self._spec, self._monitor, self._look = folder, prepared.spec, monitor, look
+        self._standby = _take_ready(Group.of(prepared.plan, prepared.spec))
         self._wants_standby = address() is None
 
     def close(self) -> None:
@@ -119,7 +122,7 @@ class _Drivers:
         append_event(self._folder, StageReached(stage=stage))
         if driver is None:
             return DriverProcess(self._folder)
-        driver.give_turn()
+        driver.give_turn(self._folder)
         return driver
 
     def _look_after_standby(self, driver: DriverProcess) -> None:
@@ -152,6 +155,16 @@ class _Drivers:
             f"the driver (process {driver.pid}) ended with {how}; what it printed last is in {folder.ray_log}",
             cause=Cause.LOST_PROCESS,
         )
+
+
+def _take_ready(group: Group) -> DriverProcess | None:
+    """The driver that this process has made ready, where its workers are those that the run needs."""
+    global ready
+    driver, ready = ready, None
+    if driver is not None and driver.group != group:
+        driver.end(0.0)
+        return None
+    return driver
 
 
 class _EventMonitor:

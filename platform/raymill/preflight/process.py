@@ -1,6 +1,6 @@
 """The trial of a run's code in a process of its own, which is gone again before the run's first step.
 
-    python -m raymill.preflight.process RUN_FOLDER
+    python -m raymill.preflight.process     RUN_FOLDER on stdin, which it reads when all that it needs is imported
 
 It takes turns behind whatever else starts, and tells what it found as one JSON list on stdout.
 """
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +29,9 @@ from raymill.record import fitted
 from raymill.record.folder import RunFolder
 from raymill.trained.model import read_inputs
 from raymill.training.assembly import Job, assemble
+
+ready: Trial | None = None
+"""A process that this one has started before it knew its run; see `cluster.ready`."""
 
 NICENESS = 5
 """The run that starts beside it goes first."""
@@ -70,30 +73,63 @@ def here(job: Job, where: Callable[[str], str], weights: Path | None) -> Look:
 @contextmanager
 def beside(folder: RunFolder, where: Callable[[str], str]) -> Iterator[Look]:
     """Try the code of a run, whose folder holds its records, in a process that ends with the context at the latest."""
-    with tempfile.TemporaryFile() as told, open(folder.ray_log, "ab", opener=private) as log:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "raymill.preflight.process", str(folder.path)],
+    global ready
+    trial, ready = ready or Trial(), None
+    trial.begin(folder)
+
+    def look(trained: bool) -> None:
+        if trained:
+            trial.kill()
+        elif found := trial.found():
+            raise Refusal(placed(found, where))
+
+    try:
+        yield look
+    finally:
+        trial.end()
+
+
+class Trial:
+    """The process that tries the code of a run. It must be ended."""
+
+    def __init__(self) -> None:
+        """Start it; it does not know the run yet."""
+        self._held = ExitStack()
+        self._told = self._held.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # the stack closes it
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "raymill.preflight.process"],
             cwd=project_root(),
             # A fault that a test provokes is for the run.
             env={name: value for name, value in os.environ.items() if name != "RAYMILL_FAULT"},
-            stdin=subprocess.DEVNULL,
-            stdout=told,
-            stderr=log,
+            stdin=subprocess.PIPE,
+            stdout=self._told,
         )
 
-        def look(trained: bool) -> None:
-            if trained:
-                process.kill()
-            elif process.poll() == 0:
-                told.seek(0)
-                if found := [Problem(**values) for values in json.loads(told.read())]:
-                    raise Refusal(placed(found, where))
+    def begin(self, folder: RunFolder) -> None:
+        """Say which run it is, whose folder holds its records. A process that has died finds nothing."""
+        if self._process.stdin is not None:
+            with suppress(BrokenPipeError), self._process.stdin as said:
+                said.write(bytes(folder.path))
 
-        try:
-            yield look
-        finally:
-            process.kill()
-            process.wait(END_TIMEOUT_S)
+    def found(self) -> list[Problem]:
+        """What is wrong, once that is known."""
+        if self._process.poll() != 0:
+            return []
+        self._told.seek(0)
+        return [Problem(**values) for values in json.loads(self._told.read() or b"[]")]
+
+    def kill(self) -> None:
+        """Nobody wants to know any more."""
+        self._process.kill()
+
+    def end(self) -> None:
+        """Kill the process if it goes on, and wait for its end."""
+        self._process.kill()
+        if self._process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+        self._process.wait(END_TIMEOUT_S)
+        self._held.close()
 
 
 def newest_weights(folder: RunFolder) -> Path | None:
@@ -108,7 +144,7 @@ def placed(problems: Sequence[Problem], where: Callable[[str], str]) -> tuple[Pr
     return tuple(replace(one, where=where(one.where)) if one.where.partition(".")[0] in sections else one for one in problems)
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Tell what is wrong with the code of a run; returns 0."""
     told = os.fdopen(os.dup(1), "w")
     # What the job's code prints, from C too, is not what was found.
@@ -117,7 +153,12 @@ def main(arguments: list[str]) -> int:
     from raymill import startup_gc  # noqa: F401  # it changes how the whole process collects garbage
     from raymill.preflight.trial import find_problems
 
-    folder = RunFolder(Path(arguments[0]))
+    if not (said := sys.stdin.buffer.read()):
+        return 0
+    folder = RunFolder(Path(os.fsdecode(said)))
+    with open(folder.ray_log, "ab", opener=private) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     spec = JobSpec.model_validate(read_record(folder.spec))
     planned = Plan.from_record(read_record(folder.plan))
     taken = manifest.from_record(read_record(folder.data_manifest))
@@ -130,4 +171,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

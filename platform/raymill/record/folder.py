@@ -78,6 +78,11 @@ class RunFolder:
         return self.path / "command.json"
 
     @property
+    def places(self) -> Path:
+        """The name under which Ray reserves places for the run, as JSON; absent: its id."""
+        return self.path / "places.json"
+
+    @property
     def failure(self) -> Path:
         """Why the last driver ended without finishing, as JSON."""
         return self.path / "failure.json"

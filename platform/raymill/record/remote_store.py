@@ -38,16 +38,37 @@ MAX_EVENTS_IN_FLIGHT = 64
 COMMITS = "commits"
 """The group of the actor's methods that change checkpoints, done one at a time, while it goes on taking events."""
 
+WAITS = "waits"
+"""The group of those that wait for a run."""
+
 
 class RunStoreActor:
     """Does on the real folder what remote workers ask. An actor on the driver's machine, see `start_store_actor`."""
 
-    def __init__(self, path: str) -> None:
-        """Of the run in this folder."""
-        self._folder = RunFolder(Path(path))
-        self._writer = EventWriter(self._folder.events)
+    def __init__(self, path: str | None) -> None:
+        """Of the run in this folder; None: `give` says which."""
         self._ledger: BadRowLedger | None = None
         self._read: tuple[str, Any] | None = None
+        self._given: list[Any] = []
+        self._is_given = threading.Event()
+        if path is not None:
+            self._open(path)
+
+    def _open(self, path: str) -> None:
+        self._folder = RunFolder(Path(path))
+        self._writer = EventWriter(self._folder.events)
+
+    def give(self, path: str | None, told: list[Any]) -> None:
+        """Say which run it is, and what its workers are told: a reference to it. None, and nothing: there will be none."""
+        if path is not None:
+            self._open(path)
+        self._given = told
+        self._is_given.set()
+
+    def given(self) -> list[Any]:
+        """What `give` was given, once it was."""
+        self._is_given.wait()
+        return self._given
 
     def announce(self, rank: int, pid: int, host: str) -> None:
         """Write down where a rank runs."""
@@ -104,8 +125,14 @@ class RunStoreActor:
         self._writer.flush()
 
 
-def start_store_actor(folder: RunFolder, variables: Mapping[str, str]) -> Any:
-    """Start the actor of a run on this machine, with these environment variables. It ends with this process."""
+def start_store_actor(folder: RunFolder | None, variables: Mapping[str, str], num_waiting: int = 0) -> Any:
+    """Start the actor of a run on this machine. It ends with this process.
+
+    Args:
+        folder: of the run; None: it will be told.
+        variables: of its environment.
+        num_waiting: how many workers may wait for the run at once.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -113,10 +140,10 @@ def start_store_actor(folder: RunFolder, variables: Mapping[str, str]) -> Any:
     options: dict[str, Any] = {
         "num_cpus": 0,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False),
-        "concurrency_groups": {COMMITS: 1},
+        "concurrency_groups": {COMMITS: 1, WAITS: max(1, num_waiting)},
         "runtime_env": {"env_vars": dict(variables)},
     }
-    return ray.remote(**options)(RunStoreActor).remote(str(folder.path))
+    return ray.remote(**options)(RunStoreActor).remote(str(folder.path) if folder else None)
 
 
 class RemoteRunStore:

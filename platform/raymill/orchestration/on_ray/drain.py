@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from raymill import ray_internals
+from raymill.orchestration.on_ray.group import Group
+from raymill.orchestration.on_ray.turn import Turn
 from raymill.record.events import DrainNoticed, append_event
-from raymill.record.folder import RunFolder
 
 LOOK_INTERVAL_S = 1.0
 
@@ -45,16 +46,15 @@ def room(nodes: Mapping[str, Mapping[str, float]], leaving: Collection[str], eac
 
 
 @contextmanager
-def watched(folder: RunFolder, min_workers: int, each: Mapping[str, float]) -> Iterator[DrainNotice]:
-    """While the context lasts, ask the workers to save and end once a node that the run uses is to leave.
+def watched(turn: Turn, group: Group) -> Iterator[DrainNotice]:
+    """While the context lasts, ask the workers to save and end once a node that they use is to leave.
 
     Args:
-        folder: of the run.
-        min_workers: workers that it needs.
-        each: what a worker needs.
+        turn: of the driver; before it has come there is nothing to save.
+        group: the workers.
     """
     notice, over = DrainNotice(), threading.Event()
-    thread = threading.Thread(target=_watch, args=(folder, min_workers, each, notice, over), name="drain", daemon=True)
+    thread = threading.Thread(target=_watch, args=(turn, group, notice, over), name="drain", daemon=True)
     thread.start()
     try:
         yield notice
@@ -63,16 +63,21 @@ def watched(folder: RunFolder, min_workers: int, each: Mapping[str, float]) -> I
         thread.join()
 
 
-def _watch(folder: RunFolder, min_workers: int, each: Mapping[str, float], notice: DrainNotice, over: threading.Event) -> None:
+def _watch(turn: Turn, group: Group, notice: DrainNotice, over: threading.Event) -> None:
     import ray
 
     here = ray.get_runtime_context().get_node_id()
     while not over.wait(LOOK_INTERVAL_S):
+        if not turn.has_come:
+            continue
+        folder = turn.known_folder
         deadlines_ms = ray_internals.draining_nodes()
         used = deadlines_ms.keys() & (ray_internals.nodes_in_use() | {here}) if deadlines_ms else set()
         if used and not notice.nodes:
             notice.nodes = tuple(sorted(used))
-            notice.goes_on = here not in used and room(ray_internals.node_resources(), deadlines_ms, each) >= min_workers
+            notice.goes_on = (
+                here not in used and room(ray_internals.node_resources(), deadlines_ms, group.each) >= group.min_workers
+            )
             first_ms = min((deadlines_ms[node] for node in used if deadlines_ms[node]), default=0)
             left_s = round(first_ms / 1000 - time.time(), 1) if first_ms else None
             append_event(folder, DrainNoticed(nodes=notice.nodes, left_s=left_s, goes_on=notice.goes_on))

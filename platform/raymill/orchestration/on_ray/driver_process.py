@@ -12,7 +12,8 @@ import psutil
 
 from raymill.files import private
 from raymill.orchestration.on_ray import session_folder
-from raymill.orchestration.on_ray.turn import STAND_BY, TURN
+from raymill.orchestration.on_ray.group import GROUP, Group
+from raymill.orchestration.on_ray.turn import STAND_BY, give_turn
 from raymill.paths import project_root
 from raymill.record.folder import RunFolder
 
@@ -26,28 +27,39 @@ MEMORY_FACTOR = 2.0
 class DriverProcess:
     """One driver, from its start to the end of its session. It must be ended, whatever becomes of it."""
 
-    def __init__(self, folder: RunFolder, *, standing_by: bool = False) -> None:
-        """Start it; its turn has come unless it stands by."""
+    def __init__(self, folder: RunFolder | None, *, standing_by: bool = False, group: Group | None = None) -> None:
+        """Start it; its turn has come unless it stands by.
+
+        Args:
+            folder: of the run that it will drive; None: that is said when its turn comes, and it stands by with a group.
+            standing_by: whether another one drives the run.
+            group: the workers to have ready for a run that nobody knows yet.
+        """
+        self.group = group
         self._held = ExitStack()
         self._session = self._held.enter_context(session_folder.new_session())
         # -P: no code from the current folder. Ray lets its workers import from there, so it is the project's root.
-        command = [sys.executable, "-P", "-m", "raymill.orchestration.on_ray.driver", str(folder.path)]
-        heard, self._turn = os.pipe()
-        try:
-            with open(folder.ray_log, "ab", opener=private) as log:
-                self._process = subprocess.Popen(
-                    [*command, STAND_BY, str(heard)] if standing_by else command,
-                    cwd=project_root(),
-                    env={**os.environ, session_folder.VARIABLE: str(self._session)},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=[heard] if standing_by else [],
-                    # Ctrl-C is for the supervisor, which asks the workers to stop; the driver must live until they have.
-                    start_new_session=True,
-                )
-        finally:
-            os.close(heard)
+        command = [sys.executable, "-P", "-m", "raymill.orchestration.on_ray.driver"]
+        command += [str(folder.path)] if folder else []
+        command += [GROUP, group.as_text()] if group else []
+        heard, turn = os.pipe()
+        self._turn: int | None = turn
+        stands_by = standing_by or group is not None
+        with ExitStack() as opened:
+            opened.callback(os.close, heard)
+            # Before there is a run, it prints where this process does.
+            log = opened.enter_context(open(folder.ray_log, "ab", opener=private)) if folder else None
+            self._process = subprocess.Popen(
+                [*command, STAND_BY, str(heard)] if stands_by else command,
+                cwd=project_root(),
+                env={**os.environ, session_folder.VARIABLE: str(self._session)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[heard] if stands_by else [],
+                # Ctrl-C is for the supervisor, which asks the workers to stop; the driver must live until they have.
+                start_new_session=True,
+            )
 
     @property
     def pid(self) -> int:
@@ -59,11 +71,13 @@ class DriverProcess:
         """Of the process; below zero: the signal that ended it. None: it runs."""
         return self._process.poll()
 
-    def give_turn(self) -> None:
+    def give_turn(self, folder: RunFolder) -> None:
         """Let a driver that stood by begin."""
-        # If it has just died, whoever watches it will see that.
-        with suppress(BrokenPipeError):
-            os.write(self._turn, TURN)
+        if self._turn is not None:
+            # If it has just died, whoever watches it will see that.
+            with suppress(BrokenPipeError):
+                give_turn(self._turn, folder)
+            self._turn = None
 
     def memory_bytes(self) -> int:
         """What its processes take that they share with no other."""
@@ -83,7 +97,9 @@ class DriverProcess:
         if self.exit_code is None:
             self._process.kill()
         self._process.wait()
-        os.close(self._turn)
+        if self._turn is not None:
+            os.close(self._turn)
+            self._turn = None
         session_folder.end_session(self._session, timeout_s)
         self._held.close()
 

@@ -29,18 +29,19 @@ NOT_SENT_TO_CLUSTER = ["/.raymill"]
 
 
 @contextmanager
-def ray_for(plan: Plan, meanwhile: Callable[[], object]) -> Iterator[None]:
+def ray_for(plan: Plan | None, meanwhile: Callable[[], object]) -> Iterator[None]:
     """The Ray that RAY_ADDRESS names, or one of this process's own, for as long as the context lasts.
 
     This changes the environment of the process, which must be a driver: its supervisor has made the session's folder.
 
     Args:
+        plan: of the run; None: it is not known yet, which is for a cluster only.
         meanwhile: is called in a thread while Ray starts; imports what is needed next.
     """
     named = address()
     settings = dict(ray_internals.RAY_SETTINGS)
     settings |= {} if named else ray_internals.EMBEDDED_SETTINGS | ray_internals.NODE_SETTINGS
-    settings |= ray_internals.ELASTIC_SETTINGS if plan.min_workers < plan.num_workers else {}
+    settings |= ray_internals.ELASTIC_SETTINGS if plan and plan.min_workers < plan.num_workers else {}
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     remove_stale_sessions()
@@ -49,7 +50,9 @@ def ray_for(plan: Plan, meanwhile: Callable[[], object]) -> Iterator[None]:
         yield from _ray_in(session, named, plan, meanwhile)
 
 
-def _ray_in(session: Path, named: str | None, plan: Plan, meanwhile: Callable[[], object]) -> Iterator[None]:
+def _ray_in(session: Path, named: str | None, plan: Plan | None, meanwhile: Callable[[], object]) -> Iterator[None]:
+    if not named and plan is None:
+        raise RunError("a Ray of our own is started for a run that is known")
     if not named:
         # Before Ray is imported anywhere: it reads them once.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -61,7 +64,7 @@ def _ray_in(session: Path, named: str | None, plan: Plan, meanwhile: Callable[[]
     try:
         if named:
             _connect(named)
-        else:
+        elif plan:
             _start(plan, local_facts(), session)
         imports.join()
         yield

@@ -33,6 +33,7 @@ from raymill.orchestration.on_ray import turn
 from raymill.orchestration.on_ray.root_cause import ran_out_of
 from raymill.own_code.traces import for_a_journey
 from raymill.record import inputs as record_inputs
+from raymill.record import remote_store
 from raymill.record.events import Event, FirstStepDone, StageReached
 from raymill.record.folder import RunFolder
 from raymill.record.processes import ProcessId
@@ -86,6 +87,17 @@ class WorkerConfig:
 
 
 @dataclass(frozen=True)
+class Unassigned:
+    """What a worker is told whose driver does not know its run yet.
+
+    Attributes:
+        store_actor: has the worker's `WorkerConfig`, once there is a run.
+    """
+
+    store_actor: Any
+
+
+@dataclass(frozen=True)
 class GroupStart:
     """What rank 0 tells the other ranks of a group.
 
@@ -100,12 +112,13 @@ class GroupStart:
     address: tuple[str, int]
 
 
-def work(config: dict[str, WorkerConfig]) -> Outcome:
+def work(config: dict[str, WorkerConfig | Unassigned]) -> Outcome:
     """The train function of Ray Train. Its argument has one entry, "worker"."""
-    worker = config["worker"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     faults.here(rank=rank)
+    given = config["worker"]
+    worker = _wait_for_run(given, rank) if isinstance(given, Unassigned) else given
     if worker.session is not None and not turn.has_come(worker.session):
         _import_all(worker, rank)
         if not turn.wait_at_gate(worker.session):
@@ -149,6 +162,25 @@ def _inputs(worker: WorkerConfig) -> Iterator[Mapping[str, Trained]]:
         yield read_inputs(Path(there))
 
 
+def _wait_for_run(unassigned: Unassigned, rank: int) -> WorkerConfig:
+    """Start and import what any run needs, then wait for one."""
+    _import_engine()
+    if rank == 0:
+        ray_stream.warm_up()
+    given = unassigned.store_actor.given.options(concurrency_group=remote_store.WAITS).remote()
+    reference: list[ray.ObjectRef[WorkerConfig]] = ray.get(given)
+    if not reference:
+        raise RunError("this worker waited for a run, and there will be none")
+    worker: WorkerConfig = ray.get(reference[0])
+    return worker
+
+
+def _import_engine() -> None:
+    # The last is what DistributedDataParallel imports when the first one is made.
+    for name in ("raymill.training.loop", "ray.data", "torch._dynamo"):
+        importlib.import_module(name)
+
+
 def _sees_folder(worker: WorkerConfig) -> bool:
     return bool(ray.get_runtime_context().get_node_id() == worker.driver_node)
 
@@ -160,9 +192,7 @@ def _import_all(worker: WorkerConfig, rank: int) -> None:
     if rank == 0:
         reading = ray.remote(num_cpus=worker.plan.read_task_cpus)(_import_reading)
         imported = [reading.remote(*specs) for _ in range(max(1, int(worker.plan.data_cpus)))]
-    # The last is what DistributedDataParallel imports when the first one is made.
-    for name in ("raymill.training.loop", "ray.data", "torch._dynamo"):
-        importlib.import_module(name)
+    _import_engine()
     pipeline = load.import_pipeline(worker.spec, worker.fitted)
     load.import_task(worker.spec, pipeline.schema, worker.fitted, inputs)
     code_when_imported(*specs)
