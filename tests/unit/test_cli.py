@@ -346,6 +346,7 @@ def test_jobs_shows_what_a_card_says(project: Project) -> None:
         ("kind: local\nnodes: [{num_cpus: -1}]\n", "nodes.0.num_cpus"),
         ("kind: local\nnode: 3\n", "node"),
         ("kind: address\n", "cluster/some.yaml dashboard"),
+        ("kind: address\nmlflow: true\n", "mlflow: found True; expected false"),
     ],
 )
 def test_a_file_of_a_cluster_that_is_wrong_is_refused(project: Project, content: str, said: str) -> None:

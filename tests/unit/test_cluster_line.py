@@ -364,10 +364,7 @@ def test_killed_between_any_two_acts_nothing_is_lost_doubled_or_begun_without_ro
     for number, name in enumerate(names):
         least = draw.randint(1, ray.cpus)
         asked = {"least": least, "most": draw.choice([least, ray.cpus]), "priority": draw.choice([0, 0, 1])}
-        coming = (
-            draw.choice([0, 0, 30]),
-            request(name, number, **asked, keeps_ready=draw.random() < 0.8, code=draw.choice("xy")),
-        )
+        made = request(name, number, **asked, keeps_ready=draw.random() < 0.8, code=draw.choice("xy"))
         later.append((draw.choice([0, 0, 30]), made))
         ray.left[name] = draw.randint(1, 6)
     for tick in range(2000):

@@ -31,7 +31,7 @@ RunArgument = Annotated[str, typer.Argument(help="run id")]
 
 @app.command("up")
 def up(name: NameArgument = "local", json_: JsonOption = False) -> None:
-    """Start a cluster of several nodes on this machine, on loopback, with a token."""
+    """Start a cluster of several nodes on this machine, on loopback, with a token; and MLflow, where its file says so."""
     with errors(json_):
         from raymill.cluster import local, spec
 
@@ -56,7 +56,8 @@ def down(name: NameArgument = "local", json_: JsonOption = False) -> None:
 
         _local(spec.load_cluster(name), name)
         told = local.down(name)
-        emit(told, json_, lambda console: console.print(for_people(f"{name}: {told['ended']} nodes ended")))
+        ended = f"{told['ended']} nodes{' and the MLflow server' if told['mlflow_ended'] else ''}"
+        emit(told, json_, lambda console: console.print(for_people(f"{name}: {ended} ended")))
 
 
 @app.command("check")
@@ -160,7 +161,11 @@ def _local(read: Any, name: str) -> Any:
 
 def _show_status(told: dict[str, Any], json_: bool) -> None:
     def show(console: Console) -> None:
-        show_values(console, {key: told[key] for key in ("name", "address", "dashboard", "token_file") if key in told})
+        values: dict[str, Any] = {key: told[key] for key in ("name", "address", "dashboard", "token_file") if key in told}
+        if mlflow := told.get("mlflow"):
+            values["mlflow"] = f"{mlflow['address']}, {'runs' if mlflow['runs'] else 'does not run'}"
+            values |= {"mlflow user": mlflow["user"], "mlflow password_file": mlflow["password_file"]}
+        show_values(console, values)
         show_table(
             console, ("process", "CPUs", "runs"), [(node["pid"], node["num_cpus"], node["runs"]) for node in told["nodes"]]
         )

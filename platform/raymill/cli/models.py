@@ -135,12 +135,18 @@ def _about_code(changed: list[dict[str, Any]] | None) -> list[str]:
 
 
 def ui(port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 5000) -> None:
-    """Open the MLflow page of this project on this machine, until Ctrl-C."""
+    """Open the MLflow page of this project on this machine, until Ctrl-C; or say where it is, if a cluster has opened it."""
     with errors(False):
-        from raymill.tracking.ui import serve_ui
+        from raymill.cluster import mlflow_server
+        from raymill.tracking.ui import experiments, serve_ui
 
         def show(page: str, experiments: dict[str, str]) -> None:
-            lines = [f"MLflow: {page}  (Ctrl-C ends it)", *(f"  {job}: {address}" for job, address in experiments.items())]
+            lines = [f"MLflow: {page}", *(f"  {job}: {address}" for job, address in experiments.items())]
             plain_console(stderr=True).print("\n".join(lines), soft_wrap=True)
 
-        serve_ui(port, show)
+        servers = mlflow_server.running()
+        for server in servers:
+            who = f"user {server['user']}, password in {server['password_file']}"
+            show(f"{server['address']}  (of the cluster {server['cluster']}; {who})", experiments(server["address"]))
+        if not servers:
+            serve_ui(port, lambda page, links: show(f"{page}  (Ctrl-C ends it)", links))

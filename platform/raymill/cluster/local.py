@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,12 +18,14 @@ from typing import Any
 
 import psutil
 
-from raymill.cluster import head
+from raymill.cluster import head, mlflow_server
+from raymill.cluster.process import end_of, free_ports
 from raymill.cluster.spec import ClusterFolder, ClusterSpec
 from raymill.errors import InputError, Problem, RunError
 from raymill.files import private, read_record, write_record
 from raymill.ray_internals import LOOPBACK
 from raymill.record.processes import ProcessId, wait_or_kill
+from raymill.tracking.server import store_to_serve
 
 START_TIMEOUT_S = 180.0
 END_TIMEOUT_S = 20.0
@@ -41,18 +42,20 @@ def variables(folder: ClusterFolder, address: str) -> dict[str, str]:
 
 
 def up(name: str, spec: ClusterSpec) -> dict[str, Any]:
-    """Start the nodes and wait until they are there; of a cluster whose first node runs, those that do not.
+    """Start the nodes, and MLflow beside them, and wait until they are there; of a cluster whose first node runs, what does not.
 
     Returns:
-        address, dashboard, nodes with their processes.
+        address, dashboard, nodes with their processes; mlflow, as `mlflow_server.status` tells it.
 
     Raises:
-        InputError: all of it runs already.
-        RunError: a node did not start; nothing is left of the others, unless they ran before.
+        InputError: all of it runs already, or there can be no MLflow server.
+        RunError: a node or the server did not start; nothing is left of the others, unless they ran before.
     """
     folder = ClusterFolder(name)
+    if spec.mlflow:
+        store_to_serve()  # or say why there is none, before anything is started
     run = [node["runs"] for node in status(name)["nodes"]]
-    if run and all(run):
+    if run and all(run) and (mlflow_server.runs(folder) or not spec.mlflow):
         raise InputError([Problem(name, "a cluster that runs", "one that does not", f"`raymill cluster down {name}` ends it.")])
     if any(run[:1]):
         _start_missing(folder, spec, read_record(folder.record))
@@ -74,7 +77,7 @@ def _new_record(folder: ClusterFolder) -> dict[str, Any]:
     # Short, because the names of the sockets in it may have 107 letters.
     session = Path(tempfile.mkdtemp(prefix="raymill-"))
     (session / "tmp").mkdir()
-    gcs, dashboard, client = _free_ports(3)
+    gcs, dashboard, client = free_ports(3)
     address, url = f"{LOOPBACK}:{gcs}", f"http://{LOOPBACK}:{dashboard}"
     record = {"kind": "local", "address": address, "dashboard": url, "client_port": client, "session": str(session), "nodes": []}
     write_record(folder.record, record)
@@ -82,7 +85,9 @@ def _new_record(folder: ClusterFolder) -> dict[str, Any]:
 
 
 def _start_missing(folder: ClusterFolder, spec: ClusterSpec, record: dict[str, Any]) -> None:
-    """Start each node that does not run, the first one first."""
+    """Start each node that does not run, the first one first, and meanwhile the MLflow server."""
+    if spec.mlflow and not mlflow_server.runs(folder):
+        mlflow_server.start(folder)
     for number, node in enumerate(spec.nodes):
         if number < len(record["nodes"]) and _runs(record["nodes"][number]):
             continue
@@ -93,6 +98,8 @@ def _start_missing(folder: ClusterFolder, spec: ClusterSpec, record: dict[str, A
         record["nodes"][number : number + 1] = [{**_start(folder, number, given, record), "num_cpus": node.num_cpus}]
         write_record(folder.record, record)
         _wait_for(called, folder, record, number)
+    if spec.mlflow:
+        mlflow_server.wait_for(folder)
 
 
 def _start(folder: ClusterFolder, number: int, given: list[str], record: dict[str, Any]) -> dict[str, Any]:
@@ -125,9 +132,9 @@ def _wait_for(called: str, folder: ClusterFolder, record: dict[str, Any], number
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while called not in _alive(folder, record["dashboard"]):
         if not _runs(record["nodes"][number]):
-            raise RunError(f"node {number} ended at once; it printed:\n{_end_of(folder.log(number))}")
+            raise RunError(f"node {number} ended at once; it printed:\n{end_of(folder.log(number))}")
         if time.monotonic() > deadline_s:
-            raise RunError(f"node {number} was not there after {START_TIMEOUT_S:g} s; it printed:\n{_end_of(folder.log(number))}")
+            raise RunError(f"node {number} was not there after {START_TIMEOUT_S:g} s; it printed:\n{end_of(folder.log(number))}")
         time.sleep(POLL_S)
 
 
@@ -143,19 +150,22 @@ def _alive(folder: ClusterFolder, dashboard: str) -> set[str]:
 
 
 def status(name: str) -> dict[str, Any]:
-    """What is known of a cluster: address, dashboard, and of each node whether it runs."""
+    """What is known of a cluster: address, dashboard, and of each node and the MLflow server whether it runs."""
     folder = ClusterFolder(name)
     record = read_record(folder.record) if folder.record.exists() else {"nodes": []}
     nodes = [{"pid": node["pid"], "num_cpus": node["num_cpus"], "runs": _runs(node)} for node in record["nodes"]]
     told: dict[str, Any] = {key: record[key] for key in ("address", "dashboard") if key in record}
+    if mlflow := mlflow_server.status(folder):
+        told["mlflow"] = mlflow
     return {"name": name, **told, "token_file": str(folder.token), "nodes": nodes}
 
 
 def down(name: str) -> dict[str, Any]:
-    """End the nodes, the last one first, and whatever of theirs is left; the token is gone with them."""
+    """End the MLflow server and the nodes, the last one first, and whatever of theirs is left; token and password go too."""
     folder = ClusterFolder(name)
+    mlflow_ended = mlflow_server.end(folder)
     if not folder.record.exists():
-        return {"name": name, "ended": 0}
+        return {"name": name, "ended": 0, "mlflow_ended": mlflow_ended}
     record = read_record(folder.record)
     ended = 0
     for node in reversed(record["nodes"]):
@@ -166,7 +176,7 @@ def down(name: str) -> dict[str, Any]:
         shutil.rmtree(left, ignore_errors=True)
     for path in (folder.record, folder.token):
         path.unlink(missing_ok=True)
-    return {"name": name, "ended": ended}
+    return {"name": name, "ended": ended, "mlflow_ended": mlflow_ended}
 
 
 def _end(pid: int) -> None:
@@ -180,15 +190,3 @@ def _runs(node: dict[str, Any]) -> bool:
     with suppress(psutil.NoSuchProcess):
         return ProcessId(node["pid"], node["started_s"]).lives() and psutil.Process(node["pid"]).status() != psutil.STATUS_ZOMBIE
     return False
-
-
-def _free_ports(count: int) -> list[int]:
-    opened = [socket.create_server((LOOPBACK, 0)) for _ in range(count)]
-    ports = [int(one.getsockname()[1]) for one in opened]
-    for one in opened:
-        one.close()
-    return ports
-
-
-def _end_of(path: Path) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-12:])

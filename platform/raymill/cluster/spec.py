@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from raymill.config import strict_yaml
 from raymill.config.strict_model import StrictModel
@@ -32,8 +33,16 @@ class ClusterSpec(StrictModel):
     object_store_mb: int = Field(default=200, ge=80, description="of each node, in MB")
     quotas: dict[str, float] = Field(default_factory=dict, description="user -> CPUs that all runs of theirs may hold at once")
     keep_ready: bool = Field(default=True, description="after a run, hold workers ready for another one like it, for ten minutes")
+    mlflow: bool = Field(default=False, description="of kind local: start an MLflow server with passwords beside the nodes")
     dashboard: str | None = Field(default=None, description="of kind address: where its Jobs API answers, http://HOST:8265")
     token_file: str | None = Field(default=None, description="of kind address: the file with its token, which only you may read")
+
+    @field_validator("mlflow")
+    @classmethod
+    def _only_of_this_machine(cls, mlflow: bool, info: ValidationInfo) -> bool:
+        if mlflow and info.data.get("kind") == "address":
+            raise PydanticCustomError("kind", "false: a server is started beside nodes of this machine alone")
+        return mlflow
 
 
 def load_cluster(name: str) -> ClusterSpec:
@@ -81,6 +90,21 @@ class ClusterFolder:
         """What runs: addresses, nodes and their processes. Absent where nothing does."""
         return self.path / "cluster.json"
 
+    @property
+    def mlflow(self) -> Path:
+        """What its MLflow server has there: where it answers, the password, who may come in. Absent where there is none."""
+        return self.path / "mlflow"
+
+    @property
+    def mlflow_log(self) -> Path:
+        """What the MLflow server has printed."""
+        return self.path / "mlflow.log"
+
     def log(self, number: int) -> Path:
         """What a node has printed."""
         return self.path / f"node-{number}.log"
+
+
+def all_cluster_folders() -> list[ClusterFolder]:
+    """Of each cluster of which anything is kept."""
+    return [ClusterFolder(path.name) for path in sorted((home() / "clusters").glob("*/"))]

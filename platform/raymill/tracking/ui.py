@@ -1,17 +1,13 @@
 """MLflow's page over the project's store: a server of this machine alone, there until Ctrl-C, gone after it.
 
-It is MLflow's own server with passwords. pyproject.toml names it among MLflow's apps, as `APP`, so that its page can be told that
-it is about training models: by itself MLflow 3 opens for chats with language models, whatever an experiment says of itself.
+It is MLflow's own server with passwords (`server`). It takes its app from here, so that its page can be told that it is about
+training models: by itself MLflow 3 opens for chats with language models, whatever an experiment says of itself.
 """
 
 from __future__ import annotations
 
-import os
-import secrets
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,17 +18,14 @@ import psutil
 
 from raymill.errors import InputError, Problem, TrackingError
 from raymill.files import read_record
-from raymill.paths import home
 from raymill.record.folder import RunFolder, runs_folder
 from raymill.record.processes import wait_or_kill
 from raymill.redaction import redact_text
-from raymill.tracking.mlflow_client import SETTINGS, connect, mlflow_settings, tracking_uri
+from raymill.tracking.mlflow_client import tracking_uri
+from raymill.tracking.server import HOST, USER, make_store, new_password, start_server, store_to_serve
 
 if TYPE_CHECKING:
     from flask import Response
-
-USER = "raymill"
-APP = "raymill"
 
 FIRST_VISIT = """<script>
 if (new URL(document.baseURI).password) location.replace(location.href)
@@ -46,15 +39,6 @@ training, and that the assistant, which takes a quarter of it, opens when it is 
 
 MAX_LINKS = 5
 
-AUTH_CONFIG = """\
-[mlflow]
-default_permission = NO_PERMISSIONS
-database_uri = {database}
-admin_username = {user}
-admin_password = {password}
-authorization_function = mlflow.server.auth:authenticate_request_basic_auth
-"""
-
 
 def serve_ui(port: int, show: Callable[[str, dict[str, str]], None]) -> None:
     """Run MLflow's server over the project's store, for this machine alone, until Ctrl-C (SIGINT), SIGTERM or SIGHUP.
@@ -65,33 +49,26 @@ def serve_ui(port: int, show: Callable[[str, dict[str, str]], None]) -> None:
         show: is given the page's address, with the user and the password in it, and those of the latest jobs' experiments.
 
     Raises:
-        InputError: when the port is taken, or the store is a server that has a page of its own.
-        TrackingError: when the server ends by itself.
+        InputError: when the port is taken, or `store_to_serve` says so.
+        TrackingError: when the store cannot be made, or the server ends by itself.
     """
-    uri = tracking_uri()
-    if uri.startswith(("http:", "https:")):
-        found = "the address of a server"
-        raise InputError([Problem("MLFLOW_TRACKING_URI", found, "a store without a page", "Open that address.")])
+    uri = store_to_serve()
     with socket.socket() as probe:
         # As servers do: a port that only waits for the last packets of a server before is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
             fix = "End what uses it, or give another one with --port."
             raise InputError([Problem(f"--port {port}", str(error), "a free port", fix)]) from error
-    if uri.startswith("sqlite:") and not (home() / "mlflow.db").exists():
-        with mlflow_settings():
-            connect()  # which makes the store under its lock; the server would do so without
+    make_store(uri)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="raymill-ui-") as private:
-        password = secrets.token_urlsafe(16)
-        variables = _environment(Path(private), password)
-        address = f"http://{USER}:{password}@127.0.0.1:{port}"
-        show(address, {job: f"{address}/#/experiments/{number}" for job, number in _experiments(uri).items()})
-        # The server looks for code in its current folder: that is the private one.
-        server = psutil.Popen(_command(uri, port), env=variables, cwd=private, stdin=subprocess.DEVNULL)
+        password = new_password()
+        address = f"http://{USER}:{password}@{HOST}:{port}"
+        show(address, experiments(address))
+        server = start_server(uri, port, Path(private), password)
         try:
             code = server.wait()
         except KeyboardInterrupt:
@@ -101,47 +78,15 @@ def serve_ui(port: int, show: Callable[[str, dict[str, str]], None]) -> None:
     raise TrackingError(f"the MLflow server ended with exit code {code}; its last lines say why")
 
 
-def _experiments(uri: str) -> dict[str, str]:
-    """Job -> id of its experiment in this store, for the jobs that ran last, the latest first."""
+def experiments(address: str) -> dict[str, str]:
+    """Job -> the page of its experiment on a server over the project's store, for the jobs that ran last, the latest first."""
+    store = redact_text(tracking_uri())
     records = [path for path in (RunFolder(run).mlflow_run for run in runs_folder().glob("*/")) if path.is_file()]
     found: dict[str, str] = {}
     for record in map(read_record, sorted(records, key=lambda path: path.stat().st_mtime, reverse=True)):
-        if record["store"] == redact_text(uri) and len(found) < MAX_LINKS:
-            found.setdefault(record["experiment"], record["experiment_id"])
+        if record["store"] == store and len(found) < MAX_LINKS:
+            found.setdefault(record["experiment"], f"{address}/#/experiments/{record['experiment_id']}")
     return found
-
-
-def _environment(private: Path, password: str) -> dict[str, str]:
-    """The server's environment: the user's, without what would open it, and with a private folder for who may come in."""
-    config = private / "auth.ini"
-    config.touch(mode=0o600)
-    config.write_text(AUTH_CONFIG.format(database=f"sqlite:///{private / 'users.db'}", user=USER, password=password))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_SERVER_", "MLFLOW_AUTH_"))}
-    return {
-        **kept,
-        **SETTINGS,
-        # No processes for jobs that nobody sends.
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_AUTH_CONFIG_PATH": str(config),
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
-        # No code from the current folder, in the server's own children too.
-        "PYTHONSAFEPATH": "1",
-    }
-
-
-def _command(uri: str, port: int) -> list[str]:
-    options = {
-        "--backend-store-uri": uri,
-        "--artifacts-destination": (home() / "artifacts").as_uri(),
-        "--host": "127.0.0.1",
-        "--port": str(port),
-        "--workers": "1",
-        # What a page elsewhere sends here, by a name that resolves to this machine, is refused.
-        "--allowed-hosts": f"127.0.0.1:{port},localhost:{port}",
-        "--cors-allowed-origins": f"http://127.0.0.1:{port},http://localhost:{port}",
-        "--app-name": APP,
-    }
-    return [sys.executable, "-P", "-m", "mlflow", "server", *(word for option in options.items() for word in option)]
 
 
 # ---------------------------------------------------------------- within the server
