@@ -421,7 +421,7 @@ def decide(
             going = [have.shape.holds() for have in spare]
             found += _making_room(one, running, [free[0] + sum(one[0] for one in going), free[1] + sum(one[1] for one in going)])
     waits = any(one.state == "WAITING" and least_room(one.asked, cpus, gpus) is None for one in requests)
-    return found if waits else found + _about_ready(requests, ready, spare, free, now_ms)
+    return found if waits else [*found, *_about_ready(requests, ready, spare, free, now_ms)]
 
 
 def _about_ready(

@@ -18,7 +18,8 @@ from typing import Any
 
 import psutil
 
-from raymill.cluster import head, mlflow_server
+from raymill.cluster import mlflow_server
+from raymill.cluster.on_head import head
 from raymill.cluster.process import end_of, free_ports
 from raymill.cluster.spec import ClusterFolder, ClusterSpec
 from raymill.errors import InputError, Problem, RunError

@@ -22,7 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymill.cluster import line, local, queue
+from raymill.cluster import line, local
+from raymill.cluster.on_head import queue
 from raymill.cluster.spec import ClusterFolder, ClusterSpec
 from raymill.config.load import load_job
 from raymill.errors import InputError, Problem, RunError
@@ -74,7 +75,7 @@ def submit(
     # Each part is quoted: nothing in a name is a command of the shell.
     here = shlex.join(["env", f"RAYMILL_HOME={home()}", sys.executable])
     begin = here if spec.kind == "local" else ELSEWHERE
-    entrypoint = f"{begin} -m raymill.cluster.request"
+    entrypoint = f"{begin} -m raymill.cluster.on_head.request"
     travels = {"working_dir": str(project_root()), "excludes": NOT_SENT, "py_modules": [str(ENGINE)]}
     try:
         queue.submit(client, submission, entrypoint, asked.as_metadata(), runtime_env=travels)

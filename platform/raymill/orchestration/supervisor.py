@@ -39,7 +39,7 @@ from raymill.record.events import (
 from raymill.record.folder import RunFolder
 
 ready: DriverProcess | None = None
-"""A driver that this process has started before it knew its run, with workers that wait for one like it; see `cluster.ready`."""
+"""A driver that this process started before it knew its run, with workers that wait for it; see `cluster.on_head.ready`."""
 
 POLL_S = 0.1
 END_TIMEOUT_S = 2.0
@@ -118,7 +118,9 @@ class _Drivers:
         if driver is not None and driver.exit_code is not None:
             driver.end(0.0)
             driver = None
-        stage = "starting Ray" if driver is None else "the driver that stood by takes over"
+        stage = "starting Ray"
+        if driver is not None:
+            stage = "workers that stood ready take over" if driver.group else "the driver that stood by takes over"
         append_event(self._folder, StageReached(stage=stage))
         if driver is None:
             return DriverProcess(self._folder)

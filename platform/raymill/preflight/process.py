@@ -31,7 +31,7 @@ from raymill.trained.model import read_inputs
 from raymill.training.assembly import Job, assemble
 
 ready: Trial | None = None
-"""A process that this one has started before it knew its run; see `cluster.ready`."""
+"""A process that this one has started before it knew its run; see `cluster.on_head.ready`."""
 
 NICENESS = 5
 """The run that starts beside it goes first."""

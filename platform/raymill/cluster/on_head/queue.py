@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from raymill.cluster import head, line
+from raymill.cluster import line
+from raymill.cluster.on_head import head
 from raymill.config.plan import ClusterFacts
 from raymill.orchestration.cluster_facts import TOLD, facts_of
 from raymill.paths import ENGINE, home
@@ -78,7 +79,7 @@ def act(client: JobSubmissionClient) -> None:
             _start(client, one, facts)
         elif isinstance(one, line.MakeReady):
             shape = one.shape
-            command = _python(shape.code, "raymill.cluster.ready", one.id, shape.as_text(), facts=facts)
+            command = _python(shape.code, "raymill.cluster.on_head.ready", one.id, shape.as_text(), facts=facts)
             submit(client, one.id, command, one.as_metadata())
         elif isinstance(one, line.Dismiss):
             head.tell_ready(one.ready.job.id, {})
@@ -119,7 +120,7 @@ def _start(client: JobSubmissionClient, start: line.Start, facts: ClusterFacts) 
     workers = str(start.workers) if asked.least < asked.most else "-"
     if start.by is None:
         code = start.request.job.code
-        command = _python(code, "raymill.cluster.attempt", code, asked.run, workers, *asked.command, facts=facts)
+        command = _python(code, "raymill.cluster.on_head.attempt", code, asked.run, workers, *asked.command, facts=facts)
         submit(client, start.id, command, start.as_metadata())
         return
     told = {"run": asked.run, "command": list(asked.command), "facts": json.dumps(asdict(facts))}

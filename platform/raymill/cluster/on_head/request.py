@@ -1,6 +1,6 @@
 """What a cluster does for a run that is submitted: puts its code in place, and sees to it that somebody acts on the line.
 
-    python -m raymill.cluster.request
+    python -m raymill.cluster.on_head.request
 
 Ray removes what was sent with a job once any process of the same code has ended, though others go on; a run has many processes,
 one after the other, and waits before its first. So the project and raymill itself are copied into the state folder of the head.
@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from raymill.cluster import head
+from raymill.cluster.on_head import head
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Where Ray says what a job was submitted with. A process that connects to Ray by itself takes it for its own."""
@@ -25,7 +25,7 @@ def main() -> int:
     head.put_in_place(code, Path.cwd())
     if not head.somebody_acts():
         # Imported here: mostly there is no need, and it takes a while.
-        from raymill.cluster import queue
+        from raymill.cluster.on_head import queue
 
         queue.ensure(head.engine_of(code))
     return 0

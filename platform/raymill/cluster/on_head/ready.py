@@ -1,6 +1,6 @@
 """Workers that stand ready for a run which nobody has submitted yet, and the command that will train it, all imported.
 
-    python -m raymill.cluster.ready JOB SHAPE
+    python -m raymill.cluster.on_head.ready JOB SHAPE
 
 JOB is the name of this job of Ray's. It is told a run by the queue (`head.tell_ready`), and then is an attempt like any other;
 told to leave, or when its workers are lost, it ends with `line.NOT_TAKEN`.
@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from raymill.cluster import attempt, head
 from raymill.cluster.line import NOT_TAKEN, Shape
-from raymill.cluster.request import JOB_CONFIG
+from raymill.cluster.on_head import attempt, head
+from raymill.cluster.on_head.request import JOB_CONFIG
 from raymill.orchestration import supervisor
 from raymill.orchestration.cluster_facts import TOLD
 from raymill.orchestration.on_ray.driver_process import DriverProcess

@@ -1,6 +1,6 @@
 """What a cluster runs for an attempt at a submitted run: `raymill`, on the code that its request has put in place.
 
-    python -m raymill.cluster.attempt CODE RUN WORKERS train jobs/mnist/job.yaml ...
+    python -m raymill.cluster.on_head.attempt CODE RUN WORKERS train jobs/mnist/job.yaml ...
 
 It goes on with what the attempt before has saved, with the number of workers that the line has room for.
 """
@@ -13,8 +13,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from raymill.cluster.head import project_of
-from raymill.cluster.request import JOB_CONFIG
+from raymill.cluster.on_head.head import project_of
+from raymill.cluster.on_head.request import JOB_CONFIG
 from raymill.errors import RunError
 from raymill.files import read_record, run_lock
 from raymill.record.folder import RunFolder, run_folder
