@@ -21,7 +21,7 @@ import ray
 
 from integration.commands import Home, wait_until
 from integration.test_cluster import STEP_TIMEOUT_S, until
-from raymill.record.events import AttemptStarted, StepDone, read_events
+from raymill.record.events import AttemptStarted, StageReached, StepDone, read_events
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -61,6 +61,17 @@ class Cluster(Home):
             choose(found).kill()
         return bool(found)
 
+    def runs(self, what: str) -> bool:
+        """Whether there is a process of this cluster whose command line has these words."""
+        for process in self.processes():
+            with suppress(psutil.Error):
+                if what in " ".join(process.cmdline()):
+                    return True
+        return False
+
+    def stages(self, run: str) -> list[str]:
+        return [event.stage for event in self.events_of(run) if isinstance(event, StageReached)]
+
     def wait_for_end(self, *runs: str) -> dict[str, dict[str, Any]]:
         def are_over() -> bool:
             known = self.submitted()
@@ -85,6 +96,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     finally:
         found.run("cluster", "down", "local")
     assert found.left_over() == []
+    assert list((found.path / "submitted").iterdir()) == [], "the code of runs goes with the cluster"
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +108,9 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> str:
 def quick(tmp_path_factory: pytest.TempPathFactory) -> str:
     return alone(tmp_path_factory, "smoke", *QUICK)
 
+
+READY = "on_head.ready"
+"""In the command line of workers that stand ready, and of the run that they were given."""
 
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
@@ -213,16 +228,64 @@ def test_a_higher_priority_makes_what_runs_give_way_and_go_on_later_with_the_sam
     # Each step once: it was asked to make room, and saved its state.
     assert [event.step for event in cluster.events_of(first) if isinstance(event, StepDone)] == list(range(1, 1601))
     assert known[urgent]["ended_ms"] < known[first]["ended_ms"] < known[second]["ended_ms"]
-    assert list((cluster.path / "submitted").iterdir()) == [], "the code of runs that are over is gone"
+    assert len(list((cluster.path / "submitted").glob("*/" + "[0-9a-f]" * 16))) == 1, "the same code is there once"
+
+
+STOOD_READY = "workers that stood ready take over"
+
+
+def test_the_next_run_like_it_takes_workers_that_stand_ready_and_goes_on_when_their_driver_dies(
+    cluster: Cluster, slow: str, quick: str
+) -> None:
+    before = cluster.submit("smoke", *QUICK)
+    cluster.wait_for_end(before)
+    until(lambda: cluster.runs(READY), STEP_TIMEOUT_S, "workers that stand ready")
+    run = cluster.submit("smoke", *SLOW)
+    until(lambda: cluster.step_of(run) >= 20, STEP_TIMEOUT_S, "steps")
+    assert cluster.stages(run)[0] == STOOD_READY
+    assert cluster.kill("on_ray.driver")
+    code, out, _ = cluster.run("logs", run, "--follow")
+    assert code == 0, out
+    assert [cluster.summary(one)["weights_sha256"] for one in (before, run)] == [quick, slow]
+    assert cluster.submitted()[run]["attempts"] == 1
+
+
+@pytest.mark.cluster
+def test_a_run_is_not_lost_with_those_that_stood_ready_for_it_and_another_kind_of_run_sends_them_away(
+    cluster: Cluster, slow: str, quick: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cluster.wait_for_end(cluster.submit("smoke", *QUICK))
+    until(lambda: cluster.runs(READY), STEP_TIMEOUT_S, "workers that stand ready")
+    run = cluster.submit("smoke", *SLOW)
+    until(lambda: cluster.step_of(run) >= 20, STEP_TIMEOUT_S, "steps")
+    # Whoever acts on the line dies too, before Ray was told whose attempt it is. Of the attempt only its shell: Ray takes it for
+    # dead, and it goes on.
+    assert cluster.kill("ray::Queue")
+    assert cluster.kill(READY, lambda found: next(one for one in found if one.name() == "sh"))
+    cluster.wait_for_end(run)
+    assert cluster.summary(run)["weights_sha256"] == slow
+    assert cluster.submitted()[run]["attempts"] == 2
+    until(lambda: cluster.runs(READY), STEP_TIMEOUT_S, "workers that stand ready")
+    three = cluster.submit("smoke", *QUICK, "--workers", "3")
+    cluster.wait_for_end(three)
+    assert STOOD_READY not in cluster.stages(three)
+    assert cluster.summary(three)["weights_sha256"] == alone(tmp_path_factory, "smoke", *QUICK, "--workers", "3")
+    # They are killed while they wait: the run that would have had them has an attempt that never began.
+    until(lambda: cluster.runs(READY), STEP_TIMEOUT_S, "workers that stand ready")
+    assert cluster.kill("on_ray.driver")
+    again = cluster.submit("smoke", *QUICK, "--workers", "3")
+    cluster.wait_for_end(again)
+    assert cluster.summary(again)["weights_sha256"] == cluster.summary(three)["weights_sha256"]
 
 
 @pytest.mark.cluster
 def test_its_driver_and_then_its_supervisor_are_killed_and_it_goes_on_by_itself(cluster: Cluster, slow: str) -> None:
     run = cluster.submit("smoke", *SLOW)
-    attached = cluster.start("logs", run, "--follow")
-    for reached, what in ((20, "on_ray.driver"), (100, "-m raymill train")):
-        until(lambda reached=reached: cluster.step_of(run) >= reached, STEP_TIMEOUT_S, f"step {reached}")  # type: ignore[misc]
-        assert cluster.kill(what), what
+    attached = cluster.start("attach", run)
+    until(lambda: cluster.step_of(run) >= 20, STEP_TIMEOUT_S, "step 20")
+    assert cluster.kill("on_ray.driver")
+    until(lambda: cluster.step_of(run) >= 100, STEP_TIMEOUT_S, "step 100")
+    assert cluster.kill("on_head.", lambda found: next(one for one in found if one.name() != "sh"))
     out, _ = attached.communicate(timeout=STEP_TIMEOUT_S)
     assert attached.returncode == 0, out
     assert cluster.summary(run)["weights_sha256"] == slow
@@ -273,3 +336,18 @@ def test_a_node_is_lost_in_the_middle_and_another_one_comes(cluster: Cluster, tm
     assert code == 0, out
     assert cluster.summary(run)["weights_sha256"] == expected
     assert [node["runs"] for node in cluster.json("cluster", "status", "local", "--json")["nodes"]] == [True] * 3
+
+
+@pytest.mark.cluster
+def test_all_of_it_is_lost_and_a_new_cluster_goes_on_with_the_run(cluster: Cluster, slow: str) -> None:
+    run = cluster.submit("smoke", *SLOW)
+    until(lambda: cluster.step_of(run) >= 100, STEP_TIMEOUT_S, "step 100")
+    for process in cluster.processes():
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    cluster.json("cluster", "up", "local", "--json")
+    assert run not in cluster.submitted()
+    assert cluster.json("submit", "--resume", run, "--json")["run_id"] == run
+    code, out, _ = cluster.run("attach", run)
+    assert code == 0, out
+    assert cluster.summary(run)["weights_sha256"] == slow

@@ -17,7 +17,7 @@ app = typer.Typer(
 )
 for command in (jobs.init, jobs.check, jobs.plan, jobs.train, tune, jobs.list_jobs, models.evaluate, models.predict, models.ui):
     app.command(name="jobs" if command is jobs.list_jobs else None)(command)
-for about_submitted in (cluster.submit, cluster.ps, cluster.logs, cluster.stop):
+for about_submitted in (cluster.submit, cluster.ps, cluster.logs, cluster.attach, cluster.stop):
     app.command()(about_submitted)
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(runs.app, name="runs")

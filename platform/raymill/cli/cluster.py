@@ -140,6 +140,11 @@ def logs(
             _end(told)
 
 
+def attach(run: RunArgument, cluster: ClusterOption = "local") -> None:
+    """Show a submitted run as if it had been started here, and end as it does; the same as `logs --follow`."""
+    logs(run, cluster, follow=True)
+
+
 def stop(run: RunArgument, cluster: ClusterOption = "local", json_: JsonOption = False) -> None:
     """Let a submitted run save its state and stop; `submit --resume` goes on with it."""
     with errors(json_):

@@ -26,10 +26,12 @@ from raymill.cluster import line, local
 from raymill.cluster.on_head import queue
 from raymill.cluster.spec import ClusterFolder, ClusterSpec
 from raymill.config.load import load_job
+from raymill.config.spec import JobSpec, ScaleSpec
 from raymill.errors import InputError, Problem, RunError
 from raymill.files import read_record
 from raymill.orchestration.run import new_id
 from raymill.paths import ENGINE, home, project_root
+from raymill.record.folder import run_folder
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -67,7 +69,7 @@ def submit(
     user = getpass.getuser()
     if resume:
         client = _client(name, spec)
-        submission, asked = _again(_requests(client), resume, overrides)
+        submission, asked = _again(_requests(client), resume, overrides, same_disk=spec.kind == "local")
     else:
         submission, asked = _first(job, overrides)
         client = _client(name, spec)
@@ -92,28 +94,38 @@ def _first(job: str, overrides: Sequence[str]) -> tuple[str, line.Asked]:
         fix = "Only the project travels: copy it there."
         raise InputError([Problem(job, str(path), f"a job file in {project_root()}", fix)])
     run, where = new_id(loaded.spec.name), str(path.relative_to(project_root()))
-    asked = line.Asked(
+    command = ("train", where, "--run-id", run, *(f"--set={one}" for one in overrides), "--json")
+    return run, _asked(run, where, scale, command)
+
+
+def _asked(run: str, job: str, scale: ScaleSpec, command: tuple[str, ...]) -> line.Asked:
+    return line.Asked(
         run=run,
-        job=where,
+        job=job,
         user="",
-        command=("train", where, "--run-id", run, *(f"--set={one}" for one in overrides), "--json"),
+        command=command,
         least=scale.min_num_workers,
         most=scale.max_num_workers,
         cpus=scale.cpus_per_worker or (0.0 if scale.gpus_per_worker else 1.0),
         gpus=scale.gpus_per_worker,
     )
-    return run, asked
 
 
-def _again(known: Sequence[line.Request], run: str, overrides: Sequence[str]) -> tuple[str, line.Asked]:
+def _again(
+    known: Sequence[line.Request], run: str, overrides: Sequence[str], *, same_disk: bool = False
+) -> tuple[str, line.Asked]:
     """What the request is called that goes on with a run that is over, and what it asks for."""
+    command = ("train", "--resume", run, *(f"--set={one}" for one in overrides), "--json")
+    if same_disk and not any(one.asked.run == run for one in known) and run_folder(run).spec.exists():
+        # The cluster that it was submitted to is gone, with all that it knew, or it was none.
+        spec = JobSpec.model_validate(read_record(run_folder(run).spec))
+        return run, _asked(run, spec.name, spec.scale, command)
     last = _newest(known, run)
     if last.exit_code is None:
         fix = f"`raymill logs {run} --follow` shows it; `raymill stop {run}` stops it."
         raise InputError([Problem("--resume", f"a run that is {last.state.lower()}", "one that is over", fix)])
     if last.state == "SUCCEEDED":
         raise InputError([Problem("--resume", "a run that is finished", "an interrupted or failed run", "Submit a new one.")])
-    command = ("train", "--resume", run, *(f"--set={one}" for one in overrides), "--json")
     return f"{run}.{sum(one.asked.run == run for one in known) + 1}", replace(last.asked, command=command)
 
 

@@ -69,11 +69,13 @@ def _is_finished(folder: RunFolder) -> bool:
 
 
 def _wait_for_the_one_before(folder: RunFolder) -> None:
-    """Have a driver end that has outlived its command, its state saved. One that does not is named by the command that comes."""
+    """Have those end, their state saved, that have outlived what Ray takes for their death: a command without its shell, a driver
+    without its command. One that does not is named by the command that comes.
+    """
     deadline_s = time.monotonic() + BEFORE_ENDS_S
     while folder.driver_lock.exists() and time.monotonic() < deadline_s:
         try:
-            with run_lock(folder.driver_lock):
+            with run_lock(folder.command_lock), run_lock(folder.driver_lock):
                 return
         except RunError:
             folder.stop_request.touch()
