@@ -8,6 +8,7 @@ It goes on with what the attempt before has saved, with the number of workers th
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import sys
 import time
@@ -17,6 +18,7 @@ from raymill.cluster.on_head.head import project_of
 from raymill.cluster.on_head.request import JOB_CONFIG
 from raymill.errors import RunError
 from raymill.files import read_record, run_lock
+from raymill.orchestration import tracker
 from raymill.record.folder import RunFolder, run_folder
 
 BEFORE_ENDS_S = 120.0
@@ -41,16 +43,14 @@ def carry_out(run: str, command: Sequence[str], workers: str = "-") -> None:
         command: arguments of `raymill`, as they were submitted.
         workers: how many there is room for; "-": as the job says.
     """
-    from raymill.cli import app
-    from raymill.orchestration import tracker
-
     folder = run_folder(run)
     _wait_for_the_one_before(folder)
     if "--resume" not in command and _is_finished(folder):
         # The attempt before was asked to end when there was nothing left to do but to deliver it.
         sys.exit(tracker.main([str(folder.path)]))
     sys.argv = ["raymill", *as_attempt(command, folder, workers)]
-    app.main()
+    # As `python -m raymill` does: the command line stands above this room.
+    runpy.run_module("raymill", run_name="__main__")
 
 
 def as_attempt(command: Sequence[str], folder: RunFolder, workers: str) -> list[str]:
