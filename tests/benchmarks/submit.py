@@ -1,7 +1,7 @@
-"""Seconds from handing a run to a cluster that is up to the end of its first step: `raymill submit`, a first and later times,
-beside `ray job submit` of the guide's script and `raymill train` on a Ray of its own.
+"""Seconds from handing a run to a cluster that is up to the end of its first step: `raymill submit` where no workers stand ready
+and, a pause later, where some do, beside `ray job submit` of the guide's script and `raymill train` on a Ray of its own.
 
-    python tests/benchmarks/submit.py [--rounds 3]
+    python tests/benchmarks/submit.py [--rounds 3] [--pause 60]
 
 The job is jobs/mnist on two workers; the cluster is that of cluster/local.yaml. The contestants take turns.
 """
@@ -57,18 +57,25 @@ class Place:
         self.raymill("stop", run)
         while next(one for one in self.raymill("ps")["submitted"] if one["run_id"] == run)["exit_code"] is None:
             time.sleep(0.5)
+        self.last = run
         return took_s
+
+    def dismiss(self) -> None:
+        """End the workers that stand ready after the last run: they would be in the guide's way."""
+        self._ray("job", "stop", f"{self.last}-ready")
+
+    def _ray(self, *arguments: str) -> str:
+        record = json.loads((self.home / "clusters" / "local" / "cluster.json").read_text())
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.home / "clusters" / "local" / "token")}
+        command = [str(Path(sys.executable).with_name("ray")), *arguments[:2], f"--address={record['dashboard']}", *arguments[2:]]
+        return subprocess.run(command, env=self.variables | token, check=True, capture_output=True, text=True).stdout
 
     def by_the_guide(self) -> float:
         """Seconds of the guide's script, as a job of Ray's."""
-        record = json.loads((self.home / "clusters" / "local" / "cluster.json").read_text())
         script = [sys.executable, str(Path(__file__).with_name("guide_way.py")), "--data", str(DATA), "--epochs", "1"]
         own = {"PYTHONPATH": f"{PROJECT}:{PROJECT / 'platform'}", "T0": str(time.time())}
-        command = [str(Path(sys.executable).with_name("ray")), "job", "submit", f"--address={record['dashboard']}"]
-        command += [f"--runtime-env-json={json.dumps({'env_vars': own})}", "--", *script]
-        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.home / "clusters" / "local" / "token")}
-        done = subprocess.run(command, env=self.variables | token, check=True, capture_output=True, text=True)
-        [line] = [line for line in done.stdout.splitlines() if "seconds_to_first_step" in line]
+        printed = self._ray("job", "submit", f"--runtime-env-json={json.dumps({'env_vars': own})}", "--", *script)
+        [line] = [line for line in printed.splitlines() if "seconds_to_first_step" in line]
         return float(json.loads(line[line.index("{") :])["seconds_to_first_step"])
 
     def alone(self) -> float:
@@ -101,14 +108,18 @@ def main() -> None:
     """Measure all in turn, print medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pause", type=float, default=60.0, help="seconds from a run's end to the next submit")
     options = parser.parse_args()
-    found: dict[str, list[float]] = {"raymill submit, first": [], "raymill submit": [], "ray job submit": [], "raymill train": []}
+    names = "raymill submit", "raymill submit, the next", "ray job submit", "raymill train"
+    found: dict[str, list[float]] = {name: [] for name in names}
     with cluster() as place:
-        found["raymill submit, first"].append(place.submitted())
         for _ in range(options.rounds):
-            found["raymill submit"].append(place.submitted())
             found["ray job submit"].append(place.by_the_guide())
             found["raymill train"].append(place.alone())
+            found["raymill submit"].append(place.submitted())
+            time.sleep(options.pause)
+            found["raymill submit, the next"].append(place.submitted())
+            place.dismiss()
     for name, seconds in found.items():
         print(f"{name:24} {statistics.median(seconds):6.1f} s   {[round(one, 1) for one in seconds]}")
 

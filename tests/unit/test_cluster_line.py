@@ -68,10 +68,12 @@ def ready(after: str, code: str = "c0de", workers: int = 1, status: str = "RUNNI
     return Job(f"{after}-ready", told, status, exit_code, 50)
 
 
-def about_ready(jobs: list[Job], cpus: float = 1, now_ms: int = 1000, in_place: tuple[str, ...] = ()) -> list[str]:
+def about_ready(
+    jobs: list[Job], cpus: float = 1, now_ms: int = 1000, in_place: tuple[str, ...] = (), *, others_wait: bool = False
+) -> list[str]:
     """Who is to do what: "start a-try-1 by b-ready", "make b-ready", "dismiss b-ready", "room a-try-1"."""
     found = []
-    for one in decide(read(jobs), cpus, 0, read_ready(jobs), now_ms, in_place):
+    for one in decide(read(jobs), cpus, 0, read_ready(jobs), now_ms, in_place, others_wait=others_wait):
         if isinstance(one, Start):
             found.append(f"start {one.id}" + (f" by {one.by.job.id}" if one.by else ""))
         elif isinstance(one, MakeReady):
@@ -234,6 +236,9 @@ def test_a_run_like_them_takes_those_that_stand_ready_and_any_other_sends_them_a
     low = [request("low", 0), attempt("low"), request("high", 1, priority=1, code="other")]
     assert about_ready([*stands, *low], cpus=2) == ["dismiss a-ready"]
     assert about_ready([*over("a"), *low], cpus=1) == ["room low-try-1"]
+    # Nor in that of others, beside the line.
+    assert about_ready(stands, others_wait=True) == ["dismiss a-ready"]
+    assert about_ready(over("a"), others_wait=True) == []
     # Too old, or a run of other code was the last.
     assert about_ready(stands, now_ms=500 + int(KEEP_READY_S * 1000)) == ["dismiss a-ready"]
     assert about_ready([*stands, *over("b", ended_ms=600, code="other")]) == ["dismiss a-ready"]

@@ -369,6 +369,8 @@ def decide(
     ready: Sequence[Ready] = (),
     now_ms: int = 0,
     in_place: Collection[str] = (),
+    *,
+    others_wait: bool = False,
 ) -> list[Start | End | MakeReady | Dismiss]:
     """What is to be done now.
 
@@ -378,6 +380,7 @@ def decide(
         ready: as `read_ready` gives them.
         now_ms: by the head's clock.
         in_place: code that is on the head already, so that nobody need wait for it.
+        others_wait: somebody who uses the cluster beside raymill has no room.
 
     The first in line begins once there is room. Those of lower priority that run make room for it, if that is enough; so do
     those that were let in ahead of it. Meanwhile elastic runs from behind may use what it cannot, with as many workers as fit.
@@ -421,6 +424,8 @@ def decide(
             going = [have.shape.holds() for have in spare]
             found += _making_room(one, running, [free[0] + sum(one[0] for one in going), free[1] + sum(one[1] for one in going)])
     waits = any(one.state == "WAITING" and least_room(one.asked, cpus, gpus) is None for one in requests)
+    if others_wait:
+        return [*found, *map(Dismiss, spare)]
     return found if waits else [*found, *_about_ready(requests, ready, spare, free, now_ms)]
 
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 NAME = "raymill-queue"
 POLL_S = 0.3
 TOLD_LATER_S = 10.0
+OTHERS_WAIT_S = 15.0
+"""Longer than a process takes to start."""
 NOTHING = "true"
 """The command of a job that only says something."""
 
@@ -54,19 +56,40 @@ class Queue:
         from ray.job_submission import JobSubmissionClient
 
         client: Any = None
-        # Held as long as this process lives: so others see that it does, without asking Ray.
-        head.acts_lock().acquire()
-        while True:
-            try:
-                client = client or JobSubmissionClient()
-                act(client)
-            except Exception:  # the dashboard may be gone for a while, and nobody else would go on
-                client = None
-                log.warning("%s", traceback.format_exc())
-            time.sleep(POLL_S)
+        others = Others()
+        # Held as long as this process lives: so it is seen that it does, without asking Ray.
+        with head.acts_lock():
+            while True:
+                try:
+                    client = client or JobSubmissionClient()
+                    act(client, others)
+                except Exception:  # the dashboard may be gone for a while, and nobody else would go on
+                    client = None
+                    log.warning("%s", traceback.format_exc())
+                time.sleep(POLL_S)
 
 
-def act(client: JobSubmissionClient) -> None:
+class Others:
+    """Whoever uses the cluster beside the line, as far as they have no room."""
+
+    def __init__(self) -> None:
+        """Nobody has been seen."""
+        self._since_s: dict[str, float] = {}
+
+    def wait(self) -> bool:
+        """Whether any have waited for a while: for a moment, everybody does who starts."""
+        from ray.util import placement_group_table
+        from ray.util.state import list_actors, list_tasks
+
+        now_s = time.monotonic()
+        found = {name for name, group in placement_group_table().items() if group["state"] == "PENDING"}
+        found |= {one.actor_id for one in list_actors(filters=[("state", "=", "PENDING_CREATION")])}
+        found |= {one.task_id for one in list_tasks(filters=[("state", "=", "PENDING_NODE_ASSIGNMENT")])}
+        self._since_s = {name: self._since_s.get(name, now_s) for name in found}
+        return any(now_s - since_s >= OTHERS_WAIT_S for since_s in self._since_s.values())
+
+
+def act(client: JobSubmissionClient, others: Others) -> None:
     """Look at the line once, and do what is to be done."""
     import ray
 
@@ -74,7 +97,8 @@ def act(client: JobSubmissionClient) -> None:
     requests, ready = line.read(jobs), line.read_ready(jobs)
     facts = facts_of(ray.cluster_resources())  # type: ignore[no-untyped-call]
     now_ms, in_place = int(time.time() * 1000), head.in_place()
-    for one in line.decide(requests, facts.num_cpus, facts.num_gpus, ready, now_ms, in_place):
+    others_wait = any(one.job.lives and not one.is_given for one in ready) and others.wait()
+    for one in line.decide(requests, facts.num_cpus, facts.num_gpus, ready, now_ms, in_place, others_wait=others_wait):
         if isinstance(one, line.Start):
             _start(client, one, facts)
         elif isinstance(one, line.MakeReady):
