@@ -156,13 +156,6 @@ NODE_SETTINGS = {"RAY_idle_worker_killing_time_threshold_ms": "600000"}
 ELASTIC_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
 """The same, for an elastic job: a place that Ray Train counted on may have gone; it then looks again what there is."""
 
-
-def preloading(*modules: str) -> dict[str, str]:
-    """Settings with which Ray's workers import these modules while they wait for work; set before Ray is imported."""
-    name = "RAY_preload_python_modules"
-    return {name: ",".join([RAY_SETTINGS[name], *modules])}
-
-
 ASK_WITHOUT_TOKEN = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).internal_kv_keys(b'', None)"
 """A program that ends with 0 where the cluster at its argument answers somebody without a token."""
 

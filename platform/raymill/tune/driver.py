@@ -24,11 +24,7 @@ from typing import Any
 import psutil
 from optuna.trial import FrozenTrial
 
-from raymill import (
-    ending_gc,  # noqa: F401  # the process ends faster
-    errors,
-    ray_internals,
-)
+from raymill import ending_gc, errors  # noqa: F401  # the process ends faster
 from raymill.config.plan import Plan
 from raymill.config.search import SearchSpec
 from raymill.config.spec import JobSpec
@@ -61,9 +57,6 @@ SETTINGS = {
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
 }
 """Of Ray Tune."""
-
-OF_A_TRIAL = ("ray.tune", "raymill.tune.trial", "raymill.training.loop")
-"""What an actor imports before its first trial, if that trains in it."""
 
 
 class Search:
@@ -252,10 +245,8 @@ def _failed(folder: StudyFolder, error: RaymillError) -> int:
 
 def _drive(folder: StudyFolder) -> int:
     plan = Plan.from_record(read_record(folder.plan))
-    search = Search(folder)
     os.environ |= SETTINGS | {"RAYMILL_HOME": str(home())}
-    if search.in_process:
-        os.environ |= ray_internals.preloading(*OF_A_TRIAL)
+    search = Search(folder)
     search.tell_what_was_not_told()
     with ray_for(plan, meanwhile=lambda: importlib.import_module("raymill.tune.ray_tune")):
         signal.signal(signal.SIGTERM, lambda number, frame: folder.stop_request.touch())
