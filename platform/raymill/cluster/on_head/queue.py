@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sys
 import threading
@@ -197,8 +198,8 @@ def ensure(engine: Path) -> None:
                 return
             shutil.rmtree(own, ignore_errors=True)
             shutil.copytree(engine / ENGINE.name, own / ENGINE.name)
-            address = ray.get_runtime_context().gcs_address
-            variables = {"PYTHONPATH": str(own), "RAYMILL_HOME": str(home()), "RAY_ADDRESS": address}
+            # As Ray has named it to this process: what lies on the head is found by it.
+            variables = {"PYTHONPATH": str(own), "RAYMILL_HOME": str(home()), "RAY_ADDRESS": os.environ["RAY_ADDRESS"]}
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             actor: Any = ray.remote(Queue)
             actor = actor.options(
