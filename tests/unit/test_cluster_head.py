@@ -67,6 +67,9 @@ def test_what_workers_are_told_first_counts(home: Path) -> None:
     head.tell_ready("a-ready", {})
     assert head.told_ready("a-ready") == {"run": "b"}
     assert head.told_ready("b-ready") is None
+    head.forget_ready("a-ready")
+    head.forget_ready("b-ready")
+    assert head.told_ready("a-ready") is None
 
 
 def test_it_is_seen_whether_somebody_acts_on_the_line_and_that_they_have_died(home: Path) -> None:

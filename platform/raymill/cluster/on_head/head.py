@@ -116,5 +116,10 @@ def told_ready(job: str) -> dict[str, Any] | None:
     return read_record(path) if path.exists() else None
 
 
+def forget_ready(job: str) -> None:
+    """Remove what workers were told that are gone."""
+    _told_file(job).unlink(missing_ok=True)
+
+
 def _told_file(job: str) -> Path:
     return folder() / READY / f"{job}.json"

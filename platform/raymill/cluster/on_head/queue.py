@@ -128,6 +128,8 @@ def _look(client: JobSubmissionClient) -> list[line.Job]:
     for one in jobs:
         told = head.told_ready(one.id) if one.metadata.get("raymill") == line.READY else None
         if not told or told["attempt"] in known:
+            if told is not None and not one.lives:
+                head.forget_ready(one.id)
             continue
         jobs = [*jobs, line.Job(told["attempt"], told["metadata"], "PENDING", began_ms=told["given_ms"])]
         if not one.lives or time.time() * 1000 - told["given_ms"] > TOLD_LATER_S * 1000:
