@@ -115,6 +115,9 @@ def train(
     ] = False,
     preflight: Annotated[bool, typer.Option(help="try the job's own code on a few rows first, or while the run starts")] = True,
     run_id: Annotated[str | None, typer.Option("--run-id", hidden=True, help="what the run is called")] = None,
+    given_s: Annotated[
+        float | None, typer.Option("--given-s", hidden=True, help="when the command was given, if this process is older")
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Run a job: train, track, register."""
@@ -126,7 +129,7 @@ def train(
             fix = "A new run takes the code as it is: leave the option out."
             raise InputError([Problem("--accept-code-changes", "no --resume", "a run to go on with", fix)])
         console = plain_console(stderr=True)
-        started_s = psutil.Process().create_time()
+        started_s = given_s or psutil.Process().create_time()
         how: Any = {"in_process": in_process, "preflight": preflight, "console": console, "started_s": started_s}
         if job is not None:
             summary = api.train_job(job, overrides(set_, workers), run_id=run_id, **how)

@@ -35,20 +35,21 @@ def main(arguments: Sequence[str]) -> None:
     carry_out(run, command, workers)
 
 
-def carry_out(run: str, command: Sequence[str], workers: str = "-") -> None:
+def carry_out(run: str, command: Sequence[str], workers: str = "-", given_s: float | None = None) -> None:
     """Make an attempt at a run in this process, which ends with what the command ends with.
 
     Args:
         run: its id.
         command: arguments of `raymill`, as they were submitted.
         workers: how many there is room for; "-": as the job says.
+        given_s: when this process was told so, Unix seconds; None: when it started.
     """
     folder = run_folder(run)
     _wait_for_the_one_before(folder)
     if "--resume" not in command and _is_finished(folder):
         # The attempt before was asked to end when there was nothing left to do but to deliver it.
         sys.exit(tracker.main([str(folder.path)]))
-    sys.argv = ["raymill", *as_attempt(command, folder, workers)]
+    sys.argv = ["raymill", *as_attempt(command, folder, workers), *([f"--given-s={given_s}"] if given_s else [])]
     # As `python -m raymill` does: the command line stands above this room.
     runpy.run_module("raymill", run_name="__main__")
 
