@@ -117,7 +117,8 @@ def measure_events(found: dict[str, Any]) -> None:
 
 def measure_line(found: dict[str, Any], count: int) -> None:
     """A decision about so many submitted runs, half of which run."""
-    from raymill.cluster.line import ATTEMPT, Asked, Job, decide, read
+    from raymill.cluster.decisions import decide
+    from raymill.cluster.line import ATTEMPT, Asked, Job, read
 
     jobs = []
     for number in range(count):

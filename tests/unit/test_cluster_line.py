@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raymill.cluster.decisions import Dismiss, End, MakeReady, Start, decide
 from raymill.cluster.line import (
     ATTEMPT,
     INTERRUPTED,
@@ -20,15 +21,10 @@ from raymill.cluster.line import (
     READY,
     STOP,
     Asked,
-    Dismiss,
-    End,
     Job,
-    MakeReady,
     Ready,
     Request,
     Shape,
-    Start,
-    decide,
     needed_code,
     read,
     read_ready,

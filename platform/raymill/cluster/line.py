@@ -1,19 +1,17 @@
-"""The line of runs that wait for room on a cluster: who stands where, who begins, and who makes room for whom.
+"""The line of runs that wait for room on a cluster: who stands where, and what became of each.
 
 Nothing is kept of it but what Ray's Jobs API keeps anyway: a run that is submitted is a job of Ray's that puts its code in
 place, each attempt at it another one, and what is asked of it (make room, stop) stands in the name of a third. All of it is
-read back from the list of
-jobs, on any machine, so whoever acts on it may be killed between any two acts: the same is decided again, and a job of a name
-that there is already is not begun a second time.
+read back from the list of jobs, on any machine, so whoever acts on it may be killed between any two acts: the same is decided
+again, and a job of a name that there is already is not begun a second time.
 
-Pure: jobs in, decisions out.
+Pure: jobs in, requests out; what is to be done about them is decided in `decisions`.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -277,12 +275,12 @@ def read_ready(jobs: Iterable[Job]) -> list[Ready]:
 
 def needed_code(requests: Sequence[Request], ready: Sequence[Ready]) -> set[str]:
     """The code that has to stay in place: of what is not over, and of the last run that is, for another one like it."""
-    last = _last(requests)
+    last = last_over(requests)
     needed = [one for one in requests if one.exit_code is None or one is last]
     return {one.job.code for one in needed} | {one.shape.code for one in ready if one.job.lives}
 
 
-def _last(requests: Sequence[Request]) -> Request | None:
+def last_over(requests: Sequence[Request]) -> Request | None:
     """The one that was the last to be over."""
     over = [one for one in requests if one.ended_ms is not None]
     return max(over, key=lambda one: (one.ended_ms or 0, one.job.id), default=None)
@@ -302,186 +300,3 @@ def _who_trains(attempt: Job, ready: Mapping[str, Job]) -> Job:
         return attempt
     # One that Ray knows nothing of any more can have done nothing.
     return replace(ready.get(by, Job(by, {}, "FAILED")), began_ms=attempt.began_ms)
-
-
-@dataclass(frozen=True)
-class Start:
-    """Begin the next attempt at a request, with so many workers; `by` has them ready."""
-
-    request: Request
-    workers: int
-    is_ahead: bool
-    by: Ready | None = None
-
-    @property
-    def number(self) -> int:
-        """Of the attempt, from 1 on."""
-        return len(self.request.attempts) + 1
-
-    @property
-    def id(self) -> str:
-        """Of its job."""
-        return f"{self.request.job.id}-try-{self.number}"
-
-    def as_metadata(self) -> dict[str, str]:
-        """What its job is submitted with."""
-        told = {"of": self.request.job.id, "number": str(self.number), "workers": str(self.workers)}
-        told |= {"by": self.by.job.id} if self.by else {}
-        return {"raymill": ATTEMPT, **told, "is_ahead": "yes" if self.is_ahead else "no", "run": self.request.asked.run}
-
-
-@dataclass(frozen=True)
-class End:
-    """Have an attempt save its state and end: to make room for others, or for good."""
-
-    attempt: Attempt
-    makes_room: bool
-
-
-@dataclass(frozen=True)
-class MakeReady:
-    """Start workers for a run like one that is over, before somebody submits it."""
-
-    after: Request
-    shape: Shape
-
-    @property
-    def id(self) -> str:
-        """Of its job: one for each request, whatever becomes of it."""
-        return f"{self.after.job.id}-ready"
-
-    def as_metadata(self) -> dict[str, str]:
-        """What its job is submitted with."""
-        return {"raymill": READY, "after": self.after.job.id, "shape": self.shape.as_text()}
-
-
-@dataclass(frozen=True)
-class Dismiss:
-    """Let workers go that stand ready."""
-
-    ready: Ready
-
-
-def decide(
-    requests: Sequence[Request],
-    cpus: float,
-    gpus: float,
-    ready: Sequence[Ready] = (),
-    now_ms: int = 0,
-    in_place: Collection[str] = (),
-    *,
-    others_wait: bool = False,
-) -> list[Start | End | MakeReady | Dismiss]:
-    """What is to be done now.
-
-    Args:
-        requests: as `read` gives them.
-        cpus, gpus: that the cluster has.
-        ready: as `read_ready` gives them.
-        now_ms: by the head's clock.
-        in_place: code that is on the head already, so that nobody need wait for it.
-        others_wait: somebody who uses the cluster beside raymill has no room.
-
-    The first in line begins once there is room. Those of lower priority that run make room for it, if that is enough; so do
-    those that were let in ahead of it. Meanwhile elastic runs from behind may use what it cannot, with as many workers as fit.
-    Workers that stand ready are for a run like theirs, and go as soon as they are in anybody's way.
-    """
-    running = [one for one in requests if one.state == "RUNNING"]
-    spare = [one for one in ready if one.job.lives and not one.is_given]
-    found: list[Start | End | MakeReady | Dismiss] = [
-        End(one.attempts[-1], makes_room=False) for one in running if one.stop_asked
-    ]
-    held_now = [one.holds() for one in running] + [one.shape.holds() for one in spare]
-    free = [cpus - sum(one[0] for one in held_now), gpus - sum(one[1] for one in held_now)]
-    held: dict[str, float] = {}
-    for one in running:
-        held[one.asked.user] = held.get(one.asked.user, 0.0) + one.holds()[0]
-    first: Request | None = None
-    for one in requests:
-        if one.state != "WAITING" or least_room(one.asked, cpus, gpus):
-            continue
-        asked = one.asked
-        quota = math.inf if asked.quota_cpus is None else asked.quota_cpus - held.get(asked.user, 0.0)
-        if quota < asked.least * asked.cpus:
-            # It waits for its own user's runs, and nobody for it.
-            continue
-        may_begin = one.is_ready or (one.job.lives and one.job.code in in_place)
-        own = next((have for have in spare if have.shape == one.shape), None)
-        fit = min(asked.most, _how_many(free[0], asked.cpus), _how_many(free[1], asked.gpus), _how_many(quota, asked.cpus))
-        if own and may_begin and first is None:
-            found.append(Start(one, asked.most, is_ahead=False, by=own))
-            spare.remove(own)
-            held[asked.user] = held.get(asked.user, 0.0) + asked.most * asked.cpus
-        elif may_begin and fit >= asked.least and (first is None or asked.least < asked.most):
-            found.append(Start(one, int(fit), is_ahead=first is not None))
-            free[0] -= fit * asked.cpus
-            free[1] -= fit * asked.gpus
-            held[asked.user] = held.get(asked.user, 0.0) + fit * asked.cpus
-        elif first is None:
-            first = one
-            if own is None and fit < asked.least:
-                found += [Dismiss(have) for have in spare]
-            going = [have.shape.holds() for have in spare]
-            found += _making_room(one, running, [free[0] + sum(one[0] for one in going), free[1] + sum(one[1] for one in going)])
-    waits = any(one.state == "WAITING" and least_room(one.asked, cpus, gpus) is None for one in requests)
-    if others_wait:
-        return [*found, *map(Dismiss, spare)]
-    return found if waits else [*found, *_about_ready(requests, ready, spare, free, now_ms)]
-
-
-def _about_ready(
-    requests: Sequence[Request], ready: Sequence[Ready], spare: Sequence[Ready], free: Sequence[float], now_ms: int
-) -> list[MakeReady | Dismiss]:
-    """What is to be done about workers that stand ready, while nobody waits: there are some for a run like the last one."""
-    last = _last(requests)
-    if last is None:
-        return []
-    wanted = last.shape if last.asked.keeps_ready and now_ms - (last.ended_ms or 0) < KEEP_READY_S * 1000 else None
-    found: list[MakeReady | Dismiss] = [Dismiss(one) for one in spare if one.shape != wanted]
-    has_room = wanted is not None and all(has >= needs for has, needs in zip(free, wanted.holds(), strict=True))
-    if wanted and has_room and not spare and all(one.after != last.job.id for one in ready):
-        found.append(MakeReady(last, wanted))
-    return found
-
-
-def least_room(asked: Asked, cpus: float, gpus: float) -> str | None:
-    """Why a run can never begin on a cluster of this size as it is now; else None."""
-    wanted = (("CPUs", asked.least * asked.cpus, cpus), ("GPUs", asked.least * asked.gpus, gpus))
-    short = [f"{need:g} {name}, the cluster has {there:g}" for name, need, there in wanted if need > there]
-    return f"it needs {' and '.join(short)}" if short else None
-
-
-def _how_many(room: float, each: float) -> float:
-    # Sums of tenths are not whole.
-    return math.inf if each == 0 or room == math.inf else math.floor(room / each + 1e-9)
-
-
-def _making_room(first: Request, running: Sequence[Request], free: Sequence[float]) -> list[End]:
-    """Which attempts are to end for a request: none, unless that is enough for it."""
-    need = [first.asked.least * first.asked.cpus - free[0], first.asked.least * first.asked.gpus - free[1]]
-
-    def lacks() -> bool:
-        return max(need) > 1e-9
-
-    def count(one: Request) -> None:
-        for number, amount in enumerate(one.holds()):
-            need[number] -= amount
-
-    ending = [one for one in running if one.attempts[-1].makes_room or one.stop_asked]
-    for one in ending:
-        count(one)
-    chosen: list[End] = []
-    may = [one for one in running if one not in ending and one.place > first.place and _yields(one, first)]
-    # The last in line first: it has done the least.
-    for one in sorted(may, key=lambda one: one.place, reverse=True):
-        if not lacks():
-            break
-        count(one)
-        chosen.append(End(one.attempts[-1], makes_room=True))
-    # Those that were asked before are asked again: whoever asked may have died in between.
-    again = [End(one.attempts[-1], makes_room=True) for one in ending if not one.stop_asked]
-    return again if lacks() else again + chosen
-
-
-def _yields(one: Request, first: Request) -> bool:
-    return one.attempts[-1].is_ahead or one.asked.priority < first.asked.priority

@@ -1,7 +1,7 @@
 """Who acts on the line: an actor of Ray's on the cluster's head, started again by Ray when it dies.
 
-Again and again it reads the list of Ray's jobs, decides (`line.decide`) and acts. It remembers nothing, so it may be killed at
-any moment.
+Again and again it reads the list of Ray's jobs, decides (`decisions.decide`) and acts. It remembers nothing, so it may be killed
+at any moment.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from raymill.cluster import line
+from raymill.cluster import decisions, line
 from raymill.cluster.on_head import head
 from raymill.config.plan import ClusterFacts
 from raymill.orchestration.cluster_facts import TOLD, facts_of
@@ -99,14 +99,14 @@ def act(client: JobSubmissionClient, others: Others) -> None:
     facts = facts_of(ray.cluster_resources())  # type: ignore[no-untyped-call]
     now_ms, in_place = int(time.time() * 1000), head.in_place()
     others_wait = any(one.job.lives and not one.is_given for one in ready) and others.wait()
-    for one in line.decide(requests, facts.num_cpus, facts.num_gpus, ready, now_ms, in_place, others_wait=others_wait):
-        if isinstance(one, line.Start):
+    for one in decisions.decide(requests, facts.num_cpus, facts.num_gpus, ready, now_ms, in_place, others_wait=others_wait):
+        if isinstance(one, decisions.Start):
             _start(client, one, facts)
-        elif isinstance(one, line.MakeReady):
+        elif isinstance(one, decisions.MakeReady):
             shape = one.shape
             command = _python(shape.code, "raymill.cluster.on_head.ready", one.id, shape.as_text(), facts=facts)
             submit(client, one.id, command, one.as_metadata())
-        elif isinstance(one, line.Dismiss):
+        elif isinstance(one, decisions.Dismiss):
             head.tell_ready(one.ready.job.id, {})
         else:
             if one.makes_room and not one.attempt.makes_room:
@@ -142,7 +142,7 @@ def _needed_now(client: JobSubmissionClient) -> set[str]:
     return line.needed_code(line.read(jobs), line.read_ready(jobs))
 
 
-def _start(client: JobSubmissionClient, start: line.Start, facts: ClusterFacts) -> None:
+def _start(client: JobSubmissionClient, start: decisions.Start, facts: ClusterFacts) -> None:
     asked = start.request.asked
     workers = str(start.workers) if asked.least < asked.most else "-"
     if start.by is None:
