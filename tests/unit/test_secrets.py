@@ -205,11 +205,11 @@ def test_reasons_of_bad_rows_are_listed_without_secrets() -> None:
 def test_a_failed_driver_says_why_without_secrets(error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
 
-    def drive(folder: RunFolder, turn: Turn) -> int:
+    def drive(turn: Turn, group: None) -> int:
         raise error
 
     monkeypatch.setattr(driver, "_drive", drive)
-    monkeypatch.setattr(driver, "_stop_on_sigterm", lambda folder, turn: None)
+    monkeypatch.setattr(driver, "_stop_on_sigterm", lambda turn: None)
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     if isinstance(error, RunError):
         assert driver.main([str(tmp_path)]) == driver.FAILED
