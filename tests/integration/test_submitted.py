@@ -165,6 +165,7 @@ def test_its_nodes_are_looked_at_and_differ_in_nothing(cluster: Cluster) -> None
     assert all(one["bandwidth_mb_s"] > 1 and abs(one["skew_s"]) < 1 for one in told["nodes"])
 
 
+@pytest.mark.cluster
 def test_it_goes_on_without_its_terminal_through_a_dead_worker_and_is_stopped_and_resumed(cluster: Cluster, slow: str) -> None:
     before = set(cluster.submitted())
     submitting = cluster.start("submit", "smoke", *SLOW, "--follow", "--json")
