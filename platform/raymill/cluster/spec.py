@@ -65,6 +65,9 @@ def load_cluster(name: str) -> ClusterSpec:
 
 def _problem(path: Path, one: Any) -> Problem:
     field = ".".join(map(str, one["loc"])) or "the file"
+    if one["type"] == "extra_forbidden":
+        known = list((NodeSpec if "nodes" in one["loc"] else ClusterSpec).model_fields)
+        return Problem(f"{path} {field}", "an unknown field", "a known one", did_you_mean(str(one["loc"][-1]), known))
     return Problem(f"{path} {field}", repr(one.get("input"))[:80], one["msg"], "Correct it; docs/cluster.md names the fields.")
 
 
