@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 NAME = "raymill-queue"
 POLL_S = 0.3
 TOLD_LATER_S = 10.0
-OTHERS_WAIT_S = 15.0
+OTHERS_WAIT_S = 30.0
 """Longer than a process takes to start."""
 NOTHING = "true"
 """The command of a job that only says something."""
