@@ -140,7 +140,7 @@ def start_store_actor(folder: RunFolder | None, variables: Mapping[str, str], nu
     options: dict[str, Any] = {
         "num_cpus": 0,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False),
-        "concurrency_groups": {COMMITS: 1, WAITS: max(1, num_waiting)},
+        "concurrency_groups": {COMMITS: 1} | ({WAITS: num_waiting} if num_waiting else {}),
         "runtime_env": {"env_vars": dict(variables)},
     }
     return ray.remote(**options)(RunStoreActor).remote(str(folder.path) if folder else None)

@@ -60,10 +60,11 @@ def put_in_place(code: str, project: Path) -> None:
     with _code_lock():
         if (folder() / code).is_dir():
             return
-        made = Path(tempfile.mkdtemp(prefix=".", dir=folder()))
-        shutil.copytree(project, made / "project")
-        shutil.copytree(ENGINE, made / "engine" / ENGINE.name)
-        made.rename(folder() / code)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder()) as place:
+            made = Path(place) / code
+            shutil.copytree(project, made / "project")
+            shutil.copytree(ENGINE, made / "engine" / ENGINE.name)
+            made.rename(folder() / code)
 
 
 def in_place() -> list[str]:

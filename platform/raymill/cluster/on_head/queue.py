@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 NAME = "raymill-queue"
 POLL_S = 0.3
 TOLD_LATER_S = 10.0
+"""After a run was given to workers that stood ready, Ray is told of the attempt."""
+
 OTHERS_WAIT_S = 30.0
 """Longer than a process takes to start."""
+
 NOTHING = "true"
 """The command of a job that only says something."""
 
@@ -124,17 +127,17 @@ def _look(client: JobSubmissionClient) -> list[line.Job]:
     would take CPU away from the run at the moment when it starts.
     """
     jobs = [as_job(one) for one in client.list_jobs()]
-    known = {one.id for one in jobs}
+    known, untold = {one.id for one in jobs}, []
     for one in jobs:
         told = head.told_ready(one.id) if one.metadata.get("raymill") == line.READY else None
         if not told or told["attempt"] in known:
             if told is not None and not one.lives:
                 head.forget_ready(one.id)
             continue
-        jobs = [*jobs, line.Job(told["attempt"], told["metadata"], "PENDING", began_ms=told["given_ms"])]
+        untold.append(line.Job(told["attempt"], told["metadata"], "PENDING", began_ms=told["given_ms"]))
         if not one.lives or time.time() * 1000 - told["given_ms"] > TOLD_LATER_S * 1000:
             submit(client, told["attempt"], NOTHING, told["metadata"])
-    return jobs
+    return jobs + untold
 
 
 def _needed_now(client: JobSubmissionClient) -> set[str]:

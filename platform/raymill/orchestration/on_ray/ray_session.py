@@ -51,8 +51,6 @@ def ray_for(plan: Plan | None, meanwhile: Callable[[], object]) -> Iterator[None
 
 
 def _ray_in(session: Path, named: str | None, plan: Plan | None, meanwhile: Callable[[], object]) -> Iterator[None]:
-    if not named and plan is None:
-        raise RunError("a Ray of our own is started for a run that is known")
     if not named:
         # Before Ray is imported anywhere: it reads them once.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -64,7 +62,9 @@ def _ray_in(session: Path, named: str | None, plan: Plan | None, meanwhile: Call
     try:
         if named:
             _connect(named)
-        elif plan:
+        elif plan is None:
+            raise RunError("a Ray of our own is started for a run that is known")
+        else:
             _start(plan, local_facts(), session)
         imports.join()
         yield

@@ -80,7 +80,7 @@ def _trainer(turn: Turn, group: Group, *, on_cluster: bool) -> DataParallelTrain
     # On a cluster, processes of a run do not inherit it from the driver.
     variables = {session_folder.VARIABLE: str(session)} if on_cluster else {}
     folder = turn.folder
-    store = start_store_actor(folder, variables, num_waiting=group.num_workers) if on_cluster else None
+    store = start_store_actor(folder, variables, num_waiting=0 if folder else group.num_workers) if on_cluster else None
     told = Unassigned(store) if folder is None else _worker(folder, store, session)
     if folder is None:
         threading.Thread(target=_give_run, args=(turn, store, session), name="gives the run", daemon=True).start()

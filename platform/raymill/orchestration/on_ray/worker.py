@@ -33,11 +33,10 @@ from raymill.orchestration.on_ray import turn
 from raymill.orchestration.on_ray.root_cause import ran_out_of
 from raymill.own_code.traces import for_a_journey
 from raymill.record import inputs as record_inputs
-from raymill.record import remote_store
 from raymill.record.events import Event, FirstStepDone, StageReached
 from raymill.record.folder import RunFolder
 from raymill.record.processes import ProcessId
-from raymill.record.remote_store import RemoteRunStore, RunStore
+from raymill.record.remote_store import WAITS, RemoteRunStore, RunStore
 from raymill.record.store import LocalRunStore, ResumePoint
 from raymill.trained.model import Trained, read_inputs
 from raymill.training.assembly import Job, WorkerContext, assemble, attempt_started, refuse_other_code
@@ -167,7 +166,7 @@ def _wait_for_run(unassigned: Unassigned, rank: int) -> WorkerConfig:
     _import_engine()
     if rank == 0:
         ray_stream.warm_up()
-    given = unassigned.store_actor.given.options(concurrency_group=remote_store.WAITS).remote()
+    given = unassigned.store_actor.given.options(concurrency_group=WAITS).remote()
     reference: list[ray.ObjectRef[WorkerConfig]] = ray.get(given)
     if not reference:
         raise RunError("this worker waited for a run, and there will be none")
