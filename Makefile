@@ -4,10 +4,13 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint unit worker integration cluster lowest faults jobs-vision gpu fuzz audit benchmark clean
+.PHONY: help setup train test lint unit worker integration long cluster lowest faults jobs-vision gpu fuzz audit benchmark clean
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
+
+# One test on each core, four at most: each process imports torch, and those of tests/worker have four more.
+AT_ONCE := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -28,13 +31,16 @@ lint: setup ## formatting, style, types, directions of imports
 	$(BIN)/lint-imports
 
 unit: setup ## pure code, without Ray, and a few fuzzed inputs: seconds
-	$(BIN)/pytest tests/unit tests/fuzz
+	$(BIN)/pytest $(AT_ONCE) tests/unit tests/fuzz
 
 worker: setup ## torch on the CPU, one process and two
-	$(BIN)/pytest tests/worker
+	$(BIN)/pytest $(AT_ONCE) -m "not long" tests/worker
 
 integration: setup ## whole runs on a local Ray: minutes
-	$(BIN)/pytest -m "not cluster" tests/integration tests/faults
+	$(BIN)/pytest -m "not cluster and not long" tests/integration tests/faults
+
+long: setup ## at length what `make integration` shows in short: searches killed at random moments, a full disk; half an hour
+	$(BIN)/pytest -m long tests/worker tests/integration
 
 cluster: setup ## a Ray cluster of several nodes on this machine: lost and added nodes, no shared folder; minutes
 	$(BIN)/pytest -m cluster tests/integration
@@ -45,7 +51,7 @@ lowest: ## the tests at the lowest versions that pyproject.toml allows, in .venv
 		.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch .venv-lowest/installed
 	.venv-lowest/bin/pytest tests/unit tests/worker
-	.venv-lowest/bin/pytest -m "not cluster and not cluster_short" tests/integration tests/faults
+	.venv-lowest/bin/pytest -m "not cluster and not cluster_short and not long" tests/integration tests/faults
 
 faults: setup ## every fault that can be provoked here, with what came of it: an hour
 	$(BIN)/raymill data get mnist

@@ -527,7 +527,7 @@ CASES = [
             f"SIGKILL of rank {rank} {point.replace('_', ' ')}, step 17",
             survives(f"{point}:kill:rank={rank}:step=17"),
             workers=workers,
-            quick=workers == 3,
+            quick=workers == 2,
         )
         for workers, rank, point in ((1, 0, "after_forward"), (2, 0, "after_optimizer"), (3, 1, "after_backward"))
     ],

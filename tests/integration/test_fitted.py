@@ -62,9 +62,9 @@ def home(tmp_path: Path) -> Home:
 
 
 def test_it_is_fitted_once_and_what_lies_beside_may_change(home: Home, tmp_path: Path) -> None:
-    whole = home.json("train", "texts", "--workers", "2", "--json", "--set", "register=null")
+    whole = home.json("train", "texts", "--in-process", "--json", "--set", "register=null")
     fault = {"RAYMILL_FAULT": "step_done:raise:rank=0:step=7", "RAYMILL_FAULT_FOLDER": str(home.scratch)}
-    code, _, stderr = home.run("train", "texts", "--workers", "2", variables=fault)
+    code, _, stderr = home.run("train", "texts", "--workers", "1", variables=fault)
     assert code == 1, stderr
     (run,) = (path for path in (home.path / "runs").iterdir() if path.name != whole["run_id"])
     (tmp_path / "stop.txt").write_text("good bad fine")

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.timeout(900)
 
 QUICK = ("--set", "loop.epochs=6", "--set", "checkpoint.every_steps=10", "--set", "register=null")
 SLOW = ("--set", "data.num_rows=6000", "--set", "loop.epochs=16", "--set", "checkpoint.every_steps=10", "--set", "register=null")
+STRICT = ("--set", "loop.strict=true")
+"""The weights are the same at any number of workers: a run of one in a process of its own tells those of two on a cluster."""
 
 
 class Cluster(Home):
@@ -112,6 +114,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> str:
 READY = "on_head.ready"
 """In the command line of workers that stand ready, and of the run that they were given."""
 
+STOOD_READY = "workers that stood ready take over"
+
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
@@ -165,6 +169,43 @@ def test_its_nodes_are_looked_at_and_differ_in_nothing(cluster: Cluster) -> None
     assert all(one["bandwidth_mb_s"] > 1 and abs(one["skew_s"]) < 1 for one in told["nodes"])
 
 
+def test_what_runs_gives_way_goes_on_later_and_leaves_workers_that_stand_ready_for_the_next_run(
+    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    slow, quick = (alone(tmp_path_factory, "smoke", *job, *STRICT, "--in-process") for job in (SLOW, QUICK))
+    first = cluster.submit("smoke", *SLOW, *STRICT)
+    until(lambda: cluster.step_of(first) >= 15, STEP_TIMEOUT_S, "steps of the first")
+    urgent = cluster.submit("smoke", *QUICK, *STRICT, "--priority", "5")
+    until(lambda: cluster.step_of(urgent) >= 1, STEP_TIMEOUT_S, "steps of the urgent one")
+    known = cluster.submitted()
+    assert [(known[run]["status"], known[run]["place"]) for run in (first, urgent)] == [("WAITING", 1), ("RUNNING", None)]
+    # Whoever acts on the line dies.
+    assert cluster.kill("ray::Queue")
+    # Who waits may leave the line.
+    left = cluster.submit("smoke", *QUICK)
+    cluster.json("stop", left, "--json")
+    code, out, _ = cluster.run("logs", first, "--follow")
+    assert code == 0, out
+    known = cluster.wait_for_end(first, urgent, left)
+    assert [known[run]["attempts"] for run in (first, urgent, left)] == [2, 1, 0]
+    assert (known[left]["status"], known[left]["exit_code"]) == ("INTERRUPTED", 3)
+    assert [cluster.summary(run)["weights_sha256"] for run in (first, urgent)] == [slow, quick]
+    # Each step once: it was asked to make room, and saved its state.
+    assert [event.step for event in cluster.events_of(first) if isinstance(event, StepDone)] == list(range(1, 1601))
+    assert known[urgent]["ended_ms"] < known[first]["ended_ms"]
+
+    until(lambda: cluster.runs(READY), STEP_TIMEOUT_S, "workers that stand ready")
+    run = cluster.submit("smoke", *SLOW, *STRICT)
+    until(lambda: cluster.step_of(run) >= 20, STEP_TIMEOUT_S, "steps")
+    assert cluster.stages(run)[0] == STOOD_READY
+    assert cluster.kill("on_ray.driver")
+    code, out, _ = cluster.run("logs", run, "--follow")
+    assert code == 0, out
+    assert cluster.summary(run)["weights_sha256"] == slow
+    assert cluster.submitted()[run]["attempts"] == 1
+    assert len(list((cluster.path / "submitted").glob("*/" + "[0-9a-f]" * 16))) == 1, "the same code is there once"
+
+
 @pytest.mark.cluster
 def test_it_goes_on_without_its_terminal_through_a_dead_worker_and_is_stopped_and_resumed(cluster: Cluster, slow: str) -> None:
     before = set(cluster.submitted())
@@ -201,6 +242,7 @@ def test_it_goes_on_without_its_terminal_through_a_dead_worker_and_is_stopped_an
     assert [one["status"] for one in of_it] == ["SUCCEEDED", "INTERRUPTED"]
 
 
+@pytest.mark.cluster
 def test_a_higher_priority_makes_what_runs_give_way_and_go_on_later_with_the_same_weights(
     cluster: Cluster, slow: str, quick: str
 ) -> None:
@@ -229,26 +271,6 @@ def test_a_higher_priority_makes_what_runs_give_way_and_go_on_later_with_the_sam
     # Each step once: it was asked to make room, and saved its state.
     assert [event.step for event in cluster.events_of(first) if isinstance(event, StepDone)] == list(range(1, 1601))
     assert known[urgent]["ended_ms"] < known[first]["ended_ms"] < known[second]["ended_ms"]
-    assert len(list((cluster.path / "submitted").glob("*/" + "[0-9a-f]" * 16))) == 1, "the same code is there once"
-
-
-STOOD_READY = "workers that stood ready take over"
-
-
-def test_the_next_run_like_it_takes_workers_that_stand_ready_and_goes_on_when_their_driver_dies(
-    cluster: Cluster, slow: str, quick: str
-) -> None:
-    before = cluster.submit("smoke", *QUICK)
-    cluster.wait_for_end(before)
-    until(lambda: cluster.runs(READY), STEP_TIMEOUT_S, "workers that stand ready")
-    run = cluster.submit("smoke", *SLOW)
-    until(lambda: cluster.step_of(run) >= 20, STEP_TIMEOUT_S, "steps")
-    assert cluster.stages(run)[0] == STOOD_READY
-    assert cluster.kill("on_ray.driver")
-    code, out, _ = cluster.run("logs", run, "--follow")
-    assert code == 0, out
-    assert [cluster.summary(one)["weights_sha256"] for one in (before, run)] == [quick, slow]
-    assert cluster.submitted()[run]["attempts"] == 1
 
 
 @pytest.mark.cluster
