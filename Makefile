@@ -9,7 +9,7 @@
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-# One test on each core, four at most: each process imports torch, and those of tests/worker have four more.
+# One test on each core, four at most: each process imports torch.
 AT_ONCE := --numprocesses logical --maxprocesses 4 --dist worksteal
 
 help: ## list the targets
@@ -34,7 +34,7 @@ unit: setup ## pure code, without Ray, and a few fuzzed inputs: seconds
 	$(BIN)/pytest $(AT_ONCE) tests/unit tests/fuzz
 
 worker: setup ## torch on the CPU, one process and two
-	$(BIN)/pytest $(AT_ONCE) -m "not long" tests/worker
+	$(BIN)/pytest -m "not long" tests/worker
 
 integration: setup ## whole runs on a local Ray: minutes
 	$(BIN)/pytest -m "not cluster and not long" tests/integration tests/faults

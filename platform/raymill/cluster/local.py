@@ -58,10 +58,9 @@ def up(name: str, spec: ClusterSpec) -> dict[str, Any]:
     run = [node["runs"] for node in status(name)["nodes"]]
     if run and all(run) and (mlflow_server.runs(folder) or not spec.mlflow):
         raise InputError([Problem(name, "a cluster that runs", "one that does not", f"`raymill cluster down {name}` ends it.")])
-    if any(run[:1]):
+    if run:
         _start_missing(folder, spec, read_record(folder.record))
         return status(name)
-    down(name)
     record = _new_record(folder)
     try:
         _start_missing(folder, spec, record)
@@ -110,9 +109,13 @@ def _start(folder: ClusterFolder, number: int, given: list[str], record: dict[st
         ports = [address.rpartition(":")[2], record["dashboard"].rpartition(":")[2], record["client_port"]]
         place = ["--head", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}"]
         place.append(f"--temp-dir={session / 'ray'}")
+        # Where it is named, Ray takes nodes that wait for their head for one that runs at its address.
+        (session / "ray" / "ray_current_cluster").unlink(missing_ok=True)
     command = [sys.executable, "-m", "raymill.cluster.node", "start", "--block", "--disable-usage-stats", *place, *given]
     command += [f"--node-ip-address={LOOPBACK}", "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
     own = variables(folder, address) | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+    # What the head knows outlives it, the line of runs with it: started again at its address, it is the same cluster.
+    own |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder.gcs)} if number == 0 else {}
     # Ray's own commands leave in RAY_TMPDIR which cluster was started last, for whoever comes next.
     with open(folder.log(number), "wb", opener=private) as log:
         process = subprocess.Popen(
@@ -173,7 +176,7 @@ def down(name: str) -> dict[str, Any]:
         if _runs(node):
             _end(node["pid"])
             ended += 1
-    for left in (Path(record["session"]), head.folder(record["address"])):
+    for left in (Path(record["session"]), head.folder(record["address"]), folder.gcs):
         shutil.rmtree(left, ignore_errors=True)
     for path in (folder.record, folder.token):
         path.unlink(missing_ok=True)

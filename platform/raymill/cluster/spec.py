@@ -94,6 +94,11 @@ class ClusterFolder:
         return self.path / "cluster.json"
 
     @property
+    def gcs(self) -> Path:
+        """What the head keeps of nodes, actors and jobs. Absent where none runs."""
+        return self.path / "gcs"
+
+    @property
     def mlflow(self) -> Path:
         """What its MLflow server has there: where it answers, the password, who may come in. Absent where there is none."""
         return self.path / "mlflow"

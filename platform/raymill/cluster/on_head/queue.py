@@ -39,6 +39,9 @@ TOLD_LATER_S = 10.0
 OTHERS_WAIT_S = 30.0
 """Longer than a process takes to start."""
 
+HEAD = "node:__internal_head__"
+"""What Ray's head offers, and no other node."""
+
 NOTHING = "true"
 """The command of a job that only says something."""
 
@@ -65,12 +68,23 @@ class Queue:
         with head.acts_lock():
             while True:
                 try:
-                    client = client or JobSubmissionClient()
+                    if client is None:
+                        client = JobSubmissionClient()
+                        look_after_jobs(client)
                     act(client, others)
                 except Exception:  # the dashboard may be gone for a while, and nobody else would go on
                     client = None
                     log.warning("%s", traceback.format_exc())
                 time.sleep(POLL_S)
+
+
+def look_after_jobs(client: JobSubmissionClient) -> None:
+    """Have Ray see what became of its jobs. On a head that follows a lost one, it looks only once it has something to do with
+    any: here with one that is over, of which nothing comes.
+    """
+    over = next((one.id for one in map(as_job, client.list_jobs()) if one.id and not one.lives), None)
+    if over is not None:
+        client.stop_job(over)
 
 
 class Others:
@@ -193,7 +207,6 @@ def ensure(engine: Path) -> None:
         engine: the folder that raymill is imported from, of a run that may be over before the actor is.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     own = head.folder() / head.QUEUE
     with FileLock(head.folder() / "queue.lock", mode=0o600):
@@ -205,14 +218,14 @@ def ensure(engine: Path) -> None:
             shutil.copytree(engine / ENGINE.name, own / ENGINE.name)
             # As Ray has named it to this process: what lies on the head is found by it.
             variables = {"PYTHONPATH": str(own), "RAYMILL_HOME": str(home()), "RAY_ADDRESS": os.environ["RAY_ADDRESS"]}
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             actor: Any = ray.remote(Queue)
             actor = actor.options(
                 name=NAME,
                 lifetime="detached",
                 max_restarts=-1,
                 num_cpus=0,
-                scheduling_strategy=here,
+                # Any head: one that is lost is followed by another.
+                resources={HEAD: 0.001},
                 runtime_env={"env_vars": variables},
             )
             ray.get(actor.remote().lives.remote())
