@@ -13,6 +13,7 @@ import yaml
 
 from pipelines.packages import Package, package_files
 from raymill.errors import DataError
+from raymill.files import make_private_folder
 
 PROJECT = Path(__file__).parents[2]
 CLUSTER = PROJECT / "cluster"
@@ -83,9 +84,11 @@ def test_a_manifest_has_the_fields_of_its_kind_and_asks_for_a_token(name: str) -
 
 @pytest.fixture
 def compose_schema() -> Any:
-    """Kept where the project's own state is, so that it is fetched once."""
+    """Kept in the project's own state, as `raymill data get` keeps what it fetches, so that it is fetched once."""
+    home = PROJECT / ".raymill"
+    make_private_folder(home)
     try:
-        found = package_files(COMPOSE, {COMPOSE_SCHEMA: COMPOSE_SCHEMA_SHA256}, PROJECT / ".raymill" / "cache")
+        found = package_files(COMPOSE, {COMPOSE_SCHEMA: COMPOSE_SCHEMA_SHA256}, home / "cache")
     except DataError as error:
         if "could not be fetched" not in str(error):
             raise

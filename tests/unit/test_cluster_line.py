@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymill.cluster.decisions import Dismiss, End, MakeReady, Start, decide
+from raymill.cluster.decisions import Dismiss, End, MakeReady, Start, decide, wanted_room
 from raymill.cluster.line import (
     ATTEMPT,
     INTERRUPTED,
@@ -168,7 +168,8 @@ def test_whose_code_is_not_in_place_yet_keeps_its_place() -> None:
         ("SUCCEEDED", 0, "SUCCEEDED"),
         ("FAILED", 1, "FAILED"),
         ("FAILED", 2, "FAILED"),
-        ("FAILED", INTERRUPTED, "INTERRUPTED"),
+        # Its machines were taken away, and nobody has asked it to stop.
+        ("FAILED", INTERRUPTED, "WAITING"),
         ("STOPPED", None, "INTERRUPTED"),
         ("FAILED", 137, "WAITING"),
         ("FAILED", -9, "WAITING"),
@@ -179,6 +180,18 @@ def test_whose_code_is_not_in_place_yet_keeps_its_place() -> None:
 )
 def test_what_became_of_an_attempt_decides(status: str, exit_code: int | None, becomes: str) -> None:
     assert state(request("a", 0), attempt("a", 1, status, exit_code)) == becomes
+
+
+def test_a_cluster_that_grows_is_asked_for_room_for_all_that_run_or_wait() -> None:
+    line = [
+        request("a", 0, most=4),
+        attempt("a", workers=3),
+        request("b", 1, least=2, most=2, cpus=4.0, gpus=1.0),
+        request("c", 2),
+    ]
+    wanted = wanted_room(read([*line, attempt("c", 1, "SUCCEEDED", 0)]))
+    assert wanted == [{"CPU": 1.0}] * 3 + [{"CPU": 4.0, "GPU": 1.0}] * 2
+    assert wanted_room(read([request("c", 2), attempt("c", 1, "SUCCEEDED", 0)])) == []
 
 
 def test_one_that_is_killed_again_and_again_fails() -> None:
@@ -228,6 +241,10 @@ def test_a_run_like_them_takes_those_that_stand_ready_and_any_other_sends_them_a
     assert about_ready([*stands, request("b", 1, cpus=0.5)]) == ["dismiss a-ready"]
     # Nobody is in their way where there is room for both.
     assert about_ready([*stands, request("b", 1, code="other")], cpus=2) == ["start b-try-1"]
+    # An elastic run keeps what it begins with, so it begins when they are gone, unless they leave all that it may have.
+    assert about_ready([*stands, request("b", 1, least=1, most=2)], cpus=2) == ["dismiss a-ready"]
+    assert about_ready([*stands, request("b", 1, least=1, most=2)], cpus=3) == ["start b-try-1"]
+    assert about_ready([*over("a"), request("b", 1, least=1, most=4)], cpus=2) == ["start b-try-1"]
     # They make room before anybody who trains does.
     low = [request("low", 0), attempt("low"), request("high", 1, priority=1, code="other")]
     assert about_ready([*stands, *low], cpus=2) == ["dismiss a-ready"]
@@ -395,7 +412,7 @@ def test_what_is_no_request_of_ours_is_in_nobodys_way(changed: dict[str, Any]) -
 
 
 def test_what_is_resumed_is_the_last_that_was_submitted_whatever_its_priority() -> None:
-    first = [request("a", 0), attempt("a", 1, "FAILED", INTERRUPTED)]
+    first = [request("a", 0), attempt("a", 1, "FAILED", INTERRUPTED), note(STOP, "a")]
     second = replace(request("a", 9, priority=5), id="a.2")
     assert _again(read(first), "a", [])[0] == "a.2"
     done = attempt("a.2", 1, "SUCCEEDED", 0)

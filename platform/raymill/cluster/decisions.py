@@ -118,6 +118,10 @@ def decide(
             found.append(Start(one, asked.most, is_ahead=False, by=own))
             spare.remove(own)
             held[asked.user] += asked.most * asked.cpus
+        elif may_begin and first is None and asked.least <= fit < asked.most and spare:
+            # It would keep for long what it begins with.
+            first = one
+            found += map(Dismiss, spare)
         elif may_begin and fit >= asked.least and (first is None or asked.least < asked.most):
             found.append(Start(one, int(fit), is_ahead=first is not None))
             free[0] -= fit * asked.cpus
@@ -157,6 +161,16 @@ def _about_ready(
     has_room = wanted is not None and all(has >= needs for has, needs in zip(free, wanted.holds(), strict=True))
     if wanted and has_room and not spare and all(one.after != last.job.id for one in ready):
         found.append(MakeReady(last, wanted))
+    return found
+
+
+def wanted_room(requests: Sequence[Request]) -> list[dict[str, float]]:
+    """What each worker needs, of all that run or wait: as large a cluster has room for them, if it is one that grows."""
+    found = []
+    for one in requests:
+        workers = one.attempts[-1].workers if one.state == "RUNNING" else one.asked.least if one.state == "WAITING" else 0
+        each = {name: amount for name, amount in (("CPU", one.asked.cpus), ("GPU", one.asked.gpus)) if amount}
+        found += [each] * workers
     return found
 
 

@@ -59,7 +59,11 @@ def up(name: str, spec: ClusterSpec) -> dict[str, Any]:
     if run and all(run) and (mlflow_server.runs(folder) or not spec.mlflow):
         raise InputError([Problem(name, "a cluster that runs", "one that does not", f"`raymill cluster down {name}` ends it.")])
     if run:
-        _start_missing(folder, spec, read_record(folder.record))
+        record = read_record(folder.record)
+        if not Path(record["session"]).is_dir():
+            # The machine has started anew, and its temporary files are gone.
+            record["session"] = _new_session()
+        _start_missing(folder, spec, record)
         return status(name)
     record = _new_record(folder)
     try:
@@ -74,14 +78,25 @@ def _new_record(folder: ClusterFolder) -> dict[str, Any]:
     folder.make()
     with open(folder.token, "w", opener=private) as token:
         token.write(secrets.token_hex(32))
-    # Short, because the names of the sockets in it may have 107 letters.
-    session = Path(tempfile.mkdtemp(prefix="raymill-"))
-    (session / "tmp").mkdir()
     gcs, dashboard, client = free_ports(3)
     address, url = f"{LOOPBACK}:{gcs}", f"http://{LOOPBACK}:{dashboard}"
-    record = {"kind": "local", "address": address, "dashboard": url, "client_port": client, "session": str(session), "nodes": []}
+    record = {
+        "kind": "local",
+        "address": address,
+        "dashboard": url,
+        "client_port": client,
+        "session": _new_session(),
+        "nodes": [],
+    }
     write_record(folder.record, record)
     return record
+
+
+def _new_session() -> str:
+    # Short, because the names of the sockets in it may have 107 letters.
+    session = tempfile.mkdtemp(prefix="raymill-")
+    (Path(session) / "tmp").mkdir()
+    return session
 
 
 def _start_missing(folder: ClusterFolder, spec: ClusterSpec, record: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ class Queue:
         from ray.job_submission import JobSubmissionClient
 
         client: Any = None
-        others = Others()
+        others, room = Others(), Room()
         # Held as long as this process lives: so it is seen that it does, without asking Ray.
         with head.acts_lock():
             while True:
@@ -71,7 +71,7 @@ class Queue:
                     if client is None:
                         client = JobSubmissionClient()
                         look_after_jobs(client)
-                    act(client, others)
+                    act(client, others, room)
                 except Exception:  # the dashboard may be gone for a while, and nobody else would go on
                     client = None
                     log.warning("%s", traceback.format_exc())
@@ -107,7 +107,23 @@ class Others:
         return any(now_s - since_s >= OTHERS_WAIT_S for since_s in self._since_s.values())
 
 
-def act(client: JobSubmissionClient, others: Others) -> None:
+class Room:
+    """What the line has asked Ray's autoscaler for. Where there is none, nothing comes of it."""
+
+    def __init__(self) -> None:
+        """Nobody knows what was asked for before."""
+        self._asked: list[dict[str, float]] | None = None
+
+    def ask(self, wanted: list[dict[str, float]]) -> None:
+        """Ask for a cluster that has room for these, whoever has it now: what waits is not seen by Ray before it has room."""
+        from ray.autoscaler.sdk import request_resources
+
+        if wanted != self._asked:
+            request_resources(bundles=wanted)
+            self._asked = wanted
+
+
+def act(client: JobSubmissionClient, others: Others, room: Room) -> None:
     """Look at the line once, and do what is to be done."""
     import ray
 
@@ -115,6 +131,7 @@ def act(client: JobSubmissionClient, others: Others) -> None:
     requests, ready = line.read(jobs), line.read_ready(jobs)
     facts = facts_of(ray.cluster_resources())  # type: ignore[no-untyped-call]
     now_ms, in_place = int(time.time() * 1000), head.in_place()
+    room.ask(decisions.wanted_room(requests))
     others_wait = any(one.job.lives and not one.is_given for one in ready) and others.wait()
     for one in decisions.decide(requests, facts.num_cpus, facts.num_gpus, ready, now_ms, in_place, others_wait=others_wait):
         if isinstance(one, decisions.Start):

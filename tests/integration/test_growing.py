@@ -1,0 +1,128 @@
+"""A cluster without a CPU, whose machines Ray's autoscaler makes: what is submitted makes it grow, and it shrinks afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from integration.commands import PROJECT, Home
+from integration.test_cluster import START_TIMEOUT_S, STEP_TIMEOUT_S, until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+HEAD = "f" * 51 + "00000"
+"""The head's id, as Ray's provider of machines that are processes knows it."""
+
+
+def configuration(gcs_address: str) -> dict[str, object]:
+    """Of Ray's autoscaler: up to two machines of a CPU each, which go after three seconds without work."""
+    return {
+        "cluster_name": "growing",
+        "max_workers": 2,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 0.05,
+        "provider": {
+            "type": "fake_multinode",
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "launch_multiple": True,
+            "head_node_id": HEAD,
+            "gcs_address": gcs_address,
+        },
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "initialization_commands": [],
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        "head_start_ray_commands": [],
+        "worker_start_ray_commands": [],
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+        },
+    }
+
+
+class Growing(Home):
+    """A project of one job, and a cluster whose machines come and go."""
+
+    def num_machines(self) -> int:
+        """Nodes that run, the head's included."""
+        found = 0
+        for process in self.processes():
+            with suppress(psutil.Error):
+                found += process.name() == "raylet"
+        return found
+
+
+@pytest.fixture
+def growing(tmp_path: Path) -> Iterator[Growing]:
+    project = tmp_path / "project"
+    for place in ("jobs/smoke", "pipelines"):
+        shutil.copytree(PROJECT / place, project / place, ignore=shutil.ignore_patterns("__pycache__"))
+    (project / "jobs" / "__init__.py").touch()
+    (project / "pyproject.toml").touch()
+    home = Growing(tmp_path / "home", project)
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        gcs, dashboard = one.getsockname()[1], other.getsockname()[1]
+    token = tmp_path / "token"
+    with open(token, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+        file.write(secrets.token_hex(32))
+    (project / "cluster").mkdir()
+    places = {"dashboard": f"http://127.0.0.1:{dashboard}", "token_file": str(token)}
+    (project / "cluster" / "growing.yaml").write_text(yaml.safe_dump({"kind": "address", "keep_ready": False, **places}))
+    (tmp_path / "autoscaler.yaml").write_text(json.dumps(configuration(f"127.0.0.1:{gcs}")))
+    options = [f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=0", "--node-ip-address=127.0.0.1"]
+    options += [f"--autoscaling-config={tmp_path / 'autoscaler.yaml'}", f"--temp-dir={home.scratch / 'ray'}"]
+    options += ["--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": str(home.scratch)}
+    of_autoscaler = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1"}
+    of_autoscaler |= {"RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD}
+    with open(tmp_path / "head.log", "wb") as log:
+        head = subprocess.Popen(
+            [sys.executable, "-m", "raymill.cluster.node", "start", "--head", "--block", *options],
+            env={**home.environment, **own, **of_autoscaler, "PYTHONPATH": str(PROJECT / "platform")},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        until(lambda: home.run("ps", "--cluster", "growing")[0] == 0, START_TIMEOUT_S, "a head")
+        yield home
+    finally:
+        print((tmp_path / "head.log").read_text()[-2000:])
+        while found := home.processes():
+            for process in found:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(found, timeout=5)
+        head.wait()
+
+
+def test_a_cluster_without_machines_gets_some_for_what_waits_in_line_and_loses_them_again(growing: Growing) -> None:
+    strict = ("--set", "loop.strict=true", "--set", "register=null")
+    expected = growing.json("train", "smoke", *strict, "--in-process", "--json")["weights_sha256"]
+    assert growing.num_machines() == 1
+    run = growing.json("submit", "smoke", *strict, "--workers", "2", "--cluster", "growing", "--json")["run_id"]
+    until(lambda: growing.num_machines() == 3, STEP_TIMEOUT_S, "two machines")
+    code, out, _ = growing.run("logs", run, "--follow", "--cluster", "growing")
+    assert code == 0, out
+    assert json.loads((growing.path / "runs" / run / "summary.json").read_text())["weights_sha256"] == expected
+    until(lambda: growing.num_machines() == 1, STEP_TIMEOUT_S, "the end of the machines")
