@@ -34,7 +34,8 @@ def configuration(gcs_address: str) -> dict[str, object]:
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 0.05,
         "provider": {
-            "type": "fake_multinode",
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
