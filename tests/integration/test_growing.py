@@ -94,6 +94,8 @@ def growing(tmp_path: Path) -> Iterator[Growing]:
     options += [f"--autoscaling-config={tmp_path / 'autoscaler.yaml'}", f"--temp-dir={home.scratch / 'ray'}"]
     options += ["--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": str(home.scratch)}
+    # What is submitted is run by the first Python there.
+    own["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     of_autoscaler = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1"}
     of_autoscaler |= {"RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD}
     with open(tmp_path / "head.log", "wb") as log:
