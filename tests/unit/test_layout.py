@@ -212,7 +212,7 @@ def test_checking_a_job_loads_none_of_the_heavy_libraries() -> None:
 # ---------------------------------------------------------------- what the documents say
 
 
-DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")), *sorted(PROJECT.glob("*/README.md"))]
+DOCUMENTS = [PROJECT / "README.md", *sorted((PROJECT / "docs").rglob("*.md")), *sorted(PROJECT.glob("*/README.md"))]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
