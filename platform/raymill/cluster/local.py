@@ -43,7 +43,7 @@ def variables(folder: ClusterFolder, address: str) -> dict[str, str]:
 
 
 def up(name: str, spec: ClusterSpec) -> dict[str, Any]:
-    """Start the nodes, and MLflow beside them, and wait until they are there; of a cluster whose first node runs, what does not.
+    """Start the nodes, and MLflow beside them, and wait until they are there; of a cluster that was not ended, what does not run.
 
     Returns:
         address, dashboard, nodes with their processes; mlflow, as `mlflow_server.status` tells it.
@@ -65,6 +65,7 @@ def up(name: str, spec: ClusterSpec) -> dict[str, Any]:
             record["session"] = _new_session()
         _start_missing(folder, spec, record)
         return status(name)
+    down(name)
     record = _new_record(folder)
     try:
         _start_missing(folder, spec, record)
@@ -76,6 +77,7 @@ def up(name: str, spec: ClusterSpec) -> dict[str, Any]:
 
 def _new_record(folder: ClusterFolder) -> dict[str, Any]:
     folder.make()
+    shutil.rmtree(folder.gcs, ignore_errors=True)  # of a cluster whose end was cut short
     with open(folder.token, "w", opener=private) as token:
         token.write(secrets.token_hex(32))
     gcs, dashboard, client = free_ports(3)
@@ -151,10 +153,15 @@ def _wait_for(called: str, folder: ClusterFolder, record: dict[str, Any], number
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while called not in _alive(folder, record["dashboard"]):
         if not _runs(record["nodes"][number]):
-            raise RunError(f"node {number} ended at once; it printed:\n{end_of(folder.log(number))}")
+            raise _not_started(folder, number, "ended at once")
         if time.monotonic() > deadline_s:
-            raise RunError(f"node {number} was not there after {START_TIMEOUT_S:g} s; it printed:\n{end_of(folder.log(number))}")
+            raise _not_started(folder, number, f"was not there after {START_TIMEOUT_S:g} s")
         time.sleep(POLL_S)
+
+
+def _not_started(folder: ClusterFolder, number: int, what: str) -> RunError:
+    anew = f"`raymill cluster down {folder.name}`, then `up`, begins anew"
+    return RunError(f"node {number} {what}; {anew}. It printed:\n{end_of(folder.log(number))}")
 
 
 def _alive(folder: ClusterFolder, dashboard: str) -> set[str]:
