@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 # One test on each core, four at most: each process imports torch.
-AT_ONCE := --numprocesses logical --maxprocesses 4 --dist worksteal
+AT_ONCE := --numprocesses logical --maxprocesses 4 --dist loadfile
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile

@@ -99,9 +99,7 @@ def decide(
     spare = [one for one in ready if one.job.lives and not one.is_given]
     found: list[Decision] = [End(one.attempts[-1], makes_room=False) for one in running if one.stop_asked]
     free = _left([cpus, gpus], [one.holds() for one in running] + [one.shape.holds() for one in spare])
-    held: defaultdict[str, float] = defaultdict(float)
-    for one in running:
-        held[one.asked.user] += one.holds()[0]
+    held = _held(running)
     first: Request | None = None
     for one in requests:
         if one.state != "WAITING" or least_room(one.asked, cpus, gpus):
@@ -113,19 +111,17 @@ def decide(
             continue
         may_begin = one.is_ready or (one.job.lives and one.job.code in in_place)
         own = next((have for have in spare if have.shape == one.shape), None)
-        fit = min(asked.most, _how_many(free[0], asked.cpus), _how_many(free[1], asked.gpus), _how_many(quota, asked.cpus))
+        room = min(_how_many(free[0], asked.cpus), _how_many(free[1], asked.gpus))
+        fit = min(asked.most, room, _how_many(quota, asked.cpus))
+        # An elastic run keeps what it begins with: rather than begin small beside those that stand ready, it has them leave.
+        waits_for_more = bool(spare) and room < asked.most
         if own and may_begin and first is None:
             found.append(Start(one, asked.most, is_ahead=False, by=own))
             spare.remove(own)
             held[asked.user] += asked.most * asked.cpus
-        elif may_begin and first is None and asked.least <= fit < asked.most and spare:
-            # It would keep for long what it begins with.
-            first = one
-            found += map(Dismiss, spare)
-        elif may_begin and fit >= asked.least and (first is None or asked.least < asked.most):
+        elif may_begin and fit >= asked.least and (asked.least < asked.most if first else not waits_for_more):
             found.append(Start(one, int(fit), is_ahead=first is not None))
-            free[0] -= fit * asked.cpus
-            free[1] -= fit * asked.gpus
+            free = _left(free, [(fit * asked.cpus, fit * asked.gpus)])
             held[asked.user] += fit * asked.cpus
         elif first is None:
             first = one
@@ -138,10 +134,19 @@ def decide(
 
 def _way_for(first: Request, running: Sequence[Request], spare: Sequence[Ready], free: Sequence[float]) -> list[Dismiss | End]:
     """Who is to go, so that the first in line can begin: before anybody who trains, those that stand ready for another run."""
-    lacks = any(need > has for need, has in zip(_least(first.asked), free, strict=True))
+    most = first.asked.most * first.asked.cpus, first.asked.most * first.asked.gpus
+    lacks = any(need > has for need, has in zip(most, free, strict=True))
     going = [] if any(one.shape == first.shape for one in spare) else list(spare)
     ends = _making_room(first, running, _left(free, [(-cpus, -gpus) for cpus, gpus in (one.shape.holds() for one in spare)]))
     return [*(map(Dismiss, going) if lacks else []), *ends]
+
+
+def _held(running: Sequence[Request]) -> defaultdict[str, float]:
+    """User -> CPUs that their runs have."""
+    held: defaultdict[str, float] = defaultdict(float)
+    for one in running:
+        held[one.asked.user] += one.holds()[0]
+    return held
 
 
 def _left(room: Sequence[float], held: Sequence[tuple[float, float]]) -> list[float]:
