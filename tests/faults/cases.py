@@ -553,7 +553,7 @@ CASES = [
         ),
     ),
     Case(24, "train controller killed", "SIGKILL from outside", survives(SLOWED, kill("controller"))),
-    Case(25, "driver killed", "SIGKILL from outside", survives(SLOWED, kill("driver")), quick=True),
+    Case(25, "driver killed", "SIGKILL from outside", survives(SLOWED, kill("driver"))),
     Case(
         25,
         "driver killed at its ends",

@@ -14,8 +14,6 @@ from raymill.files import read_record
 from raymill.orchestration.attempts import committed_step
 from raymill.record.events import AttemptStarted, read_events
 
-pytestmark = pytest.mark.integration
-
 JOB = ("train", "smoke", "--json", "--set", "checkpoint.every_steps=3")
 EDITING_AND_DYING = '''
 
@@ -86,6 +84,7 @@ def test_a_run_goes_on_with_other_code_only_where_that_is_accepted_and_says_so(p
     assert "nn.Tanh()" in Path(shown["code"], "jobs/smoke/task.py").read_text()
 
 
+@pytest.mark.long
 def test_the_same_code_goes_on_without_a_word(project: Project) -> None:
     before = project.edit()
     run_id = killed(project)

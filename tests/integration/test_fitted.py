@@ -11,8 +11,6 @@ import pytest
 from integration.commands import PROJECT, Home
 from raymill.files import read_record
 
-pytestmark = pytest.mark.integration
-
 JOB = """\
 name: texts
 task: texts.code:Asked

@@ -24,8 +24,6 @@ from raymill.files import FORMAT_VERSION, READABLE_VERSIONS, read_record
 from raymill.models import registry
 from raymill.trained.model import VERSION_FILES
 
-pytestmark = pytest.mark.integration
-
 DATA = Path(__file__).parents[1] / "data"
 FORMATS = [f"format-{version}" for version in READABLE_VERSIONS]
 

@@ -10,8 +10,6 @@ import pytest
 from integration.commands import PROJECT, Home
 from raymill.files import read_record
 
-pytestmark = pytest.mark.integration
-
 TEACHER = """\
 name: teacher
 task: school.code:Teacher
@@ -98,6 +96,7 @@ def test_what_a_name_meant_when_the_run_began_counts_to_its_end_and_beyond(home:
     assert other["weights_sha256"] != whole["weights_sha256"], "the alias names another teacher now"
 
 
+@pytest.mark.long
 def test_code_of_a_model_that_it_is_given_is_code_of_the_run(home: Home) -> None:
     home.json("train", "teacher", "--in-process", "--json")
     task = home.project / "school" / "code.py"
@@ -148,6 +147,7 @@ def test_what_it_cannot_be_given_is_refused_all_at_once(home: Home) -> None:
     assert (code, "the file was damaged or changed" in stderr) == (2, True), stderr
 
 
+@pytest.mark.long
 def test_a_run_goes_on_from_where_another_stands(home: Home) -> None:
     first = home.json("train", "teacher", "--in-process", "--json")
     whole = home.json("train", "teacher", "--in-process", "--json", "--set", "loop.epochs=5")

@@ -21,8 +21,6 @@ from typing import IO, NamedTuple
 import psutil
 import pytest
 
-pytestmark = pytest.mark.integration
-
 PROJECT = Path(__file__).parents[2]
 PLANTED = ("mlflow", "psutil", "filelock", "pydantic", "numpy", "flask", "uvicorn", "sqlite3")
 

@@ -118,7 +118,7 @@ def test_it_is_delivered_to_mlflow_and_registered_by_the_same_process(here: Trai
 # ---------------------------------------------------------------- killed, and gone on with
 
 
-@pytest.mark.parametrize(("first", "then"), [(HERE, HERE), (HERE, ON_RAY), (ON_RAY, HERE)])
+@pytest.mark.parametrize(("first", "then"), [(HERE, HERE), (HERE, ON_RAY), pytest.param(ON_RAY, HERE, marks=pytest.mark.long)])
 def test_a_killed_run_goes_on_here_or_on_ray_and_ends_with_the_same_weights(
     first: tuple[str, ...], then: tuple[str, ...], here: Trained, tmp_path: Path
 ) -> None:

@@ -6,8 +6,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-pytestmark = pytest.mark.integration
-
 CELLS = [
     "import raymill\njob = raymill.load('smoke', loop__epochs=3)\njob.check()",
     "run = job.train(in_process=True)",

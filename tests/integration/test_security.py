@@ -56,14 +56,17 @@ def watched() -> Iterator[tuple[Live, list[str], dict[str, int], Path]]:
         yield place, heard, modes, logs
 
 
+@pytest.mark.integration
 def test_nothing_listens_beyond_this_machine(watched: tuple[Live, list[str], dict[str, int], Path]) -> None:
     assert watched[1] == []
 
 
+@pytest.mark.integration
 def test_the_folders_of_a_run_and_its_ray_are_private(watched: tuple[Live, list[str], dict[str, int], Path]) -> None:
     assert set(watched[2].values()) == {0o700}
 
 
+@pytest.mark.integration
 def test_no_secret_of_the_environment_is_in_anything_that_a_run_leaves(
     watched: tuple[Live, list[str], dict[str, int], Path],
 ) -> None:
@@ -74,6 +77,7 @@ def test_no_secret_of_the_environment_is_in_anything_that_a_run_leaves(
     assert CANARY not in place.said(0) + (place.tmp / "0.out").read_text()
 
 
+@pytest.mark.integration
 def test_a_variable_that_reopens_ray_to_code_in_data_is_refused() -> None:
     with live() as place:
         place.settings["RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE"] = "1"

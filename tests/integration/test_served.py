@@ -26,8 +26,6 @@ from raymill.files import read_record
 from raymill.models import registry, tables
 from raymill.task import Field, Rows
 
-pytestmark = pytest.mark.integration
-
 JOBS = {
     "finder": ("served:Finder", "served:pictures", "{epochs: 25, global_batch_rows: 16}", "validation/loss, mode: min"),
     "mood": ("served:Mood", "served:texts", "{epochs: 6, global_batch_rows: 16}", "validation/accuracy"),

@@ -11,8 +11,6 @@ from integration.commands import TIMEOUT_S, Home, wait_until
 from raymill.record.events import read_events
 from raymill.record.folder import RunFolder
 
-pytestmark = pytest.mark.integration
-
 JOB = ("train", "smoke", "--json", "--in-process", "--set", "checkpoint.every_steps=3", "--set", "register={model: blobs}")
 
 
@@ -55,6 +53,7 @@ def test_a_run_that_goes_on_elsewhere_is_not_gone_on_with_a_second_time(home: Ho
     assert (json.loads(stdout)["status"], json.loads(stdout)["attempts"]) == ("finished", 1)
 
 
+@pytest.mark.long
 def test_a_clock_that_is_set_back_by_an_hour_changes_nothing_but_the_times(home: Home, tmp_path: Path) -> None:
     fault = "before_forward:clock:step=5:seconds=3600,step_done:kill:step=10"
     code, _, stderr = home.run(*JOB, variables={"RAYMILL_FAULT": fault, "RAYMILL_FAULT_FOLDER": str(tmp_path)})

@@ -23,7 +23,7 @@ from integration.commands import Home, wait_until
 from integration.test_cluster import STEP_TIMEOUT_S, expected_batches, trained_batches, until
 from raymill.record.events import AttemptStarted, StageReached, StepDone, read_events
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 QUICK = ("--set", "loop.epochs=6", "--set", "checkpoint.every_steps=10", "--set", "register=null")
 SLOW = ("--set", "data.num_rows=6000", "--set", "loop.epochs=16", "--set", "checkpoint.every_steps=10", "--set", "register=null")

@@ -190,6 +190,7 @@ def num_tables(path: Path) -> int:
             return 0
 
 
+@pytest.mark.long
 def test_a_locked_store_delays_delivery_and_nothing_else(folder: RunFolder, locked: sqlite3.Connection) -> None:
     append_event(folder, start())
     write_steps(folder, 1, NUM_STEPS)

@@ -121,6 +121,7 @@ def test_killed_anywhere_it_ends_as_if_nothing_had_been(undisturbed: list[Any], 
     assert not home.left_over()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "more",
     [
@@ -128,9 +129,7 @@ def test_killed_anywhere_it_ends_as_if_nothing_had_been(undisturbed: list[Any], 
             "sampler": {"kind": "ray.tune.search.optuna:OptunaSearch", "args": {"seed": 2}},
             "limits": {"validation/accuracy": {"least": 0.95}},
         },
-        pytest.param(
-            {"sampler": {"kind": "tpe", "startup_trials": 3}, "also": {"validation/accuracy": "max"}}, marks=pytest.mark.long
-        ),
+        {"sampler": {"kind": "tpe", "startup_trials": 3}, "also": {"validation/accuracy": "max"}},
     ],
     ids=["a searcher of Ray Tune, a limit", "two metrics"],
 )

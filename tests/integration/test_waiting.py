@@ -79,6 +79,7 @@ scale: {{workers: 2}}
 """
 
 
+@pytest.mark.long
 def test_the_share_of_waiting_on_ray_is_the_true_one(tmp_path: Path) -> None:
     root, notes = tmp_path / "project", tmp_path / "notes"
     notes.mkdir()

@@ -5,12 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 from integration.commands import PROJECT, Home
 from probes import others
-
-pytestmark = pytest.mark.integration
 
 
 def test_the_example_of_the_document_trains_and_is_measured(tmp_path: Path) -> None:
