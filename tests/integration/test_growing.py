@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,8 @@ import yaml
 
 from integration.commands import PROJECT, Home
 from integration.test_cluster import START_TIMEOUT_S, STEP_TIMEOUT_S, until
+from raymill.cluster.process import free_ports
+from raymill.files import private
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -81,10 +82,9 @@ def growing(tmp_path: Path) -> Iterator[Growing]:
     (project / "jobs" / "__init__.py").touch()
     (project / "pyproject.toml").touch()
     home = Growing(tmp_path / "home", project)
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        gcs, dashboard = one.getsockname()[1], other.getsockname()[1]
+    gcs, dashboard = free_ports(2)
     token = tmp_path / "token"
-    with open(token, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+    with open(token, "w", opener=private) as file:
         file.write(secrets.token_hex(32))
     (project / "cluster").mkdir()
     places = {"dashboard": f"http://127.0.0.1:{dashboard}", "token_file": str(token)}

@@ -199,11 +199,10 @@ class Request:
             return "RUNNING"
         if last.job.status == "SUCCEEDED":
             return "SUCCEEDED"
-        if last.job.status != "STOPPED" and last.job.exit_code == INTERRUPTED:
-            # It saved its state, and nobody had asked it to: its machines were taken away.
-            return "INTERRUPTED" if self.stop_asked else "WAITING"
-        if last.job.status == "STOPPED":
-            return "WAITING" if last.makes_room and not self.stop_asked else "INTERRUPTED"
+        if last.job.status == "STOPPED" or last.job.exit_code == INTERRUPTED:
+            # One that saved its state though Ray was not asked to stop it has lost its machines.
+            goes_on = last.makes_room or last.job.status != "STOPPED"
+            return "WAITING" if goes_on and not self.stop_asked else "INTERRUPTED"
         if not was_killed(last.job) or sum(was_killed(one.job) for one in self.attempts) > MOST_LOST:
             return "FAILED"
         return "INTERRUPTED" if self.stop_asked else "WAITING"
