@@ -21,6 +21,7 @@ import ray
 
 from integration.commands import Home, wait_until
 from integration.test_cluster import STEP_TIMEOUT_S, expected_batches, trained_batches, until
+from integration.test_tune import command, num_over, told
 from raymill.record.events import AttemptStarted, StageReached, StepDone, read_events
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -359,6 +360,37 @@ def test_a_node_is_lost_in_the_middle_and_another_one_comes(cluster: Cluster, tm
     assert code == 0, out
     assert cluster.summary(run)["weights_sha256"] == expected
     assert [node["runs"] for node in cluster.json("cluster", "status", "local", "--json")["nodes"]] == [True] * 3
+
+
+@pytest.mark.cluster
+def test_a_search_gives_way_goes_on_later_is_stopped_and_resumed_and_ends_as_one_that_was_left_alone(
+    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    job = [*command()[1:2], *command()[3:], "--set", "data.num_rows=6000", "--set", "loop.epochs=4"]
+    whole = Home(tmp_path_factory.mktemp("alone"))
+    expected = whole.json("tune", *job, "--json")
+    study = cluster.submit(*job, "--tune")
+    until(lambda: num_over(cluster) >= 1, STEP_TIMEOUT_S, "a trial")
+    # Of the three CPUs the search has one.
+    urgent = cluster.submit("smoke", *QUICK, "--workers", "3", "--priority", "5")
+    until(lambda: cluster.step_of(urgent) >= 1, STEP_TIMEOUT_S, "steps of the urgent one")
+    known = cluster.submitted()
+    assert [(known[run]["status"], known[run]["place"]) for run in (study, urgent)] == [("WAITING", 1), ("RUNNING", None)]
+    reached = num_over(cluster)
+    assert reached < 7
+    until(lambda: num_over(cluster) > reached, STEP_TIMEOUT_S, "another trial")
+    assert cluster.kill("raymill.tune.driver")
+    cluster.json("stop", study, "--json")
+    cluster.wait_for_end(study)
+    assert cluster.submitted()[study]["status"] == "INTERRUPTED"
+    assert cluster.json("submit", "--resume", study, "--json")["submission_id"] == f"{study}.2"
+    code, out, _ = cluster.run("logs", study, "--follow")
+    assert code == 0, out
+    assert told(cluster) == told(whole)
+    shown = cluster.json("tune", "show", study, "--json")
+    assert (shown["trials"], shown["best"]["value"]) == ({"complete": 8}, expected["best"]["value"])
+    of_it = [one for one in cluster.json("ps", "--json")["submitted"] if one["run_id"] == study]
+    assert [(one["status"], one["attempts"]) for one in of_it] == [("SUCCEEDED", 1), ("INTERRUPTED", 2)]
 
 
 @pytest.mark.cluster

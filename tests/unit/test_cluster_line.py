@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from raymill.cluster.line import (
     NOT_TAKEN,
     READY,
     STOP,
+    TUNE,
     Asked,
     Job,
     Ready,
@@ -30,8 +33,14 @@ from raymill.cluster.line import (
     read_ready,
     was_killed,
 )
-from raymill.cluster.submitted import _again
+from raymill.cluster.on_head.attempt import as_attempt
+from raymill.cluster.submitted import _again, _asked
+from raymill.config.load import load_job
 from raymill.errors import InputError
+from raymill.record.folder import RunFolder
+from raymill.tune.folder import StudyFolder
+
+SEARCH = {"space": {"optimizer.lr": {"kind": "uniform", "low": 0.1, "high": 0.2}}, "trials": 8}
 
 
 def request(name: str, began_ms: int, **asked: Any) -> Job:
@@ -418,6 +427,37 @@ def test_what_is_resumed_is_the_last_that_was_submitted_whatever_its_priority() 
     done = attempt("a.2", 1, "SUCCEEDED", 0)
     with pytest.raises(InputError, match="a run that is finished"):
         _again(read([*first, second, done]), "a", [])
+
+
+def test_an_attempt_goes_on_with_what_there_is_of_its_run_or_its_search(tmp_path: Path) -> None:
+    run, study = RunFolder(tmp_path / "one"), StudyFolder(tmp_path / "two")
+    train, tune = ("train", "a.yaml", "--run-id", "one", "--json"), ("tune", "a.yaml", "--study-name", "two", "--json")
+    for folder in (run, study):
+        folder.path.mkdir()
+        (folder.path / "half").touch()
+    assert as_attempt(train, run, "2") == [*train, "--set=scale.max_workers=2"]
+    assert as_attempt(tune, study, "2") == [*tune, "--parallel=2"]
+    assert not run.path.exists(), "what was killed before it was a run is gone"
+    assert not study.path.exists()
+    for record in (run.command, study.record):
+        record.parent.mkdir()
+        record.touch()
+    assert as_attempt(train, run, "-") == ["train", "--resume", "one", "--json"]
+    assert as_attempt(tune, study, "3") == ["tune", "--resume", "two", "--parallel=3", "--json"]
+    assert as_attempt(("tune", "--resume", "two", "--json"), study, "3") == ["tune", "--resume", "two", "--json", "--parallel=3"]
+
+
+def test_a_search_asks_for_a_trial_at_least_and_for_as_many_as_it_may_have_at_once() -> None:
+    spec = load_job("smoke", ["scale.workers=2", "scale.cpus_per_worker=1.5", f"search={json.dumps(SEARCH)}"]).spec
+    asked = _asked("a", "job", spec, (TUNE, "job"))
+    assert (asked.least, asked.most, asked.cpus, asked.gpus) == (1, 8, 3.0, 0)
+    small = spec.model_copy(update={"search": spec.search.model_copy(update={"workers": 1, "parallel": 3})})  # type: ignore[union-attr]
+    asked = _asked("a", "job", small, (TUNE, "job"))
+    assert (asked.least, asked.most, asked.cpus) == (1, 3, 1.5)
+    one = replace(asked, most=1, cpus=1)
+    [found] = read([Job("a", one.as_metadata(), "SUCCEEDED", 0)])
+    assert found.shape is None, "workers that stand ready are none of a search's"
+    assert _asked("a", "job", spec, ("train", "job")).most == 2, "a job with a search may be trained"
 
 
 def test_an_end_names_the_attempt_that_runs() -> None:

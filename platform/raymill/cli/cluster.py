@@ -96,18 +96,19 @@ def submit(
     cluster: ClusterOption = "local",
     set_: SetOption = None,
     workers: WorkersOption = None,
-    resume: Annotated[str | None, typer.Option("--resume", help="id of an interrupted or failed run")] = None,
+    resume: Annotated[str | None, typer.Option("--resume", help="id of an interrupted or failed run, or a study")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="search over the job's fields, as `raymill tune` does")] = False,
     priority: Annotated[int, typer.Option("--priority", help="higher ones go first; lower ones make room for them")] = 0,
     follow: Annotated[bool, typer.Option("--follow", help="print what it prints, until it ends")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Hand a run to a cluster; it goes on there when this terminal is closed."""
+    """Hand a run, or a search, to a cluster; it goes on there when this terminal is closed."""
     with errors(json_):
         from raymill.cluster import spec, submitted
 
         refuse_unless_one("submit", job, resume)
         read = spec.load_cluster(cluster)
-        told = submitted.submit(cluster, read, job or "", overrides(set_, workers), resume, priority)
+        told = submitted.submit(cluster, read, job or "", overrides(set_, workers), resume, priority, search=tune)
         again = f"raymill logs {told['run_id']} --cluster {cluster} --follow"
         emit(told, json_, lambda console: console.print(for_people(f"{told['run_id']}\n\nNext:\n  {again}"), soft_wrap=True))
         if follow:

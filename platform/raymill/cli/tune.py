@@ -12,20 +12,37 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from raymill.cli.output import Aligned, JsonOption, SetOption, emit, errors, in_words, moment, plain_console, show_table
+from raymill.cli.output import (
+    Aligned,
+    JsonOption,
+    SetOption,
+    emit,
+    errors,
+    in_words,
+    moment,
+    plain_console,
+    refuse_unless_one,
+    show_table,
+)
 from raymill.redaction import for_people
 
 StudyArgument = Annotated[str, typer.Argument(help="a study's name, as `raymill tune list` shows it")]
 
 
 def tune(
-    job: Annotated[str, typer.Argument(help="a job file, its folder, or a name in jobs/; or list, show, export, stop")],
+    job: Annotated[
+        str | None, typer.Argument(help="a job file, its folder, or a name in jobs/; or list, show, export, stop")
+    ] = None,
     study: Annotated[str | None, typer.Argument(help="with show, export and stop: the study")] = None,
     set_: SetOption = None,
     trials: Annotated[int | None, typer.Option("--trials", help="same as --set search.trials=N, for a new search")] = None,
     add_trials: Annotated[int, typer.Option("--add-trials", help="so many more than before", min=0)] = 0,
     resume: Annotated[str | None, typer.Option("--resume", help="go on with this study")] = None,
     new: Annotated[bool, typer.Option("--new", help="begin anew, whatever was begun before")] = False,
+    parallel: Annotated[
+        int | None, typer.Option("--parallel", help="no more trials at once, whatever the search says", min=1)
+    ] = None,
+    study_name: Annotated[str | None, typer.Option("--study-name", hidden=True, help="what a new study is called")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="with export: a .csv or .json file")] = None,
     json_: JsonOption = False,
 ) -> None:
@@ -35,11 +52,13 @@ def tune(
         if job in verbs:
             verbs[job](study, out, json_)
             return
+        if resume is None:
+            refuse_unless_one("tune", job, resume)
         from raymill.tune.command import Asked, with_trials
         from raymill.tune.command import tune as search
 
         console = plain_console(stderr=True)
-        asked = Asked(job, with_trials(set_ or [], trials), resume, new, add_trials)
+        asked = Asked(job or "", with_trials(set_ or [], trials), resume, new, add_trials, parallel, study_name)
         summary = search(asked, _teller(console), lambda text: console.print(for_people(text), soft_wrap=True))
         emit(summary, json_, lambda console: _show_summary(console, summary))
 

@@ -19,6 +19,9 @@ from typing import Literal
 REQUEST, ATTEMPT, READY, MAKE_ROOM, STOP = "request", "attempt", "ready", "make room", "stop"
 """What a job of Ray's is for: its metadata `raymill`."""
 
+TUNE = "tune"
+"""The first word of a search's command."""
+
 KEEP_READY_S = 600.0
 """How long after a run's end workers are kept ready for the next one like it."""
 
@@ -63,14 +66,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a run asks for, as its request's metadata say it.
+    """What a run asks for, as its request's metadata say it; or a search, each of whose trials is to the line what a worker is.
 
     Attributes:
-        run: its id.
+        run: its id; of a search, the study's name.
         job: the job file, for people.
         user: who submitted it.
         priority: higher ones first.
-        least, most: workers; apart from each other where it is elastic.
+        least, most: workers; apart from each other where it is elastic, as a search is.
         cpus, gpus: of each worker.
         quota_cpus: that all runs of this user may hold at once; None: no limit.
         keeps_ready: whether workers are to be ready afterwards for another run like it.
@@ -88,6 +91,11 @@ class Asked:
     gpus: float = 0.0
     quota_cpus: float | None = None
     keeps_ready: bool = False
+
+    @property
+    def is_search(self) -> bool:
+        """Whether it is a search."""
+        return self.command[0] == TUNE
 
     def as_metadata(self) -> dict[str, str]:
         """As the metadata of a job of Ray's, which are texts."""
@@ -226,9 +234,9 @@ class Request:
 
     @property
     def shape(self) -> Shape | None:
-        """What its workers have to be like; None: their number may change."""
+        """What its workers have to be like; None: their number may change, or it is a search, which has actors of its own."""
         asked = self.asked
-        return None if asked.least < asked.most else Shape(self.job.code, asked.most, asked.cpus, asked.gpus)
+        return None if asked.least < asked.most or asked.is_search else Shape(self.job.code, asked.most, asked.cpus, asked.gpus)
 
     def holds(self) -> tuple[float, float]:
         """CPUs and GPUs that it has now."""

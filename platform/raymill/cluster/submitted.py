@@ -26,12 +26,14 @@ from raymill.cluster import line, local
 from raymill.cluster.on_head import queue
 from raymill.cluster.spec import ClusterFolder, ClusterSpec
 from raymill.config.load import load_job
-from raymill.config.spec import JobSpec, ScaleSpec
+from raymill.config.spec import JobSpec
 from raymill.errors import InputError, Problem, RunError
 from raymill.files import read_record
 from raymill.orchestration.run import new_id
 from raymill.paths import ENGINE, home, project_root
 from raymill.record.folder import run_folder
+from raymill.tune.command import load_search
+from raymill.tune.folder import StudyFolder, studies_folder
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -47,20 +49,28 @@ POLL_S = 0.5
 
 
 def submit(
-    name: str, spec: ClusterSpec, job: str, overrides: Sequence[str] = (), resume: str | None = None, priority: int = 0
+    name: str,
+    spec: ClusterSpec,
+    job: str,
+    overrides: Sequence[str] = (),
+    resume: str | None = None,
+    priority: int = 0,
+    *,
+    search: bool = False,
 ) -> dict[str, Any]:
-    """Hand a run to a cluster. The job file is checked first; its data is when the run begins, where the data is.
+    """Hand a run or a search to a cluster. The job file is checked first; its data is when it begins, where the data is.
 
     Args:
         name: of the cluster.
         spec: what its file says.
         job: what `find_job` takes; with `resume`, ignored.
         overrides: as of `load_job`.
-        resume: the id of a run to go on with.
+        resume: the id of a run, or the name of a study, to go on with.
         priority: higher ones stand before lower ones, which make room for them.
+        search: search over the job's fields rather than train it; with `resume`, ignored.
 
     Returns:
-        run_id, cluster, submission_id: the run's id, or that and a number where it was resumed.
+        run_id (of a search, the study's name), cluster, submission_id: the same, or that and a number where it was resumed.
 
     Raises:
         InputError: the job, or the cluster's file, is wrong, or the cluster does not run.
@@ -71,7 +81,7 @@ def submit(
         client = _client(name, spec)
         submission, asked = _again(_requests(client), resume, overrides, same_disk=spec.kind == "local")
     else:
-        submission, asked = _first(job, overrides)
+        submission, asked = _first(job, overrides, search=search)
         client = _client(name, spec)
     asked = replace(asked, user=user, priority=priority, quota_cpus=spec.quotas.get(user), keeps_ready=spec.keep_ready)
     # Each part is quoted: nothing in a name is a command of the shell.
@@ -86,20 +96,21 @@ def submit(
     return {"run_id": asked.run, "cluster": name, "submission_id": submission}
 
 
-def _first(job: str, overrides: Sequence[str]) -> tuple[str, line.Asked]:
-    """What a new run is called, and what it asks for."""
-    loaded = load_job(job, overrides)
-    path, scale = loaded.path.resolve(), loaded.spec.scale
+def _first(job: str, overrides: Sequence[str], *, search: bool) -> tuple[str, line.Asked]:
+    """What a new run or search is called, and what it asks for."""
+    loaded = load_search(job, overrides) if search else load_job(job, overrides)
+    path = loaded.path.resolve()
     if not path.is_relative_to(project_root()):
         fix = "Only the project travels: copy it there."
         raise InputError([Problem(job, str(path), f"a job file in {project_root()}", fix)])
     run, where = new_id(loaded.spec.name), str(path.relative_to(project_root()))
-    command = ("train", where, "--run-id", run, *(f"--set={one}" for one in overrides), "--json")
-    return run, _asked(run, where, scale, command)
+    begin = (line.TUNE, where, "--study-name", run) if search else ("train", where, "--run-id", run)
+    return run, _asked(run, where, loaded.spec, (*begin, *(f"--set={one}" for one in overrides), "--json"))
 
 
-def _asked(run: str, job: str, scale: ScaleSpec, command: tuple[str, ...]) -> line.Asked:
-    return line.Asked(
+def _asked(run: str, job: str, spec: JobSpec, command: tuple[str, ...]) -> line.Asked:
+    scale, search = spec.scale, spec.search
+    asked = line.Asked(
         run=run,
         job=job,
         user="",
@@ -109,24 +120,40 @@ def _asked(run: str, job: str, scale: ScaleSpec, command: tuple[str, ...]) -> li
         cpus=scale.cpus_per_worker or (0.0 if scale.gpus_per_worker else 1.0),
         gpus=scale.gpus_per_worker,
     )
+    if not asked.is_search or search is None:
+        return asked
+    workers, most = search.workers or scale.max_num_workers, min(search.trials, search.parallel or search.trials)
+    return replace(asked, least=1, most=most, cpus=workers * asked.cpus, gpus=workers * asked.gpus)
 
 
 def _again(
     known: Sequence[line.Request], run: str, overrides: Sequence[str], *, same_disk: bool = False
 ) -> tuple[str, line.Asked]:
     """What the request is called that goes on with a run that is over, and what it asks for."""
-    command = ("train", "--resume", run, *(f"--set={one}" for one in overrides), "--json")
-    if same_disk and not any(one.asked.run == run for one in known) and run_folder(run).spec.exists():
+    changed = [f"--set={one}" for one in overrides]
+    if same_disk and not any(one.asked.run == run for one in known) and (found := _on_this_disk(run)):
         # The cluster that it was submitted to is gone, with all that it knew, or it was none.
-        spec = JobSpec.model_validate(read_record(run_folder(run).spec))
-        return run, _asked(run, spec.name, spec.scale, command)
+        verb, spec = found
+        return run, _asked(run, spec.name, spec, (verb, "--resume", run, *changed, "--json"))
     last = _newest(known, run)
     if last.exit_code is None:
         fix = f"`raymill logs {run} --follow` shows it; `raymill stop {run}` stops it."
         raise InputError([Problem("--resume", f"a run that is {last.state.lower()}", "one that is over", fix)])
     if last.state == "SUCCEEDED":
         raise InputError([Problem("--resume", "a run that is finished", "an interrupted or failed run", "Submit a new one.")])
+    command = (last.asked.command[0], "--resume", run, *changed, "--json")
     return f"{run}.{sum(one.asked.run == run for one in known) + 1}", replace(last.asked, command=command)
+
+
+def _on_this_disk(name: str) -> tuple[str, JobSpec] | None:
+    """The verb of a run or search that is kept here, and its job."""
+    if run_folder(name).spec.exists():
+        return "train", JobSpec.model_validate(read_record(run_folder(name).spec))
+    study = StudyFolder(studies_folder() / name)
+    if not study.record.exists():
+        return None
+    record = read_record(study.record)
+    return line.TUNE, JobSpec.model_validate({**record["spec"], "search": record["search"]})
 
 
 def list_submitted(name: str, spec: ClusterSpec) -> list[dict[str, Any]]:

@@ -54,11 +54,13 @@ class Asked:
     """What a command asks for.
 
     Attributes:
-        job: what `load.find_job` takes.
+        job: what `load.find_job` takes; with `resume`, ignored.
         overrides: "field.path=value" each.
         resume: a study by its name; None: the newest of this job and search that is not over, or a new one.
         new: a new study in any case.
         add_trials: beside those that the search or an earlier command says.
+        parallel: no more trials at once than these, whatever the search says.
+        study: what a new one is called; None: after its job.
     """
 
     job: str
@@ -66,6 +68,8 @@ class Asked:
     resume: str | None = None
     new: bool = False
     add_trials: int = 0
+    parallel: int | None = None
+    study: str | None = None
 
 
 def tune(asked: Asked, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]:
@@ -94,7 +98,7 @@ def tune(asked: Asked, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]
         offset = _follow_other(folder, tell)
         folder.failure.unlink(missing_ok=True)
         try:
-            _drive(folder, offset, tell, partial(try_code, prepared) if prepared else None)
+            _drive(folder, asked.parallel, offset, tell, partial(try_code, prepared) if prepared else None)
         except InputError:
             # The job's own code is wrong: there is no search.
             for left in [folder.path, *folder.path.parent.parent.glob(f"runs/{folder.name}-*")]:
@@ -115,12 +119,9 @@ def _study(asked: Asked, say: Callable[[str], None]) -> tuple[StudyFolder, Prepa
         record = read_record(folder.record)
     else:
         overrides, loaded = with_search(asked.job, asked.overrides)
-        search = loaded.spec.search
-        if search is None:
-            fix = f"Add `search:` to the job, or write it into {BESIDE} beside it."
-            raise InputError([Problem("search", "nothing", "a space to search", fix)])
+        search = _searched(loaded)
         named: dict[str, Any] = {"job": str(loaded.path.resolve()), "search": search.model_dump(mode="json")}
-        folder_there = None if asked.new else unfinished_study(named["job"], named["search"])
+        folder_there = None if asked.new or asked.study else unfinished_study(named["job"], named["search"])
         if folder_there is None:
             return _new_study(asked, overrides, loaded, search, executor, named, say)
         folder, record = folder_there, read_record(folder_there.record)
@@ -146,7 +147,7 @@ def _new_study(
     begin_with = space.grid(search) if is_grid else [first, *search.points]
     if outside and not is_grid:
         say(f"the job's own values of {', '.join(outside)} lie outside of the space: the first trial is not the job as it stands")
-    folder = StudyFolder(studies_folder() / new_id(prepared.spec.name))
+    folder = StudyFolder(studies_folder() / (asked.study or new_id(prepared.spec.name)))
     make_private_folder(folder.path)
     write_record(folder.plan, prepared.plan.as_record())
     record = {
@@ -164,6 +165,25 @@ def _new_study(
     }
     write_record(folder.record, record)
     return folder, prepared
+
+
+def load_search(job: str, overrides: Sequence[str]) -> load.LoadedJob:
+    """A job with its search, checked as `load.load_job` checks one; its data and the corners of its space are not.
+
+    Raises:
+        InputError: with everything that is wrong, or it has no search.
+    """
+    given, _ = with_search(job, overrides)
+    loaded = load.load_job(job, given)
+    _searched(loaded)
+    return loaded
+
+
+def _searched(loaded: load.LoadedJob) -> SearchSpec:
+    if loaded.spec.search is None:
+        fix = f"Add `search:` to the job, or write it into {BESIDE} beside it."
+        raise InputError([Problem("search", "nothing", "a space to search", fix)])
+    return loaded.spec.search
 
 
 def with_search(job: str, overrides: Sequence[str]) -> tuple[list[str], load.LoadedJob]:
@@ -230,7 +250,7 @@ def _follow_other(folder: StudyFolder, tell: Tell) -> int:
             offset, _ = _show_new(folder, offset, tell)
 
 
-def _drive(folder: StudyFolder, offset: int, tell: Tell, look: Callable[[], None] | None) -> None:
+def _drive(folder: StudyFolder, parallel: int | None, offset: int, tell: Tell, look: Callable[[], None] | None) -> None:
     """Have the search driven to its end, by one process after the other where they die.
 
     Args:
@@ -243,7 +263,7 @@ def _drive(folder: StudyFolder, offset: int, tell: Tell, look: Callable[[], None
     deaths = 0
     while True:
         with session_folder.new_session() as session:
-            process = _start(folder, session)
+            process = _start(folder, parallel, session)
             try:
                 if look is not None:
                     look()
@@ -274,10 +294,11 @@ def _drive(folder: StudyFolder, offset: int, tell: Tell, look: Callable[[], None
             raise RunError(f"the search's driver died {deaths} times without a trial between; see {folder.log}")
 
 
-def _start(folder: StudyFolder, session: Path) -> subprocess.Popen[bytes]:
+def _start(folder: StudyFolder, parallel: int | None, session: Path) -> subprocess.Popen[bytes]:
+    at_once = [] if parallel is None else [str(parallel)]
     with open(folder.log, "ab", opener=private) as log:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "raymill.tune.driver", str(folder.path)],
+            [sys.executable, "-P", "-m", "raymill.tune.driver", str(folder.path), *at_once],
             cwd=project_root(),
             env={**os.environ, session_folder.VARIABLE: str(session)},
             stdin=subprocess.DEVNULL,

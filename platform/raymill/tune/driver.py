@@ -1,6 +1,6 @@
 """The process that drives a search: a Ray of its own (or a cluster's), on which Ray Tune runs the trials.
 
-    python -m raymill.tune.driver STUDY_FOLDER
+    python -m raymill.tune.driver STUDY_FOLDER [TRIALS_AT_ONCE]
 
 Ray Tune finds room for trials, keeps their actors warm from one to the next, and starts lost ones again; what they try and which
 end early comes from the study, whose store is all that is kept. So this process may be killed at any moment: another goes on.
@@ -62,12 +62,13 @@ SETTINGS = {
 class Search:
     """What Ray Tune asks and tells: the study, its budget, and what becomes of each trial. Called in one thread."""
 
-    def __init__(self, folder: StudyFolder) -> None:
-        """Of a study that was prepared."""
+    def __init__(self, folder: StudyFolder, parallel: int | None = None) -> None:
+        """Of a study that was prepared; with no more trials at once than `parallel`, whatever it says itself."""
         record = read_record(folder.record)
         self.folder, self.record = folder, record
         self.search = SearchSpec.model_validate(record["search"])
         self.spec = JobSpec.model_validate(record["spec"])
+        self.parallel = min((most for most in (self.search.parallel, parallel) if most), default=None)
         self.metric, self.mode = record["metric"], record["mode"]
         self.study = Study(folder.store, folder.name, self.search, self.mode, record["first"])
         self.failed: str | None = None
@@ -227,7 +228,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, stop)
     try:
         with run_lock(folder.driver_lock):
-            return _drive(folder)
+            return _drive(folder, *map(int, arguments[1:]))
     except RaymillError as error:
         return _failed(folder, error)
     except Exception as error:
@@ -243,10 +244,10 @@ def _failed(folder: StudyFolder, error: RaymillError) -> int:
     return FAILED
 
 
-def _drive(folder: StudyFolder) -> int:
+def _drive(folder: StudyFolder, parallel: int | None = None) -> int:
     plan = Plan.from_record(read_record(folder.plan))
     os.environ |= SETTINGS | {"RAYMILL_HOME": str(home())}
-    search = Search(folder)
+    search = Search(folder, parallel)
     search.tell_what_was_not_told()
     with ray_for(plan, meanwhile=lambda: importlib.import_module("raymill.tune.ray_tune")):
         signal.signal(signal.SIGTERM, lambda number, frame: folder.stop_request.touch())

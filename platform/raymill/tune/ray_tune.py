@@ -111,7 +111,7 @@ def run(search: Search, scratch: Path) -> None:
             search_alg=Suggestions(search, ended_early),
             scheduler=EndsEarly(search, ended_early),
             num_samples=-1,
-            max_concurrent_trials=search.search.parallel,
+            max_concurrent_trials=search.parallel,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(

@@ -14,12 +14,14 @@ import sys
 import time
 from collections.abc import Sequence
 
+from raymill.cluster.line import TUNE
 from raymill.cluster.on_head.head import project_of
 from raymill.cluster.on_head.request import JOB_CONFIG
 from raymill.errors import RunError
 from raymill.files import read_record, run_lock
 from raymill.orchestration import tracker
 from raymill.record.folder import RunFolder, run_folder
+from raymill.tune.folder import StudyFolder, studies_folder
 
 BEFORE_ENDS_S = 120.0
 """What an earlier attempt has left running has this long to save its state and end."""
@@ -39,14 +41,14 @@ def carry_out(run: str, command: Sequence[str], workers: str = "-", given_s: flo
     """Make an attempt at a run in this process, which ends with what the command ends with.
 
     Args:
-        run: its id.
+        run: its id; of a search, the study's name.
         command: arguments of `raymill`, as they were submitted.
-        workers: how many there is room for; "-": as the job says.
+        workers: how many there is room for, or trials at once; "-": as the job says.
         given_s: when this process was told so, Unix seconds; None: when it started.
     """
-    folder = run_folder(run)
+    folder = StudyFolder(studies_folder() / run) if command[0] == TUNE else run_folder(run)
     _wait_for_the_one_before(folder)
-    if "--resume" not in command and _is_finished(folder):
+    if isinstance(folder, RunFolder) and "--resume" not in command and _is_finished(folder):
         # The attempt before was asked to end when there was nothing left to do but to deliver it.
         sys.exit(tracker.main([str(folder.path)]))
     sys.argv = ["raymill", *as_attempt(command, folder, workers), *([f"--given-s={given_s}"] if given_s else [])]
@@ -54,22 +56,26 @@ def carry_out(run: str, command: Sequence[str], workers: str = "-", given_s: flo
     runpy.run_module("raymill", run_name="__main__")
 
 
-def as_attempt(command: Sequence[str], folder: RunFolder, workers: str) -> list[str]:
-    """The command that was submitted, as it goes on with what there is of its run."""
-    given = list(command) + ([f"--set=scale.max_workers={workers}"] if workers != "-" else [])
-    if "--resume" in given or not folder.command.exists():
+def as_attempt(command: Sequence[str], folder: RunFolder | StudyFolder, workers: str) -> list[str]:
+    """The command that was submitted, as it goes on with what there is of its run or its search."""
+    if isinstance(folder, StudyFolder):
+        has_begun, at_most = folder.record.exists(), f"--parallel={workers}"
+    else:
+        has_begun, at_most = folder.command.exists(), f"--set=scale.max_workers={workers}"
+    limit = [at_most] if workers != "-" else []
+    if has_begun and "--resume" not in command:
+        return [command[0], "--resume", folder.path.name, *limit, "--json"]
+    if "--resume" not in command:
         # Whatever is there was killed before it was a run.
-        if "--resume" not in given:
-            shutil.rmtree(folder.path, ignore_errors=True)
-        return given
-    return ["train", "--resume", folder.run_id, *([given[-1]] if workers != "-" else []), "--json"]
+        shutil.rmtree(folder.path, ignore_errors=True)
+    return [*command, *limit]
 
 
 def _is_finished(folder: RunFolder) -> bool:
     return folder.summary.exists() and read_record(folder.summary).get("status") == "finished"
 
 
-def _wait_for_the_one_before(folder: RunFolder) -> None:
+def _wait_for_the_one_before(folder: RunFolder | StudyFolder) -> None:
     """Have those end, their state saved, that have outlived what Ray takes for their death: a command without its shell, a driver
     without its command. One that does not is named by the command that comes.
     """
