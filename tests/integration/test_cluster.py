@@ -26,7 +26,9 @@ import psutil
 import pytest
 
 from faults.cases import flip_page, own_digits
+from integration.commands import Home
 from integration.test_given import make_project
+from integration.test_tune import SEARCH, command, told
 from raymill.checkpoint import directory
 from raymill.config import load, plan
 from raymill.config.plan import ClusterFacts
@@ -41,6 +43,17 @@ RAY = "ray.scripts.scripts"
 
 HIDE = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o ro none "$1" && shift && exec "$@"', "sh"]
 """Begins a command that shall not see what is in the folder named next. Needs root."""
+
+POPULATION = command(
+    {
+        **SEARCH,
+        "space": {"optimizer.lr": {"kind": "loguniform", "low": 1e-4, "high": 0.2}},
+        "trials": 6,
+        "scheduler": {"kind": "pbt", "population": 3, "quantile": 0.34, "grace": 2},
+    },
+    *("--set", "loop.epochs=4"),
+)
+"""A search whose later trials go on from earlier ones."""
 
 START_TIMEOUT_S = 120.0
 STEP_TIMEOUT_S = 300.0
@@ -193,6 +206,31 @@ def embedded_run(folder: Path, *job: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "raymill", "train", *job, "--json"]
     variables = kept | {"RAYMILL_HOME": str(folder), "PYTHONPATH": str(PROJECT / "platform")}
     return finish(subprocess.Popen(command, env=variables, cwd=PROJECT, text=True, stdout=-1, stderr=-1))
+
+
+@pytest.mark.cluster
+def test_trials_on_a_machine_without_their_runs_folders_go_on_from_what_came_home_and_end_as_on_this_machine(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    if not can_hide(nodes.folder / "home"):
+        pytest.skip("needs the right to mount")
+    job = [*POPULATION, "--json"]
+    here, there = Home(tmp_path / "here"), Home(nodes.folder / "home")
+    assert here.json(*job)["trials"] == {"complete": 6}
+    start_head(nodes, 0)
+    nodes.add(1, hidden=there.path)
+    nodes.wait_for_cpus(1)
+    # Once in the middle of a trial that goes on from another one, behind a commit.
+    fault = {"RAYMILL_FAULT": "step_done:delay:step=26:seconds=3,step_done:kill:step=28", "RAYMILL_FAULT_FOLDER": str(tmp_path)}
+    code, out, said = there.run(*job, variables=nodes.variables | fault)
+    assert code == 0, said
+    assert json.loads(out)["trials"] == {"complete": 6}
+    assert told(there) == told(here)
+    starts = [event for event in nodes.events() if event["kind"] == "start"]
+    [killed] = [event for event in starts if event["attempt"] == 2]
+    assert killed["step"] >= 24, "it goes on from the commit that came home"
+    for run in nodes.runs():
+        directory.verify(max((run / "checkpoints").glob("step-*")))
 
 
 def planned(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -54,6 +54,17 @@ def test_code_is_put_in_place_once_and_removed_when_nobody_needs_it(home: Path, 
     assert head.told_ready("run-ready") is not None, "only code is removed"
 
 
+def test_a_cluster_whose_heads_have_other_addresses_is_known_by_its_name(
+    home: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(head.CLUSTER, "mine")
+    head.put_in_place("a" * 16, project)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
+    assert head.in_place() == ["a" * 16]
+    assert head.folder() == home / "submitted" / "mine"
+    assert head.folder("10.0.0.2:6379") != head.folder()
+
+
 def test_code_that_could_not_be_copied_whole_is_not_there(project: Path) -> None:
     (project / "gone").symlink_to(project / "nowhere")
     with pytest.raises(Exception, match="gone"):

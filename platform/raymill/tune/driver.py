@@ -32,7 +32,7 @@ from raymill.errors import RaymillError, RunError
 from raymill.files import private, read_record, replace_file, run_lock, write_record
 from raymill.orchestration.on_ray.ray_session import ray_for
 from raymill.orchestration.on_ray.session_folder import VARIABLE
-from raymill.paths import home
+from raymill.paths import home, project_root
 from raymill.redaction import print_redacted, redact, redact_text
 from raymill.tune.folder import FAILED, FINISHED, INTERRUPTED, UNWRITABLE, StudyFolder
 from raymill.tune.outcome import conclude
@@ -105,7 +105,7 @@ class Search:
         repeats = self.search.repeats(self.spec.loop.seed)
         name = f"{self.folder.name}-{suggestion.number:04d}"
         ids = [name] if len(repeats) == 1 else [f"{name}.{number}" for number in range(len(repeats))]
-        values = as_overrides(suggestion.values)
+        values, parent = as_overrides(suggestion.values), None
         stop_after = None
         if self.search.scheduler.kind == "pbt":
             size = self.search.scheduler.population
@@ -115,11 +115,13 @@ class Search:
             # Others go on from the checkpoint of the last evaluation, behind which there may be some more.
             fixed.append(f"checkpoint.keep={max(self.spec.checkpoint.keep, 4)}")
         if suggestion.parent is not None:
-            begins = {"model": f"{self.folder.name}-{suggestion.parent:04d}", "take": "all", "step": suggestion.step}
+            parent = f"{self.folder.name}-{suggestion.parent:04d}"
+            begins = {"model": parent, "take": "all", "step": suggestion.step}
             values.append(f"init_from={json.dumps(begins)}")
         return TrialSpec(
             study=self.folder.name,
             number=suggestion.number,
+            project=str(project_root()),
             job=self.record["job"],
             runs={run_id: [*fixed, *values, *own] for run_id, own in zip(ids, repeats, strict=True)},
             metric=self.metric,
@@ -127,6 +129,7 @@ class Search:
             cwd=self.record["cwd"],
             in_process=self.in_process,
             stop_after=stop_after,
+            parent=parent,
         )
 
     def report(self, number: int, evaluation: int, value: float) -> bool:

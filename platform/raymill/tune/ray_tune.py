@@ -14,6 +14,8 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from raymill.orchestration.cluster_facts import address
+from raymill.orchestration.on_ray import mirror
 from raymill.tune.trial import TrialSpec, run_trial
 
 if TYPE_CHECKING:
@@ -105,8 +107,10 @@ def run(search: Search, scratch: Path) -> None:
     scale = search.spec.scale
     per_worker = {"CPU": scale.cpus_per_worker or 1, "GPU": scale.gpus_per_worker}
     resources = {name: amount * search.num_workers for name, amount in per_worker.items() if amount}
+    # On a Ray of our own every actor sees the runs' folders.
+    home = mirror.start_home() if address() else None
     tuner = tune.Tuner(
-        tune.with_resources(trial_in_actor, resources),
+        tune.with_resources(tune.with_parameters(trial_in_actor, home=home), resources),
         tune_config=tune.TuneConfig(
             search_alg=Suggestions(search, ended_early),
             scheduler=EndsEarly(search, ended_early),
@@ -124,7 +128,7 @@ def run(search: Search, scratch: Path) -> None:
     tuner.fit()
 
 
-def trial_in_actor(config: dict[str, Any]) -> None:
+def trial_in_actor(config: dict[str, Any], home: Any = None) -> None:
     """A trial, in an actor of Ray Tune's that outlives it."""
     ends: list[int] = []
 
@@ -135,7 +139,7 @@ def trial_in_actor(config: dict[str, Any]) -> None:
             ends.append(evaluation)
             raise
 
-    outcome = run_trial(TrialSpec(**config), report)
+    outcome = run_trial(TrialSpec(**config), report, home)
     if ends:
         # Its state is saved by now; nobody waits for another report.
         raise SystemExit

@@ -15,8 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from raymill.config import load
@@ -25,10 +27,13 @@ from raymill.files import read_record
 from raymill.orchestration import executors, run
 from raymill.orchestration.attempts import Show
 from raymill.orchestration.executors import Executor
+from raymill.orchestration.on_ray import mirror
 from raymill.orchestration.prepare import prepare
 from raymill.own_code.traces import tell
+from raymill.paths import project_root
 from raymill.record.events import AttemptStarted, EvaluationDone, Event, RunStopped, read_events
 from raymill.record.folder import RunFolder, run_folder
+from raymill.tune.folder import StudyFolder, studies_folder
 
 Report = Callable[[int, float], None]
 """Is given number (from 1 on) and value of each evaluation; raises SystemExit where the trial is to end."""
@@ -40,17 +45,19 @@ class TrialSpec:
 
     Attributes:
         study, number: which trial.
-        job: the job file.
+        project, job: the project's folder, and the job file in it, where the search is driven.
         runs: run id -> its overrides.
+        parent: the run that it goes on from; None: it begins anew.
         metric: what is searched for.
         measured: further metrics that each run has to measure.
-        cwd: where the command was given.
+        cwd: where the command was given, in the project or not.
         in_process: its runs have one worker, and need no other process.
         stop_after: evaluations behind which a run is stopped, saved, for others to go on from; None: it runs to its end.
     """
 
     study: str
     number: int
+    project: str
     job: str
     runs: dict[str, list[str]]
     metric: str
@@ -58,22 +65,46 @@ class TrialSpec:
     cwd: str
     in_process: bool
     stop_after: int | None = None
+    parent: str | None = None
 
 
-def run_trial(trial: TrialSpec, report: Report) -> dict[str, Any]:
+def run_trial(trial: TrialSpec, report: Report, home: Any = None) -> dict[str, Any]:
     """Run a trial to its end.
+
+    Args:
+        trial: which.
+        report: is told its evaluations.
+        home: the actor that has its runs where this process may be on a machine that does not see them.
 
     Returns:
         metrics (means over the runs), deviation (of the metric), step, seconds and runs; or failed, with what the job's own code
         said; or no_room, with what the system said.
     """
-    begun_s = time.perf_counter()
+    if home is not None and not StudyFolder(studies_folder() / trial.study).record.exists():
+        return _run_away(trial, report, home)
     os.chdir(trial.cwd)
+    return _run_here(trial, report, lambda run_id: nullcontext())
+
+
+def _run_away(trial: TrialSpec, report: Report, home: Any) -> dict[str, Any]:
+    """The same where neither the project's own folder is nor its runs: on what travelled here."""
+    there, here = Path(trial.project), project_root()
+    job, cwd = (here / Path(one).relative_to(there) if Path(one).is_relative_to(there) else one for one in (trial.job, trial.cwd))
+    os.chdir(cwd if Path(cwd).is_dir() else here)
+    with mirror.away():
+        if trial.parent is not None:
+            mirror.fetch(trial.parent, home)
+        return _run_here(replace(trial, job=str(job)), report, partial(mirror.mirrored, home=home))
+
+
+def _run_here(trial: TrialSpec, report: Report, in_place: Callable[[str], AbstractContextManager[None]]) -> dict[str, Any]:
+    begun_s = time.perf_counter()
     measured: list[dict[str, float]] = []
     step = 0
     try:
         for run_id, overrides in trial.runs.items():
-            summary = _run(trial, run_id, overrides, report)
+            with in_place(run_id):
+                summary = _run(trial, run_id, overrides, report)
             for name in (trial.metric, *trial.measured):
                 if name not in summary["metrics"]:
                     raise RunError(f"the run did not measure {name!r}, but {sorted(summary['metrics'])}. Correct the search.")

@@ -1,6 +1,6 @@
 """What lies on a cluster's head for the runs that are submitted to it.
 
-.raymill/submitted/ADDRESS/
+.raymill/submitted/CLUSTER/
     CODE/project, CODE/engine   the project and raymill itself, as they were sent
     queue/                      what the queue's actor imports; acts.lock beside it is held by the one that acts
     ready/JOB.json              what workers that stand ready are told
@@ -22,6 +22,9 @@ from filelock import FileLock, Timeout
 from raymill.files import make_private_folder, read_record, write_record
 from raymill.paths import ENGINE, home
 
+CLUSTER = "RAYMILL_CLUSTER"
+"""Environment variable of a cluster's machines: what it is called."""
+
 QUEUE, READY = "queue", "ready"
 CODE = re.compile(r"[0-9a-f]{16}")
 
@@ -30,9 +33,11 @@ def folder(address: str | None = None) -> Path:
     """The folder of a cluster.
 
     Args:
-        address: of the cluster; None: the one that this process belongs to, which Ray names in its environment.
+        address: of the cluster; None: the one that this process belongs to: by the name that its machines give it, if its heads
+            come and go at other addresses, else by the address that Ray names.
     """
-    return home() / "submitted" / (address or os.environ["RAY_ADDRESS"]).replace(":", "_")
+    named = address or os.environ.get(CLUSTER) or os.environ["RAY_ADDRESS"]
+    return home() / "submitted" / named.replace(":", "_")
 
 
 def code_of(runtime_env: Mapping[str, Any] | None) -> str:

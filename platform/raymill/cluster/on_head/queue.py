@@ -53,6 +53,10 @@ class Queue:
 
     def __init__(self) -> None:
         """Begin to act, in a thread."""
+        import ray
+
+        # What lies on the head is found by it, and Ray's Jobs API; another head may have another one.
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         threading.Thread(target=self._act_for_ever, name="acts on the line", daemon=True).start()
 
     def lives(self) -> bool:
@@ -233,8 +237,7 @@ def ensure(engine: Path) -> None:
                 return
             shutil.rmtree(own, ignore_errors=True)
             shutil.copytree(engine / ENGINE.name, own / ENGINE.name)
-            # As Ray has named it to this process: what lies on the head is found by it.
-            variables = {"PYTHONPATH": str(own), "RAYMILL_HOME": str(home()), "RAY_ADDRESS": os.environ["RAY_ADDRESS"]}
+            variables = {"PYTHONPATH": str(own), "RAYMILL_HOME": str(home())}
             actor: Any = ray.remote(Queue)
             actor = actor.options(
                 name=NAME,
