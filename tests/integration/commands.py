@@ -24,6 +24,15 @@ PROJECT = Path(__file__).parents[2]
 TIMEOUT_S = 240.0
 
 
+def smoke_project(folder: Path) -> Path:
+    """Make a project of the smallest job there is, and of what it needs; returns its folder."""
+    for place in ("jobs/smoke", "pipelines"):
+        shutil.copytree(PROJECT / place, folder / place, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "jobs" / "__init__.py").touch()
+    (folder / "pyproject.toml").touch()
+    return folder
+
+
 class Home:
     """A state folder and the commands that use it.
 

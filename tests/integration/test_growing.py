@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from integration.commands import PROJECT, Home
+from integration.commands import PROJECT, Home, smoke_project
 from integration.test_cluster import START_TIMEOUT_S, STEP_TIMEOUT_S, until
 from raymill.cluster.process import free_ports
 from raymill.files import private
@@ -76,11 +75,7 @@ class Growing(Home):
 
 @pytest.fixture
 def growing(tmp_path: Path) -> Iterator[Growing]:
-    project = tmp_path / "project"
-    for place in ("jobs/smoke", "pipelines"):
-        shutil.copytree(PROJECT / place, project / place, ignore=shutil.ignore_patterns("__pycache__"))
-    (project / "jobs" / "__init__.py").touch()
-    (project / "pyproject.toml").touch()
+    project = smoke_project(tmp_path / "project")
     home = Growing(tmp_path / "home", project)
     gcs, dashboard = free_ports(2)
     token = tmp_path / "token"

@@ -34,11 +34,14 @@ from raymill.cluster.line import (
     was_killed,
 )
 from raymill.cluster.on_head.attempt import as_attempt
+from raymill.cluster.spec import ClusterSpec
 from raymill.cluster.submitted import _again, _asked
 from raymill.config.load import load_job
 from raymill.errors import InputError
 from raymill.record.folder import RunFolder
 from raymill.tune.folder import StudyFolder
+
+HERE = ClusterSpec(kind="local")
 
 SEARCH = {"space": {"optimizer.lr": {"kind": "uniform", "low": 0.1, "high": 0.2}}, "trials": 8}
 
@@ -423,10 +426,10 @@ def test_what_is_no_request_of_ours_is_in_nobodys_way(changed: dict[str, Any]) -
 def test_what_is_resumed_is_the_last_that_was_submitted_whatever_its_priority() -> None:
     first = [request("a", 0), attempt("a", 1, "FAILED", INTERRUPTED), note(STOP, "a")]
     second = replace(request("a", 9, priority=5), id="a.2")
-    assert _again(read(first), "a", [])[0] == "a.2"
+    assert _again(read(first), "a", [], HERE)[0] == "a.2"
     done = attempt("a.2", 1, "SUCCEEDED", 0)
     with pytest.raises(InputError, match="a run that is finished"):
-        _again(read([*first, second, done]), "a", [])
+        _again(read([*first, second, done]), "a", [], HERE)
 
 
 def test_an_attempt_goes_on_with_what_there_is_of_its_run_or_its_search(tmp_path: Path) -> None:

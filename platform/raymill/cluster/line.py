@@ -77,6 +77,7 @@ class Asked:
         cpus, gpus: of each worker.
         quota_cpus: that all runs of this user may hold at once; None: no limit.
         keeps_ready: whether workers are to be ready afterwards for another run like it.
+        runs_at: where its folder is kept beside the head's disk; None: nowhere.
         command: arguments of `raymill`.
     """
 
@@ -91,6 +92,7 @@ class Asked:
     gpus: float = 0.0
     quota_cpus: float | None = None
     keeps_ready: bool = False
+    runs_at: str | None = None
 
     @property
     def is_search(self) -> bool:
@@ -99,8 +101,8 @@ class Asked:
 
     def as_metadata(self) -> dict[str, str]:
         """As the metadata of a job of Ray's, which are texts."""
-        numbers = [self.priority, self.least, self.most, self.cpus, self.gpus, self.quota_cpus, self.keeps_ready]
-        told = {"run": self.run, "job": self.job, "user": self.user, "asked": json.dumps(numbers)}
+        values = [self.priority, self.least, self.most, self.cpus, self.gpus, self.quota_cpus, self.keeps_ready, self.runs_at]
+        told = {"run": self.run, "job": self.job, "user": self.user, "asked": json.dumps(values)}
         return {"raymill": REQUEST, **told, "command": json.dumps(self.command)}
 
     @staticmethod

@@ -33,6 +33,11 @@ class ClusterSpec(StrictModel):
     object_store_mb: int = Field(default=200, ge=80, description="of each node, in MB")
     quotas: dict[str, float] = Field(default_factory=dict, description="user -> CPUs that all runs of theirs may hold at once")
     keep_ready: bool = Field(default=True, description="after a run, hold workers ready for another one like it, for ten minutes")
+    runs_at: str | None = Field(
+        default=None,
+        pattern=r"^((s3|gs|gcs|abfs|abfss|az|hdfs)://[^/]+|/)",
+        description="address or folder where the folders of runs are kept too, for when the head's disk is lost",
+    )
     mlflow: bool = Field(default=False, description="of kind local: start an MLflow server with passwords beside the nodes")
     dashboard: str | None = Field(default=None, description="of kind address: where its Jobs API answers, http://HOST:8265")
     token_file: str | None = Field(default=None, description="of kind address: the file with its token, which only you may read")

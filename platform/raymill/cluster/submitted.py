@@ -28,7 +28,8 @@ from raymill.cluster.spec import ClusterFolder, ClusterSpec
 from raymill.config.load import load_job
 from raymill.config.spec import JobSpec
 from raymill.errors import InputError, Problem, RunError
-from raymill.files import read_record
+from raymill.files import parse_json, read_record, without_version
+from raymill.orchestration.on_ray.mirror import AtAddress
 from raymill.orchestration.run import new_id
 from raymill.paths import ENGINE, home, project_root
 from raymill.record.folder import run_folder
@@ -79,11 +80,12 @@ def submit(
     user = getpass.getuser()
     if resume:
         client = _client(name, spec)
-        submission, asked = _again(_requests(client), resume, overrides, same_disk=spec.kind == "local")
+        submission, asked = _again(_requests(client), resume, overrides, spec)
     else:
         submission, asked = _first(job, overrides, search=search)
         client = _client(name, spec)
     asked = replace(asked, user=user, priority=priority, quota_cpus=spec.quotas.get(user), keeps_ready=spec.keep_ready)
+    asked = replace(asked, runs_at=spec.runs_at)
     # Each part is quoted: nothing in a name is a command of the shell.
     here = shlex.join(["env", f"RAYMILL_HOME={home()}", sys.executable])
     begin = here if spec.kind == "local" else ELSEWHERE
@@ -126,12 +128,10 @@ def _asked(run: str, job: str, spec: JobSpec, command: tuple[str, ...]) -> line.
     return replace(asked, least=1, most=most, cpus=workers * asked.cpus, gpus=workers * asked.gpus)
 
 
-def _again(
-    known: Sequence[line.Request], run: str, overrides: Sequence[str], *, same_disk: bool = False
-) -> tuple[str, line.Asked]:
+def _again(known: Sequence[line.Request], run: str, overrides: Sequence[str], cluster: ClusterSpec) -> tuple[str, line.Asked]:
     """What the request is called that goes on with a run that is over, and what it asks for."""
     changed = [f"--set={one}" for one in overrides]
-    if same_disk and not any(one.asked.run == run for one in known) and (found := _on_this_disk(run)):
+    if not any(one.asked.run == run for one in known) and (found := _kept(run, cluster)):
         # The cluster that it was submitted to is gone, with all that it knew, or it was none.
         verb, spec = found
         return run, _asked(run, spec.name, spec, (verb, "--resume", run, *changed, "--json"))
@@ -145,15 +145,16 @@ def _again(
     return f"{run}.{sum(one.asked.run == run for one in known) + 1}", replace(last.asked, command=command)
 
 
-def _on_this_disk(name: str) -> tuple[str, JobSpec] | None:
-    """The verb of a run or search that is kept here, and its job."""
-    if run_folder(name).spec.exists():
-        return "train", JobSpec.model_validate(read_record(run_folder(name).spec))
-    study = StudyFolder(studies_folder() / name)
-    if not study.record.exists():
-        return None
-    record = read_record(study.record)
-    return line.TUNE, JobSpec.model_validate({**record["spec"], "search": record["search"]})
+def _kept(name: str, cluster: ClusterSpec) -> tuple[str, JobSpec] | None:
+    """The verb of a run or search that is kept here or where the cluster keeps its runs, and its job."""
+    folder, study = run_folder(name), StudyFolder(studies_folder() / name)
+    if cluster.kind == "local" and folder.spec.exists():
+        return "train", JobSpec.model_validate(read_record(folder.spec))
+    if cluster.kind == "local" and study.record.exists():
+        record = read_record(study.record)
+        return line.TUNE, JobSpec.model_validate({**record["spec"], "search": record["search"]})
+    kept = AtAddress(cluster.runs_at).read(name, folder.spec.name) if cluster.runs_at else None
+    return ("train", JobSpec.model_validate(without_version(parse_json(kept), f"{cluster.runs_at}/{name}"))) if kept else None
 
 
 def list_submitted(name: str, spec: ClusterSpec) -> list[dict[str, Any]]:

@@ -11,8 +11,10 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import IO, Any, TypeVar
@@ -120,6 +122,23 @@ class Far:
     def open_arrow(self, name: str) -> NativeFile:
         """The file; Arrow reads several places of it at once."""
         return self.system.open_input_file(self._path(name))
+
+    def write(self, name: str, file: IO[bytes]) -> None:
+        """Make a file, which is there once all of it is; see `Place.write`."""
+        if self.web is not None:
+            raise PermissionError(1, "a web server takes no files", self.root)
+
+        def attempt() -> None:
+            file.seek(0)
+            with self.system.open_output_stream(self._path(name)) as stream:
+                shutil.copyfileobj(file, stream, BUFFER_BYTES)
+
+        self.persisting(attempt)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with suppress(FileNotFoundError):
+            self.persisting(lambda: self.system.delete_file(self._path(name)))
 
     def persisting(self, function: Callable[[], T]) -> T:
         """Call it, and again after a failure that may pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,22 @@ class Near:
         """The file."""
         return OSFile(str(Path(self.root, name)))
 
+    def write(self, name: str, file: IO[bytes]) -> None:
+        """Make a file; see `Place.write`."""
+        path = Path(self.root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(f".{path.name}.{os.getpid()}")
+        with open(staged, "wb", opener=_private) as made:
+            shutil.copyfileobj(file, made)
+        os.replace(staged, path)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, and the folder where it was the last one."""
+        path = Path(self.root, name)
+        path.unlink(missing_ok=True)
+        if path.parent.is_dir() and not any(path.parent.iterdir()):
+            path.parent.rmdir()
+
     def persisting(self, function: Callable[[], T]) -> T:
         """Call it once: what goes wrong on a disk goes wrong again."""
         return function()
@@ -75,6 +92,10 @@ def _outside(root: Path, files: Sequence[Path]) -> list[Path]:
     inside = {parent: parent.resolve().is_relative_to(root) for parent in {path.parent for path in files}}
     linked = {path for path in files if path.is_symlink() and not path.resolve().is_relative_to(root)}
     return [path for path in files if path in linked or not inside[path.parent]]
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _is_hidden(path: Path) -> bool:

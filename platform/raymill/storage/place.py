@@ -104,6 +104,20 @@ class Place(Protocol):
             OSError: as above.
         """
 
+    def write(self, name: str, file: IO[bytes]) -> None:
+        """Make a file of these bytes, whole or not at all; what is missing above it too.
+
+        Raises:
+            OSError: as above, or nothing can be written there.
+        """
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there.
+
+        Raises:
+            OSError: it is not to be reached.
+        """
+
     def persisting(self, function: Callable[[], T]) -> T:
         """Call a function that reads files; where a failure may pass, again."""
 

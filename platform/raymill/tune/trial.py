@@ -14,8 +14,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -88,13 +88,22 @@ def run_trial(trial: TrialSpec, report: Report, home: Any = None) -> dict[str, A
 
 def _run_away(trial: TrialSpec, report: Report, home: Any) -> dict[str, Any]:
     """The same where neither the project's own folder is nor its runs: on what travelled here."""
-    there, here = Path(trial.project), project_root()
-    job, cwd = (here / Path(one).relative_to(there) if Path(one).is_relative_to(there) else one for one in (trial.job, trial.cwd))
-    os.chdir(cwd if Path(cwd).is_dir() else here)
+    there, here, project = mirror.OtherMachine(home), project_root(), Path(trial.project)
+    named = Path(trial.job), Path(trial.cwd)
+    job, cwd = (here / one.relative_to(project) if one.is_relative_to(project) else one for one in named)
+    os.chdir(cwd if cwd.is_dir() else here)
     with mirror.away():
         if trial.parent is not None:
-            mirror.fetch(trial.parent, home)
-        return _run_here(replace(trial, job=str(job)), report, partial(mirror.mirrored, home=home))
+            there.fetch(run_folder(trial.parent).path)
+        return _run_here(replace(trial, job=str(job)), report, partial(_mirrored, home=there))
+
+
+@contextmanager
+def _mirrored(run_id: str, home: mirror.Home) -> Iterator[None]:
+    folder = run_folder(run_id)
+    home.fetch(folder.path)
+    with mirror.mirrored(folder, home, sent=mirror.stamps(folder.path), say=partial(print, flush=True), must_arrive=True):
+        yield
 
 
 def _run_here(trial: TrialSpec, report: Report, in_place: Callable[[str], AbstractContextManager[None]]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a cluster runs for an attempt at a submitted run: `raymill`, on the code that its request has put in place.
 
-    python -m raymill.cluster.on_head.attempt CODE RUN WORKERS train jobs/mnist/job.yaml ...
+    python -m raymill.cluster.on_head.attempt CODE RUN WORKERS RUNS_AT train jobs/mnist/job.yaml ...
 
 It goes on with what the attempt before has saved, with the number of workers that the line has room for.
 """
@@ -12,7 +12,9 @@ import runpy
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 from raymill.cluster.line import TUNE
 from raymill.cluster.on_head.head import project_of
@@ -20,6 +22,7 @@ from raymill.cluster.on_head.request import JOB_CONFIG
 from raymill.errors import RunError
 from raymill.files import read_record, run_lock
 from raymill.orchestration import tracker
+from raymill.orchestration.on_ray import mirror
 from raymill.record.folder import RunFolder, run_folder
 from raymill.tune.folder import StudyFolder, studies_folder
 
@@ -31,23 +34,49 @@ POLL_S = 0.2
 
 def main(arguments: Sequence[str]) -> None:
     """Become the command; see `carry_out`."""
-    code, run, workers, *command = arguments
+    code, run, workers, runs_at, *command = arguments
     os.environ.pop(JOB_CONFIG, None)
     os.chdir(project_of(code))
-    carry_out(run, command, workers)
+    carry_out(run, command, workers, runs_at)
 
 
-def carry_out(run: str, command: Sequence[str], workers: str = "-", given_s: float | None = None) -> None:
+def carry_out(run: str, command: Sequence[str], workers: str, runs_at: str, given_s: float | None = None) -> None:
     """Make an attempt at a run in this process, which ends with what the command ends with.
 
     Args:
         run: its id; of a search, the study's name.
         command: arguments of `raymill`, as they were submitted.
         workers: how many there is room for, or trials at once; "-": as the job says.
+        runs_at: where its folder is kept beside this disk; "-": nowhere.
         given_s: when this process was told so, Unix seconds; None: when it started.
     """
     folder = StudyFolder(studies_folder() / run) if command[0] == TUNE else run_folder(run)
     _wait_for_the_one_before(folder)
+    if isinstance(folder, RunFolder) and runs_at != "-":
+        with kept_at(folder, mirror.AtAddress(runs_at)):
+            _become(command, folder, workers, given_s)
+    else:
+        _become(command, folder, workers, given_s)
+
+
+@contextmanager
+def kept_at(folder: RunFolder, home: mirror.AtAddress) -> Iterator[None]:
+    """Within this a run's folder is kept at an address as well; first it is had from there, if more attempts were made at it than
+    are known on this disk.
+    """
+    here = int(folder.attempt.read_text()) if folder.attempt.exists() else 0
+    try:
+        if int(home.read(folder.run_id, folder.attempt.name) or 0) > here:
+            shutil.rmtree(folder.path, ignore_errors=True)
+            home.fetch(folder.path)
+    except OSError as error:
+        sys.exit(f"the address where runs are kept could not be asked for {folder.run_id}: {error}")
+    say = partial(print, file=sys.stderr, flush=True)
+    with mirror.mirrored(folder, home, sent={}, say=say, must_arrive=False):
+        yield
+
+
+def _become(command: Sequence[str], folder: RunFolder | StudyFolder, workers: str, given_s: float | None) -> None:
     if isinstance(folder, RunFolder) and "--resume" not in command and _is_finished(folder):
         # The attempt before was asked to end when there was nothing left to do but to deliver it.
         sys.exit(tracker.main([str(folder.path)]))

@@ -185,10 +185,11 @@ def _start(client: JobSubmissionClient, start: decisions.Start, facts: ClusterFa
     workers = str(start.workers) if asked.least < asked.most else "-"
     if start.by is None:
         code = start.request.job.code
-        command = _python(code, "raymill.cluster.on_head.attempt", code, asked.run, workers, *asked.command, facts=facts)
+        given = code, asked.run, workers, asked.runs_at or "-"
+        command = _python(code, "raymill.cluster.on_head.attempt", *given, *asked.command, facts=facts)
         submit(client, start.id, command, start.as_metadata())
         return
-    told = {"run": asked.run, "command": list(asked.command), "facts": json.dumps(asdict(facts))}
+    told = {"run": asked.run, "command": list(asked.command), "runs_at": asked.runs_at or "-", "facts": json.dumps(asdict(facts))}
     of_attempt = {"attempt": start.id, "metadata": start.as_metadata(), "given_ms": int(time.time() * 1000)}
     head.tell_ready(start.by.job.id, told | of_attempt)
 

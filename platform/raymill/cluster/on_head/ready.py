@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
             return NOT_TAKEN
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.environ[TOLD] = told["facts"]
-        attempt.carry_out(told["run"], told["command"], given_s=told["given_ms"] / 1000)
+        attempt.carry_out(told["run"], told["command"], "-", told["runs_at"], given_s=told["given_ms"] / 1000)
         return 0
     finally:
         trial.end()

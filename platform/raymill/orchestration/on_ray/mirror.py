@@ -1,7 +1,8 @@
 """Runs on a machine that does not see their folders: kept in a folder there, and sent home whenever a checkpoint is saved.
 
-What is sent is what differs, by size and time, from what was sent last, checkpoints behind all else: whoever goes on from what
-came home finds what a process that was killed there would have left.
+Home is another machine's disk, through an actor there, or an address. What is sent is what differs, by size and time, from what
+was sent last, checkpoints behind all else: whoever goes on from what came home finds what a process that was killed would have
+left.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from raymill.files import make_private_folder, replace_file
 from raymill.orchestration.on_ray.session_folder import end_session, new_session, remove_stale_sessions
 from raymill.record.folder import RunFolder, run_folder
+from raymill.storage.find import place_of
+from raymill.storage.place import Place
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,12 +33,174 @@ Stamp = tuple[int, int]
 """Size and time of change of a file."""
 
 
+class Home(Protocol):
+    """Where the folder of a run belongs."""
+
+    def fetch(self, folder: Path) -> None:
+        """Have a run's folder here as it is there; where there is none, nothing happens."""
+
+    def keep(self, folder: Path, changed: Sequence[str], names: Sequence[str]) -> None:
+        """Have it there as it is here.
+
+        Args:
+            folder: here; its name is the run's id.
+            changed: files that are not yet there, or not as they are here.
+            names: all files that there are.
+        """
+
+
+@contextmanager
+def mirrored(
+    folder: RunFolder, home: Home, *, sent: Mapping[str, Stamp], say: Callable[[str], None], must_arrive: bool
+) -> Iterator[None]:
+    """Within this, what becomes of a run's folder is sent home: behind each checkpoint, and in the end.
+
+    Args:
+        folder: here.
+        home: where it belongs.
+        sent: what is there as it is here.
+        say: is told that something could not be sent; it is tried again.
+        must_arrive: whether it is an error if the last of it cannot be sent.
+
+    Raises:
+        Exception: what the home raises then.
+    """
+    over, last = threading.Event(), ""
+
+    def watch() -> None:
+        nonlocal sent, last
+        while not over.wait(POLL_S):
+            if not _saved(folder) - sent.keys():
+                continue
+            try:
+                sent = _send(folder.path, home, sent)
+            except Exception as error:  # the home may be away for a while
+                if last != (last := f"what run {folder.run_id} has saved could not be sent, trying again: {error}"):
+                    say(last)
+
+    watching = threading.Thread(target=watch, name="sends the run home", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join()
+        try:
+            _send(folder.path, home, sent)
+        except OSError as error:
+            if must_arrive:
+                raise
+            say(f"the last of run {folder.run_id} could not be sent, and is here alone, in {folder.path}: {error}")
+
+
+def _saved(folder: RunFolder) -> set[str]:
+    """The checkpoints that there are, each by the file that was written last."""
+    return {str(one.relative_to(folder.path)) for one in folder.checkpoints.glob("[!.]*/checksums.json")}
+
+
+def _send(folder: Path, home: Home, sent: Mapping[str, Stamp]) -> dict[str, Stamp]:
+    """Send what is new; returns what is at home then."""
+    found = stamps(folder)
+    changed = [name for name, stamp in found.items() if sent.get(name) != stamp]
+    if changed or sent.keys() - found.keys():
+        home.keep(folder, changed, list(found))
+    return found
+
+
+def stamps(folder: Path) -> dict[str, Stamp]:
+    """The files of a folder, checkpoints last; one that is being replaced or removed just now may be missing."""
+    found: dict[str, Stamp] = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        with suppress(FileNotFoundError):
+            # What begins with a point is not finished.
+            if path.is_file() and not any(part.startswith(".") for part in name.parts):
+                found[str(name)] = path.stat().st_size, path.stat().st_mtime_ns
+    return {name: found[name] for name in _in_order(found)}
+
+
+def _in_order(names: Mapping[str, Any] | Sequence[str]) -> list[str]:
+    """Checkpoints behind all that tells of them; last the number of the attempt, by which it is seen who knows more."""
+    return sorted(names, key=lambda name: (name == "attempt", name.startswith("checkpoints/"), name))
+
+
+# ---------------------------------------------------------------- home is an address
+
+
+class AtAddress:
+    """Home is a folder at an address, with a folder for each run."""
+
+    def __init__(self, root: str) -> None:
+        """At this address."""
+        self._root = root.rstrip("/")
+
+    def place(self, run_id: str) -> Place:
+        """Where a run is."""
+        return place_of(f"{self._root}/{run_id}")
+
+    def read(self, run_id: str, name: str) -> bytes | None:
+        """A file of a run; None: there is none."""
+        try:
+            return self.place(run_id).read(name)
+        except FileNotFoundError:
+            return None
+
+    def fetch(self, folder: Path) -> None:
+        """As `Home`."""
+        place = self.place(folder.name)
+        for name in _in_order(_names(place)):
+            make_private_folder((folder / name).parent)
+            replace_file(folder / name, place.read(name))
+
+    def keep(self, folder: Path, changed: Sequence[str], names: Sequence[str]) -> None:
+        """As `Home`."""
+        place = self.place(folder.name)
+        for name in changed:
+            with suppress(FileNotFoundError), open(folder / name, "rb") as file:
+                place.write(name, file)
+        for name in set(_names(place)) - set(names):
+            place.remove(name)
+
+
+def _names(place: Place) -> list[str]:
+    try:
+        return [one.name for one in place.entries("**/*", may_link=False)]
+    except FileNotFoundError:
+        return []
+
+
+# ---------------------------------------------------------------- home is another machine
+
+
+class OtherMachine:
+    """Home is the disk of the machine that an actor is on."""
+
+    def __init__(self, actor: Any) -> None:
+        """The actor, see `start_home`."""
+        self._actor = actor
+
+    def fetch(self, folder: Path) -> None:
+        """As `Home`."""
+        import ray
+
+        content = ray.get(self._actor.fetch.remote(folder.name))
+        if content:
+            write(folder, content, list(content))
+
+    def keep(self, folder: Path, changed: Sequence[str], names: Sequence[str]) -> None:
+        """As `Home`."""
+        import ray
+
+        ray.get(self._actor.keep.remote(folder.name, read(folder, changed), names))
+
+
 class HomeActor:
     """Reads and writes folders of runs for those who do not see them. An actor on the driver's machine, see `start_home`."""
 
     def fetch(self, run_id: str) -> dict[str, np.ndarray]:
         """All that there is of a run; nothing, where it is new."""
-        return read(run_folder(run_id).path, stamps(run_folder(run_id).path))
+        path = run_folder(run_id).path
+        return read(path, list(stamps(path)))
 
     def keep(self, run_id: str, changed: Content, names: Sequence[str]) -> None:
         """Make a run's folder one of these files."""
@@ -67,71 +232,8 @@ def away() -> Iterator[None]:
             end_session(place, timeout_s=0)
 
 
-@contextmanager
-def mirrored(run_id: str, home: Any) -> Iterator[None]:
-    """Within this, and `away`, a run's folder is here as it is at home, and what becomes of it is sent there."""
-    folder = run_folder(run_id)
-    fetch(run_id, home)
-    sent, over = stamps(folder.path), threading.Event()
-
-    def watch() -> None:
-        nonlocal sent
-        while not over.wait(POLL_S):
-            if _saved(folder) - sent.keys():
-                sent = _send(folder, home, sent)
-
-    watching = threading.Thread(target=watch, name="sends the run home", daemon=True)
-    watching.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watching.join()
-        _send(folder, home, sent)
-
-
-def fetch(run_id: str, home: Any) -> None:
-    """Have a run's folder here as it is at home."""
-    import ray
-
-    content = ray.get(home.fetch.remote(run_id))
-    if content:
-        write(run_folder(run_id).path, content, list(content))
-
-
-def _saved(folder: RunFolder) -> set[str]:
-    """The checkpoints that there are, each by the file that was written last."""
-    return {str(one.relative_to(folder.path)) for one in folder.checkpoints.glob("[!.]*/checksums.json")}
-
-
-def _send(folder: RunFolder, home: Any, sent: Mapping[str, Stamp]) -> dict[str, Stamp]:
-    """Send what is new; returns what is at home then."""
-    import ray
-
-    found = stamps(folder.path)
-    changed = read(folder.path, {name: stamp for name, stamp in found.items() if sent.get(name) != stamp})
-    if changed or sent.keys() - found.keys():
-        ray.get(home.keep.remote(folder.run_id, changed, list(found)))
-    return found
-
-
-# ---------------------------------------------------------------- the files
-
-
-def stamps(folder: Path) -> dict[str, Stamp]:
-    """The files of a folder, checkpoints last; one that is being replaced or removed just now may be missing."""
-    found: dict[str, Stamp] = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        with suppress(FileNotFoundError):
-            # What begins with a point is not finished.
-            if path.is_file() and not any(part.startswith(".") for part in name.parts):
-                found[str(name)] = path.stat().st_size, path.stat().st_mtime_ns
-    return dict(sorted(found.items(), key=lambda one: (one[0].startswith("checkpoints/"), one[0])))
-
-
-def read(folder: Path, names: Mapping[str, Stamp]) -> dict[str, np.ndarray]:
-    """Their content, in the same order."""
+def read(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The content of files, in their order, of those that are there."""
     import numpy as np
 
     content = {}

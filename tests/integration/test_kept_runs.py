@@ -1,0 +1,65 @@
+"""A cluster whose runs are kept in an object store too: its machine is lost, disk and all, and a run goes on on another one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from integration.commands import Home, smoke_project
+from integration.test_cluster import STEP_TIMEOUT_S, until
+from object_store import serving
+from raymill.record.events import StepDone, read_events
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+JOB = ["smoke", "--set", "data.num_rows=6000", "--set", "loop.epochs=16", "--set", "checkpoint.every_steps=10"]
+JOB += ["--set", "register=null", "--set", "loop.strict=true"]
+
+
+def test_the_machine_is_lost_with_its_disk_and_the_run_goes_on_on_another_one(tmp_path: Path) -> None:
+    project = smoke_project(tmp_path / "project")
+    (project / "cluster").mkdir()
+    written = {"kind": "local", "nodes": [{"num_cpus": 2}], "keep_ready": False, "runs_at": "s3://kept/runs"}
+    (project / "cluster" / "mine.yaml").write_text(yaml.safe_dump(written))
+    expected = Home(tmp_path / "alone", project).json("train", *JOB, "--in-process", "--json")
+    with serving() as store:
+        store.client.create_bucket(Bucket="kept")
+        first, second = (Home(tmp_path / name, project) for name in ("first", "second"))
+        for home in (first, second):
+            home.environment |= store.environment
+        first.json("cluster", "up", "mine", "--json")
+        run = first.json("submit", *JOB, "--cluster", "mine", "--json")["run_id"]
+        until(lambda: first.step() >= 100, STEP_TIMEOUT_S, "step 100")
+        while found := first.processes():
+            for process in found:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(found, timeout=5)
+        shutil.rmtree(first.path)
+
+        second.json("cluster", "up", "mine", "--json")
+        try:
+            code, _, said = second.run("submit", "--resume", f"{run}0", "--cluster", "mine")
+            assert (code, "a run that was submitted to this cluster" in said) == (2, True)
+            assert second.json("submit", "--resume", run, "--cluster", "mine", "--json")["run_id"] == run
+            code, out, said = second.run("logs", run, "--cluster", "mine", "--follow")
+            assert code == 0, out + said
+        finally:
+            second.json("cluster", "down", "mine", "--json")
+        folder = second.path / "runs" / run
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["weights_sha256"] == expected["weights_sha256"]
+        assert summary["rows"] == expected["rows"]
+        steps = [event.step for event in read_events(folder / "events.jsonl")[0] if isinstance(event, StepDone)]
+        assert set(steps) == set(range(1, 1601))
+        assert len(steps) < 1601 + 100, "it went on from what was kept"
+        kept = store.client.get_object(Bucket="kept", Key=f"runs/{run}/summary.json")["Body"].read()
+        assert json.loads(kept)["weights_sha256"] == expected["weights_sha256"]
+    for home in (first, second):
+        assert home.left_over() == []
