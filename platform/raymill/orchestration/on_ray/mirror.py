@@ -53,7 +53,7 @@ class Home(Protocol):
 def mirrored(
     folder: RunFolder, home: Home, *, sent: Mapping[str, Stamp], say: Callable[[str], None], must_arrive: bool
 ) -> Iterator[None]:
-    """Within this, what becomes of a run's folder is sent home: behind each checkpoint, and in the end.
+    """Within this, what becomes of a run's folder is sent home: as it begins, behind each checkpoint, and in the end.
 
     Args:
         folder: here.
@@ -70,7 +70,8 @@ def mirrored(
     def watch() -> None:
         nonlocal sent, last
         while not over.wait(POLL_S):
-            if not _saved(folder) - sent.keys():
+            begins = not sent and folder.command.exists()
+            if not begins and not _saved(folder) - sent.keys():
                 continue
             try:
                 sent = _send(folder.path, home, sent)
