@@ -48,7 +48,8 @@ def test_the_machine_is_lost_with_its_disk_and_the_run_goes_on_on_another_one(tm
                     process.kill()
             psutil.wait_procs(found, timeout=5)
         first_steps = first.step()
-        shutil.rmtree(first.path)
+        for place in (first.path, first.scratch):
+            shutil.rmtree(place)
 
         second.json("cluster", "up", "mine", "--json")
         try:
@@ -68,5 +69,8 @@ def test_the_machine_is_lost_with_its_disk_and_the_run_goes_on_on_another_one(tm
         assert len(steps) < 1600 + first_steps, "it went on from what was kept"
         kept = store.client.get_object(Bucket="kept", Key=f"runs/{run}/summary.json")["Body"].read()
         assert json.loads(kept)["weights_sha256"] == expected["weights_sha256"]
-    for home in (first, second):
-        assert home.left_over() == []
+        # Its new place has an MLflow store of its own, which is told all of it.
+        assert summary["delivered_to_mlflow"]
+        told = second.json("runs", "show", run, "--json")
+        assert told["status"] == "finished"
+    assert second.left_over() == []
