@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,28 +21,83 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_was_sent_is_there_and_what_is_gone_is_gone(tmp_path: Path) -> None:
-    here, home = tmp_path / "here", tmp_path / "home"
-    for name in ("spec.json", "checkpoints/step-3/a", "checkpoints/step-3/checksums.json"):
-        (here / name).parent.mkdir(parents=True, exist_ok=True)
-        (here / name).write_text(name)
-    first = mirror.stamps(here)
-    mirror.write(home, mirror.read(here, list(first)), list(first))
+def make(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def test_what_was_sent_is_there_and_what_is_gone_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Home is another machine, without Ray between."""
+    monkeypatch.setenv("RAYMILL_HOME", str(tmp_path / "home"))
+    here, home = tmp_path / "here" / "run-1", tmp_path / "home" / "runs" / "run-1"
+    actor = mirror.HomeActor()
+
+    class Home(mirror.OtherMachine):
+        def __init__(self) -> None:
+            pass
+
+        def keep(self, folder: Path, changed: Sequence[str], names: Sequence[str]) -> None:
+            actor.keep(folder.name, mirror._read(folder, changed), names)
+
+    make(here, "spec.json", "checkpoints/step-3/a", "checkpoints/step-3/checksums.json")
+    first = mirror._send(here, Home(), {})
     assert content(home) == content(here)
 
-    # The next commit; the one before is removed, and something was half written.
-    for name in ("checkpoints/step-6/a", "checkpoints/.stage-step-9/a", "empty"):
-        (here / name).parent.mkdir(parents=True, exist_ok=True)
-        (here / name).write_text("" if name == "empty" else name)
+    # The next commit; the one before is removed, and another is being written.
+    make(here, "checkpoints/step-6/a", "checkpoints/step-6/checksums.json", "checkpoints/.stage-step-9/a")
+    (here / "empty").touch()
     for path in (here / "checkpoints" / "step-3").iterdir():
         path.unlink()
     (here / "spec.json").write_text("another")
-    second = mirror.stamps(here)
-    changed = [name for name, stamp in second.items() if first.get(name) != stamp]
-    assert set(changed) == {"empty", "spec.json", "checkpoints/step-6/a"}
-    mirror.write(home, mirror.read(here, changed), list(second))
-    assert content(home) == {"spec.json": b"another", "empty": b"", "checkpoints/step-6/a": b"checkpoints/step-6/a"}
+    with mirror.held(here) as second:
+        assert {name for name, stamp in second.items() if first.get(name) != stamp} == {
+            "empty",
+            "spec.json",
+            "checkpoints/step-6/a",
+            "checkpoints/step-6/checksums.json",
+        }
+    mirror._send(here, Home(), first)
+    assert {name: data for name, data in content(here).items() if ".stage" not in name} == content(home)
     assert not (home / "checkpoints" / "step-3").exists()
+    there = actor.fetch("run-1")
+    mirror.write(tmp_path / "again", there.items())
+    assert content(tmp_path / "again") == content(home)
+
+
+def test_what_is_removed_while_it_is_sent_comes_whole(tmp_path: Path) -> None:
+    make(tmp_path, "checkpoints/step-3/a", "checkpoints/step-3/checksums.json")
+    with mirror.held(tmp_path) as found:
+        shutil.rmtree(tmp_path / "checkpoints" / "step-3")
+        for name in found:
+            with mirror.open_held(tmp_path, name) as file:
+                assert file.read().decode() == name
+    assert content(tmp_path) == {}
+
+
+def test_a_checkpoint_of_which_not_all_came_is_none(tmp_path: Path) -> None:
+    """Whoever sends or fetches it is killed behind any of its files."""
+    names = ["events.jsonl", "checkpoints/step-3/a", "checkpoints/step-3/checksums.json", "attempt"]
+    make(tmp_path / "here", *names)
+    for count in range(len(names) + 1):
+        home, folder = mirror.AtAddress(str(tmp_path / "kept")), tmp_path / "there" / f"run-{count}"
+        for name in mirror.in_order(names)[:count]:
+            make(tmp_path / "kept" / f"run-{count}", name)
+        home.fetch(folder)
+        assert (folder / "checkpoints" / "step-3").exists() == (count >= 3)
+        assert (folder / "checkpoints" / "step-3" / "a").exists() == (count >= 3)
+
+        def killed(count: int = count) -> Iterator[tuple[str, bytes]]:
+            yield from ((name, name.encode()) for name in mirror.in_order(names)[:count])
+            raise KeyboardInterrupt
+
+        place = tmp_path / "killed" / str(count)
+        with suppress(KeyboardInterrupt):
+            mirror.write(place, killed())
+        assert (place / "attempt").exists() == (count == 4)
+        assert (place / "checkpoints" / "step-3").exists() == (count == 4)
+        mirror.write(place, ((name, name.encode()) for name in mirror.in_order(names)))
+        assert content(place) == content(tmp_path / "here")
 
 
 @contextmanager
@@ -117,12 +173,14 @@ def test_what_cannot_be_kept_is_said_and_ends_no_run(tmp_path: Path, capsys: pyt
 
 
 def test_checkpoints_come_behind_all_that_tells_of_them(tmp_path: Path) -> None:
-    for name in ("checkpoints/step-3/a", "attempt", "zebra.json", "events.jsonl"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    assert list(mirror.stamps(tmp_path)) == ["events.jsonl", "zebra.json", "checkpoints/step-3/a", "attempt"]
-
-
-def test_a_file_that_goes_away_in_between_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "there").write_text("x")
-    assert list(mirror.read(tmp_path, ["gone", "there"])) == ["there"]
+    make(
+        tmp_path,
+        "checkpoints/step-3/checksums.json",
+        "checkpoints/step-3/z",
+        "attempt",
+        "zebra.json",
+        "events.jsonl",
+        "checkpoints/step-9/a",
+    )
+    expected = ["events.jsonl", "zebra.json", "checkpoints/step-3/z", "checkpoints/step-3/checksums.json", "attempt"]
+    assert list(mirror.stamps(tmp_path)) == expected

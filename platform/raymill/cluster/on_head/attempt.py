@@ -69,6 +69,8 @@ def kept_at(folder: RunFolder, home: mirror.AtAddress) -> Iterator[None]:
         if int(home.read(folder.run_id, folder.attempt.name) or 0) > here:
             shutil.rmtree(folder.path, ignore_errors=True)
             home.fetch(folder.path)
+            # MLflow's store may be lost as well, or another one: it is asked what it has.
+            folder.delivery.unlink(missing_ok=True)
     except OSError as error:
         sys.exit(f"the address where runs are kept could not be asked for {folder.run_id}: {error}")
     say = partial(print, file=sys.stderr, flush=True)
