@@ -51,7 +51,7 @@ lowest: ## the tests at the lowest versions that pyproject.toml allows, in .venv
 	@PIP_CONSTRAINT=constraints-lowest.txt PIP_BUILD_CONSTRAINT=constraints-lowest.txt \
 		.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch .venv-lowest/installed
-	.venv-lowest/bin/pytest tests/unit tests/worker
+	.venv-lowest/bin/pytest -m "not long" tests/unit tests/worker
 	.venv-lowest/bin/pytest -m "not cluster and not cluster_short and not long" tests/integration tests/faults
 
 faults: setup ## every fault that can be provoked here, with what came of it: an hour

@@ -124,6 +124,10 @@ PRIVATE_NAMES = (
         "each task there starts a process: 100 steps in 35 s, for 4 (docs/performance.md)",
     ),
     PrivateName(
+        "$RAY_gcs_storage", "the head of a cluster of this machine keeps its tables on disk", "the line goes with its head"
+    ),
+    PrivateName("$RAY_gcs_storage_path", "where", "as above"),
+    PrivateName(
         "$RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
         "0: Ray takes the loopback address for its own, and every process listens there alone",
         "some processes listen on every interface",
@@ -155,6 +159,9 @@ NODE_SETTINGS = {"RAY_idle_worker_killing_time_threshold_ms": "600000"}
 
 ELASTIC_SETTINGS = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
 """The same, for an elastic job: a place that Ray Train counted on may have gone; it then looks again what there is."""
+
+HEAD_SETTINGS = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": "{folder}"}
+"""The same, for the head of a cluster that outlives it."""
 
 ASK_WITHOUT_TOKEN = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).internal_kv_keys(b'', None)"
 """A program that ends with 0 where the cluster at its argument answers somebody without a token."""

@@ -11,6 +11,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,14 @@ class Home:
         code, stdout, stderr = self.run(*arguments)
         assert code == 0, stderr
         return json.loads(stdout)
+
+    def kill_all(self) -> None:
+        """Kill every process that was started for this state folder, and those that they start meanwhile."""
+        while found := self.processes():
+            for process in found:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(found, timeout=5)
 
     def folder(self) -> RunFolder:
         """The folder of the only run."""

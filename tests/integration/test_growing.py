@@ -106,11 +106,7 @@ def growing(tmp_path: Path) -> Iterator[Growing]:
         yield home
     finally:
         print((tmp_path / "head.log").read_text()[-2000:])
-        while found := home.processes():
-            for process in found:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(found, timeout=5)
+        home.kill_all()
         head.wait()
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
@@ -42,11 +40,7 @@ def test_the_machine_is_lost_with_its_disk_and_the_run_goes_on_on_another_one(tm
             return "attempt" in names and any(name.endswith("checksums.json") for name in names)
 
         until(lambda: first.step() >= 100 and is_kept(), STEP_TIMEOUT_S, "step 100")
-        while found := first.processes():
-            for process in found:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(found, timeout=5)
+        first.kill_all()
         first_steps = first.step()
         for place in (first.path, first.scratch):
             shutil.rmtree(place)

@@ -36,6 +36,7 @@ VARIABLES = [name for name in PRIVATE_NAMES if name.path.startswith("$")]
 KEYWORDS = [name for name in PRIVATE_NAMES if name.path.startswith("ray.init(")]
 ATTRIBUTES = [name for name in PRIVATE_NAMES if name not in VARIABLES and name not in KEYWORDS]
 SETTINGS = ray_internals.RAY_SETTINGS | ray_internals.EMBEDDED_SETTINGS | ray_internals.ELASTIC_SETTINGS
+SETTINGS |= ray_internals.NODE_SETTINGS | ray_internals.HEAD_SETTINGS
 DOCUMENTED = {"RAY_DATA_DISABLE_PROGRESS_BARS", "RAY_USAGE_STATS_ENABLED", "RAY_COLOR_PREFIX", "RAY_DEDUP_LOGS"}
 """Settings that Ray's own documentation names."""
 

@@ -429,19 +429,14 @@ def test_all_of_it_is_killed_and_goes_on_when_it_is_up_again_and_a_new_cluster_g
 ) -> None:
     run, next_one = cluster.submit("smoke", *SLOW), cluster.submit("smoke", *QUICK)
 
-    def kill_all() -> None:
-        for process in cluster.processes():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-
     until(lambda: cluster.step_of(run) >= 100, STEP_TIMEOUT_S, "step 100")
-    kill_all()
+    cluster.kill_all()
     cluster.json("cluster", "up", "local", "--json")
     until(lambda: cluster.step_of(run) >= 400, STEP_TIMEOUT_S, "step 400, by itself")
     known = cluster.submitted()
     assert (known[run]["attempts"], known[next_one]["status"], known[next_one]["place"]) == (2, "WAITING", 1)
     # Now what its head knew is lost too.
-    kill_all()
+    cluster.kill_all()
     cluster.json("cluster", "down", "local", "--json")
     cluster.json("cluster", "up", "local", "--json")
     assert not {run, next_one} & set(cluster.submitted())

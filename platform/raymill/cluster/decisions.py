@@ -134,8 +134,7 @@ def decide(
 
 def _way_for(first: Request, running: Sequence[Request], spare: Sequence[Ready], free: Sequence[float]) -> list[Dismiss | End]:
     """Who is to go, so that the first in line can begin: before anybody who trains, those that stand ready for another run."""
-    most = first.asked.most * first.asked.cpus, first.asked.most * first.asked.gpus
-    lacks = any(need > has for need, has in zip(most, free, strict=True))
+    lacks = any(need > has for need, has in zip(_needed(first.asked, first.asked.most), free, strict=True))
     going = [] if any(one.shape == first.shape for one in spare) else list(spare)
     ends = _making_room(first, running, _left(free, [(-cpus, -gpus) for cpus, gpus in (one.shape.holds() for one in spare)]))
     return [*(map(Dismiss, going) if lacks else []), *ends]
@@ -181,15 +180,15 @@ def wanted_room(requests: Sequence[Request]) -> list[dict[str, float]]:
 
 def least_room(asked: Asked, cpus: float, gpus: float) -> str | None:
     """Why a run can never begin on a cluster of this size as it is now; else None."""
-    least_cpus, least_gpus = _least(asked)
+    least_cpus, least_gpus = _needed(asked, asked.least)
     wanted = (("CPUs", least_cpus, cpus), ("GPUs", least_gpus, gpus))
     short = [f"{need:g} {name}, the cluster has {there:g}" for name, need, there in wanted if need > there]
     return f"it needs {' and '.join(short)}" if short else None
 
 
-def _least(asked: Asked) -> tuple[float, float]:
-    """CPUs and GPUs without which a run cannot begin."""
-    return asked.least * asked.cpus, asked.least * asked.gpus
+def _needed(asked: Asked, workers: int) -> tuple[float, float]:
+    """CPUs and GPUs of so many of its workers."""
+    return workers * asked.cpus, workers * asked.gpus
 
 
 def _how_many(room: float, each: float) -> float:
@@ -199,7 +198,7 @@ def _how_many(room: float, each: float) -> float:
 
 def _making_room(first: Request, running: Sequence[Request], free: Sequence[float]) -> list[End]:
     """Which attempts are to end for a request: none, unless that is enough for it."""
-    need = _left(_least(first.asked), [(free[0], free[1])])
+    need = _left(_needed(first.asked, first.asked.least), [(free[0], free[1])])
 
     def lacks() -> bool:
         return max(need) > 1e-9

@@ -24,7 +24,7 @@ from raymill.cluster.process import end_of, free_ports
 from raymill.cluster.spec import ClusterFolder, ClusterSpec
 from raymill.errors import InputError, Problem, RunError
 from raymill.files import private, read_record, write_record
-from raymill.ray_internals import LOOPBACK
+from raymill.ray_internals import HEAD_SETTINGS, LOOPBACK
 from raymill.record.processes import ProcessId, wait_or_kill
 from raymill.tracking.server import store_to_serve
 
@@ -132,7 +132,7 @@ def _start(folder: ClusterFolder, number: int, given: list[str], record: dict[st
     command += [f"--node-ip-address={LOOPBACK}", "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
     own = variables(folder, address) | {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
     # What the head knows outlives it, the line of runs with it: started again at its address, it is the same cluster.
-    own |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder.gcs)} if number == 0 else {}
+    own |= {name: value.format(folder=folder.gcs) for name, value in HEAD_SETTINGS.items()} if number == 0 else {}
     # Ray's own commands leave in RAY_TMPDIR which cluster was started last, for whoever comes next.
     with open(folder.log(number), "wb", opener=private) as log:
         process = subprocess.Popen(
