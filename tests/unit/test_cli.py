@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
+from rich.console import Console
 from typer.testing import CliRunner
 
 from raymill.cli.app import app
+from raymill.cli.tune import _telling
 from raymill.config import catalogue, load
 from raymill.data.sources import write_parquet
 from raymill.errors import InputError, Interrupted, Problem, RaymillError, RunError
@@ -542,3 +545,18 @@ def test_a_quick_verb_imports_none_of_the_heavy_libraries(verb: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_search_shows_each_trial_and_on_a_terminal_how_it_stands(is_terminal: bool) -> None:
+    console = Console(file=StringIO(), force_terminal=is_terminal, width=120, markup=False)
+    best = [{"number": 3, "value": 0.9871, "values": {"optimizer.lr": 0.02}}]
+    states = {"complete": 2, "pruned": 1, "running": 2}
+    so_far = {"states": states, "over": 3, "most_trials": 20, "left_s": 41.6, "each_cpus": 1.5, "top": best}
+    trial = {"number": 4, "state": "pruned", "value": None, "values": {"optimizer.lr": 0.5}, "seconds": 2.0, "message": ""}
+    with _telling(console) as tell:
+        tell({**trial, "so_far": so_far})
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "trial 4  pruned  -, 2 s  optimizer.lr 0.5  (3 of 20, best 0.9871, ETA 42 s)" in shown
+    assert ("3 of 20 trials: 2 complete, 1 pruned, 2 running on 3 CPUs; ETA 42 s" in shown) == is_terminal
+    assert ("0.9871" in shown.replace("best 0.9871", "")) == is_terminal

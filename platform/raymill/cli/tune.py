@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
 
 from raymill.cli.output import (
     Aligned,
@@ -59,17 +62,27 @@ def tune(
 
         console = plain_console(stderr=True)
         asked = Asked(job or "", with_trials(set_ or [], trials), resume, new, add_trials, parallel, study_name)
-        summary = search(asked, _teller(console), lambda text: console.print(for_people(text), soft_wrap=True))
+        with _telling(console) as tell:
+            summary = search(asked, tell, lambda text: console.print(for_people(text), soft_wrap=True))
         emit(summary, json_, lambda console: _show_summary(console, summary))
 
 
-def _teller(console: Console) -> Callable[[dict[str, Any]], None]:
-    from raymill.tune.outcome import in_a_line
+@contextmanager
+def _telling(console: Console) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What shows each trial that is over and, on a terminal, below them how the search stands, with the best five."""
+    from raymill.tune.outcome import in_a_line, standing
 
-    def tell(trial: dict[str, Any]) -> None:
-        console.print(for_people(in_a_line(trial)), soft_wrap=True)
+    with Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else nullcontext() as live:
 
-    return tell
+        def tell(trial: dict[str, Any]) -> None:
+            console.print(for_people(in_a_line(trial)), soft_wrap=True)
+            if live is not None:
+                best = Aligned("best", "value", "values")
+                for one in trial["so_far"]["top"]:
+                    best.add_row(one["number"], one["value"], one["values"])
+                live.update(Group(Text(""), Text(standing(trial["so_far"]), style="bold"), best), refresh=True)
+
+        yield tell
 
 
 def _show_summary(console: Console, summary: dict[str, Any]) -> None:

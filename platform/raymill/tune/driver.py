@@ -35,7 +35,7 @@ from raymill.orchestration.on_ray.session_folder import VARIABLE
 from raymill.paths import home, project_root
 from raymill.redaction import print_redacted, redact, redact_text
 from raymill.tune.folder import FAILED, FINISHED, INTERRUPTED, UNWRITABLE, StudyFolder
-from raymill.tune.outcome import conclude
+from raymill.tune.outcome import NUM_SHOWN, conclude
 from raymill.tune.study import DEVIATION, MESSAGE, METRICS, RUNS, SECONDS, STEP, Study, Suggestion, Wait, facts_of, store_problem
 from raymill.tune.trial import TrialSpec
 
@@ -181,10 +181,16 @@ class Search:
 
     def _tell_of(self, trials: Sequence[FrozenTrial]) -> None:
         known, most = self.study.trials(), self.record["trials"]
-        over, best = num_over(known), self.study.best_of(known)
+        over, best = num_over(known), self.study.ranked(known)[:NUM_SHOWN]
         took_s = time.monotonic() - self._begun_s
-        left_s = took_s / max(1, over - self._over_before) * max(0, most - over)
-        so_far = {"over": over, "most_trials": most, "left_s": left_s, "best": None if best is None else best.values[0]}
+        so_far = {
+            "states": dict(Counter(one.state.name.lower() for one in known)),
+            "over": over,
+            "most_trials": most,
+            "left_s": took_s / max(1, over - self._over_before) * max(0, most - over),
+            "each_cpus": self.num_workers * (self.spec.scale.cpus_per_worker or 1),
+            "top": [{name: facts_of(one)[name] for name in ("number", "value", "values")} for one in best],
+        }
         with open(self.folder.trials, "a", opener=private) as file:
             for trial in trials:
                 file.write(json.dumps(redact({"time_s": time.time(), **facts_of(trial), "so_far": so_far})) + "\n")

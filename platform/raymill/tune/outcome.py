@@ -67,8 +67,16 @@ def in_a_line(trial: dict[str, Any]) -> str:
     took = f", {trial['seconds']:.3g} s" if trial["seconds"] else ""
     said = f"\n{trial['message']}" if trial["message"] else ""
     so_far = trial["so_far"]
-    where = f"{so_far['over']} of {so_far['most_trials']}, best {_short(so_far['best'])}, ETA {so_far['left_s']:.0f} s"
+    best = so_far["top"][0]["value"] if so_far["top"] else None
+    where = f"{so_far['over']} of {so_far['most_trials']}, best {_short(best)}, ETA {so_far['left_s']:.0f} s"
     return f"trial {trial['number']}  {trial['state']}  {_short(trial['value'])}{took}  {values}  ({where}){said}"
+
+
+def standing(so_far: dict[str, Any]) -> str:
+    """How a search stands, in a line: trials by state, what they have of the cluster, the time that is left."""
+    states = ", ".join(f"{count} {state}" for state, count in sorted(so_far["states"].items()))
+    cpus = so_far["states"].get("running", 0) * so_far["each_cpus"]
+    return f"{so_far['over']} of {so_far['most_trials']} trials: {states} on {cpus:g} CPUs; ETA {so_far['left_s']:.0f} s"
 
 
 def _short(value: Any) -> str:

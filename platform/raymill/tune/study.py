@@ -93,11 +93,7 @@ class Study:
 
     def best(self) -> FrozenTrial | None:
         """The best, by the first metric, of the trials that ran to their end and are inside the limits."""
-        return self.best_of(self.trials())
-
-    def best_of(self, trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-        """The same, of all trials as they were read: each reading asks the store."""
-        return next(iter(self.ranked(trials)), None)
+        return next(iter(self.ranked(self.trials())), None)
 
     def ranked(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """All of these that ran to their end and are inside the limits, the best by the first metric first."""
