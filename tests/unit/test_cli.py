@@ -549,7 +549,7 @@ def test_a_quick_verb_imports_none_of_the_heavy_libraries(verb: str) -> None:
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_search_shows_each_trial_and_on_a_terminal_how_it_stands(is_terminal: bool) -> None:
-    console = Console(file=StringIO(), force_terminal=is_terminal, width=120, markup=False)
+    console = Console(file=StringIO(), force_terminal=is_terminal, width=120, markup=False, highlight=False)
     best = [{"number": 3, "value": 0.9871, "values": {"optimizer.lr": 0.02}}]
     states = {"complete": 2, "pruned": 1, "running": 2}
     so_far = {"states": states, "over": 3, "most_trials": 20, "left_s": 41.6, "each_cpus": 1.5, "top": best}
