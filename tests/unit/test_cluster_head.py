@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,19 @@ def test_code_is_put_in_place_once_and_removed_when_nobody_needs_it(home: Path, 
     head.remove_all_but(lambda: {names[1]})
     assert head.in_place() == [names[1]]
     assert head.told_ready("run-ready") is not None, "only code is removed"
+
+
+def test_another_raymill_than_the_queues_is_told_apart(home: Path, project: Path) -> None:
+    head.put_in_place("a" * 16, project)
+    engine = head.engine_of("a" * 16)
+    assert not head.queue_imports(engine), "there is none yet"
+    shutil.copytree(engine, head.folder() / head.QUEUE)
+    assert head.queue_imports(engine)
+    line = engine / "raymill" / "cluster" / "line.py"
+    line.write_text(line.read_text().replace("75", "76"))
+    assert not head.queue_imports(engine)
+    line.unlink()
+    assert not head.queue_imports(engine)
 
 
 def test_a_cluster_whose_heads_have_other_addresses_is_known_by_its_name(

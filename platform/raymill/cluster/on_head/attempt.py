@@ -1,6 +1,6 @@
 """What a cluster runs for an attempt at a submitted run: `raymill`, on the code that its request has put in place.
 
-    python -m raymill.cluster.on_head.attempt CODE RUN WORKERS RUNS_AT train jobs/mnist/job.yaml ...
+    python -m raymill.cluster.on_head.attempt CODE RUN WORKERS train jobs/mnist/job.yaml ...
 
 It goes on with what the attempt before has saved, with the number of workers that the line has room for.
 """
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from raymill.cluster.line import TUNE
-from raymill.cluster.on_head.head import project_of
+from raymill.cluster.on_head.head import RUNS_AT, project_of
 from raymill.cluster.on_head.request import JOB_CONFIG
 from raymill.errors import RunError
 from raymill.files import read_record, run_lock
@@ -34,25 +34,25 @@ POLL_S = 0.2
 
 def main(arguments: Sequence[str]) -> None:
     """Become the command; see `carry_out`."""
-    code, run, workers, runs_at, *command = arguments
+    code, run, workers, *command = arguments
     os.environ.pop(JOB_CONFIG, None)
     os.chdir(project_of(code))
-    carry_out(run, command, workers, runs_at)
+    carry_out(run, command, workers, os.environ.pop(RUNS_AT, None))
 
 
-def carry_out(run: str, command: Sequence[str], workers: str, runs_at: str, given_s: float | None = None) -> None:
+def carry_out(run: str, command: Sequence[str], workers: str, runs_at: str | None, given_s: float | None = None) -> None:
     """Make an attempt at a run in this process, which ends with what the command ends with.
 
     Args:
         run: its id; of a search, the study's name.
         command: arguments of `raymill`, as they were submitted.
         workers: how many there is room for, or trials at once; "-": as the job says.
-        runs_at: where its folder is kept beside this disk; "-": nowhere.
+        runs_at: where its folder is kept beside this disk; None: nowhere.
         given_s: when this process was told so, Unix seconds; None: when it started.
     """
     folder = StudyFolder(studies_folder() / run) if command[0] == TUNE else run_folder(run)
     _wait_for_the_one_before(folder)
-    if isinstance(folder, RunFolder) and runs_at != "-":
+    if isinstance(folder, RunFolder) and runs_at:
         with kept_at(folder, mirror.AtAddress(runs_at)):
             _become(command, folder, workers, given_s)
     else:

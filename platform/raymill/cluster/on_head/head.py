@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 import re
@@ -24,6 +25,9 @@ from raymill.paths import ENGINE, home
 
 CLUSTER = "RAYMILL_CLUSTER"
 """Environment variable of a cluster's machines: what it is called."""
+
+RUNS_AT = "RAYMILL_RUNS_AT"
+"""Environment variable of an attempt: where its run's folder is kept beside this disk."""
 
 QUEUE, READY = "queue", "ready"
 CODE = re.compile(r"[0-9a-f]{16}")
@@ -94,6 +98,13 @@ def remove_all_but(needed: Callable[[], set[str]]) -> None:
 def acts_lock() -> FileLock:
     """Held for as long as it lives by the process that acts on the line."""
     return FileLock(folder() / "acts.lock", mode=0o600)
+
+
+def queue_imports(engine: Path) -> bool:
+    """Whether the queue's actor imports the raymill that is in this folder, to the letter."""
+    own = folder() / QUEUE
+    names = [{str(path.relative_to(place)) for path in place.rglob("*.py")} for place in (own, engine)]
+    return names[0] == names[1] and not any(filecmp.cmpfiles(own, engine, sorted(names[0]), shallow=False)[1:])
 
 
 def somebody_acts() -> bool:

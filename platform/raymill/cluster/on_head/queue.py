@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -185,19 +186,30 @@ def _start(client: JobSubmissionClient, start: decisions.Start, facts: ClusterFa
     workers = str(start.workers) if asked.least < asked.most else "-"
     if start.by is None:
         code = start.request.job.code
-        given = code, asked.run, workers, asked.runs_at or "-"
-        command = _python(code, "raymill.cluster.on_head.attempt", *given, *asked.command, facts=facts)
+        more = {head.RUNS_AT: asked.runs_at} if asked.runs_at else {}
+        given = code, asked.run, workers, *asked.command
+        command = _python(code, "raymill.cluster.on_head.attempt", *given, facts=facts, more=more)
         submit(client, start.id, command, start.as_metadata())
         return
-    told = {"run": asked.run, "command": list(asked.command), "runs_at": asked.runs_at or "-", "facts": json.dumps(asdict(facts))}
+    told: dict[str, Any] = {
+        "run": asked.run,
+        "command": list(asked.command),
+        "runs_at": asked.runs_at,
+        "facts": json.dumps(asdict(facts)),
+    }
     of_attempt = {"attempt": start.id, "metadata": start.as_metadata(), "given_ms": int(time.time() * 1000)}
     head.tell_ready(start.by.job.id, told | of_attempt)
 
 
-def _python(code: str, module: str, *arguments: str, facts: ClusterFacts) -> str:
-    """The command that runs a module of the raymill that was sent."""
-    own = [f"RAYMILL_HOME={home()}", f"PYTHONPATH={head.engine_of(code)}", f"{TOLD}={json.dumps(asdict(facts))}"]
-    return join(["env", *own, sys.executable, "-m", module, *arguments])
+def _python(code: str, module: str, *arguments: str, facts: ClusterFacts, more: Mapping[str, str] | None = None) -> str:
+    """The command that runs a module of the raymill that was sent, which may be another one than this.
+
+    Args:
+        more: variables of its environment.
+    """
+    own = {"RAYMILL_HOME": str(home()), "PYTHONPATH": str(head.engine_of(code)), TOLD: json.dumps(asdict(facts))}
+    variables = [f"{name}={value}" for name, value in (own | dict(more or {})).items()]
+    return join(["env", *variables, sys.executable, "-m", module, *arguments])
 
 
 def note(client: JobSubmissionClient, what: str, of: str) -> None:
@@ -222,8 +234,14 @@ def as_job(one: Any) -> line.Job:
     return line.Job(one.submission_id or "", one.metadata or {}, status, one.driver_exit_code, *times, code)
 
 
+def _is_there() -> bool:
+    import ray
+
+    return any(one["name"] == NAME for one in ray.util.list_named_actors(all_namespaces=True))
+
+
 def ensure(engine: Path) -> None:
-    """See to it that the cluster has its actor. Called on the head, by a process that Ray has started.
+    """See to it that the cluster has its actor, of this raymill. Called on the head, by a process that Ray has started.
 
     Args:
         engine: the folder that raymill is imported from, of a run that may be over before the actor is.
@@ -234,8 +252,13 @@ def ensure(engine: Path) -> None:
     with FileLock(head.folder() / "queue.lock", mode=0o600):
         ray.init(address="auto", namespace=NAME, logging_level=logging.ERROR, log_to_driver=False)
         try:
-            if any(one["name"] == NAME for one in ray.util.list_named_actors(all_namespaces=True)):
-                return
+            if _is_there():
+                if head.queue_imports(engine):
+                    return
+                # What is asked for here, another raymill may not know.
+                ray.kill(ray.get_actor(NAME))
+                while _is_there():
+                    time.sleep(POLL_S)
             shutil.rmtree(own, ignore_errors=True)
             shutil.copytree(engine / ENGINE.name, own / ENGINE.name)
             variables = {"PYTHONPATH": str(own), "RAYMILL_HOME": str(home())}

@@ -23,7 +23,7 @@ def main() -> int:
     """Returns 0: it is in place."""
     code = head.code_of(json.loads(os.environ.pop(JOB_CONFIG))["runtime_env"])
     head.put_in_place(code, Path.cwd())
-    if not head.somebody_acts():
+    if not head.somebody_acts() or not head.queue_imports(head.engine_of(code)):
         # Imported here: mostly there is no need, and it takes a while.
         from raymill.cluster.on_head import queue
 
