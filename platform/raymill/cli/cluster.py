@@ -26,6 +26,7 @@ app = typer.Typer(help="Start, look at and end Ray clusters.", no_args_is_help=T
 
 NameArgument = Annotated[str, typer.Argument(help="of a file in cluster/, without .yaml")]
 ClusterOption = Annotated[str, typer.Option("--cluster", help="name of a file in cluster/, without .yaml")]
+InsecureOption = Annotated[bool, typer.Option("--insecure", help="also a cluster that runs code for whoever reaches it")]
 RunArgument = Annotated[str, typer.Argument(help="run id")]
 
 
@@ -61,12 +62,12 @@ def down(name: NameArgument = "local", json_: JsonOption = False) -> None:
 
 
 @app.command("check")
-def check(name: NameArgument = "local", json_: JsonOption = False) -> None:
+def check(name: NameArgument = "local", insecure: InsecureOption = False, json_: JsonOption = False) -> None:
     """Look at every node: versions, clocks, disks, memory, GPUs, the way between them. Ends with 1 where something does harm."""
     with errors(json_):
         from raymill.cluster import spec, submitted
 
-        told = submitted.check(name, spec.load_cluster(name))
+        told = submitted.check(name, spec.load_cluster(name, insecure=insecure))
 
         def show(console: Console) -> None:
             columns = ("node", "disk free", "shared memory free", "GPUs", "clock", "to it from the one before")
@@ -100,6 +101,7 @@ def submit(
     tune: Annotated[bool, typer.Option("--tune", help="search over the job's fields, as `raymill tune` does")] = False,
     priority: Annotated[int, typer.Option("--priority", help="higher ones go first; lower ones make room for them")] = 0,
     follow: Annotated[bool, typer.Option("--follow", help="print what it prints, until it ends")] = False,
+    insecure: InsecureOption = False,
     json_: JsonOption = False,
 ) -> None:
     """Hand a run, or a search, to a cluster; it goes on there when this terminal is closed."""
@@ -107,7 +109,7 @@ def submit(
         from raymill.cluster import spec, submitted
 
         refuse_unless_one("submit", job, resume)
-        read = spec.load_cluster(cluster)
+        read = spec.load_cluster(cluster, insecure=insecure)
         told = submitted.submit(cluster, read, job or "", overrides(set_, workers), resume, priority, search=tune)
         again = f"raymill logs {told['run_id']} --cluster {cluster} --follow"
         emit(told, json_, lambda console: console.print(for_people(f"{told['run_id']}\n\nNext:\n  {again}"), soft_wrap=True))
@@ -115,12 +117,12 @@ def submit(
             _end(submitted.logs(cluster, read, told["run_id"], _write, follow=True))
 
 
-def ps(cluster: ClusterOption = "local", json_: JsonOption = False) -> None:
+def ps(cluster: ClusterOption = "local", insecure: InsecureOption = False, json_: JsonOption = False) -> None:
     """List what was submitted to a cluster: those that wait in line first, then all others, newest first."""
     with errors(json_):
         from raymill.cluster import spec, submitted
 
-        found = submitted.list_submitted(cluster, spec.load_cluster(cluster))
+        found = submitted.list_submitted(cluster, spec.load_cluster(cluster, insecure=insecure))
         columns = ("run", "status", "place", "priority", "workers", "attempts", "job", "by", "submitted", "ended")
         names = ("run_id", "status", "place", "priority", "workers", "attempts", "job", "user")
         rows = [(*(one[name] for name in names), _when(one["submitted_ms"]), _when(one["ended_ms"])) for one in found]
@@ -131,27 +133,28 @@ def logs(
     run: RunArgument,
     cluster: ClusterOption = "local",
     follow: Annotated[bool, typer.Option("--follow", help="go on until the run ends, and end as it does")] = False,
+    insecure: InsecureOption = False,
 ) -> None:
     """Print what a submitted run has printed."""
     with errors(False):
         from raymill.cluster import spec, submitted
 
-        told = submitted.logs(cluster, spec.load_cluster(cluster), run, _write, follow=follow)
+        told = submitted.logs(cluster, spec.load_cluster(cluster, insecure=insecure), run, _write, follow=follow)
         if follow:
             _end(told)
 
 
-def attach(run: RunArgument, cluster: ClusterOption = "local") -> None:
+def attach(run: RunArgument, cluster: ClusterOption = "local", insecure: InsecureOption = False) -> None:
     """Show a submitted run as if it had been started here, and end as it does; the same as `logs --follow`."""
-    logs(run, cluster, follow=True)
+    logs(run, cluster, follow=True, insecure=insecure)
 
 
-def stop(run: RunArgument, cluster: ClusterOption = "local", json_: JsonOption = False) -> None:
+def stop(run: RunArgument, cluster: ClusterOption = "local", insecure: InsecureOption = False, json_: JsonOption = False) -> None:
     """Let a submitted run save its state and stop; `submit --resume` goes on with it."""
     with errors(json_):
         from raymill.cluster import spec, submitted
 
-        told = submitted.stop(cluster, spec.load_cluster(cluster), run)
+        told = submitted.stop(cluster, spec.load_cluster(cluster, insecure=insecure), run)
         emit(told, json_, lambda console: show_values(console, told))
 
 

@@ -42,6 +42,13 @@ class ClusterSpec(StrictModel):
     dashboard: str | None = Field(default=None, description="of kind address: where its Jobs API answers, http://HOST:8265")
     token_file: str | None = Field(default=None, description="of kind address: the file with its token, which only you may read")
 
+    insecure: bool = Field(default=False, description="never in a file: --insecure, typed with each command")
+
+    @field_validator("insecure")
+    @classmethod
+    def _not_in_a_file(cls, insecure: bool) -> bool:
+        raise PydanticCustomError("insecure", "nothing: type --insecure with each command")
+
     @field_validator("mlflow")
     @classmethod
     def _only_of_this_machine(cls, mlflow: bool, info: ValidationInfo) -> bool:
@@ -50,8 +57,11 @@ class ClusterSpec(StrictModel):
         return mlflow
 
 
-def load_cluster(name: str) -> ClusterSpec:
+def load_cluster(name: str, *, insecure: bool = False) -> ClusterSpec:
     """Read cluster/NAME.yaml of the project.
+
+    Args:
+        insecure: whoever uses it said that it may ask for no token.
 
     Raises:
         InputError: there is none, or something in it is wrong.
@@ -63,7 +73,7 @@ def load_cluster(name: str) -> ClusterSpec:
         raise InputError([Problem("--cluster", repr(name[:60]), f"a file NAME.yaml in {folder}", did_you_mean(name, known))])
     values = strict_yaml.parse(path.read_bytes()).value
     try:
-        return ClusterSpec.model_validate(values)
+        return ClusterSpec.model_validate(values).model_copy(update={"insecure": insecure})
     except ValidationError as error:
         raise InputError([_problem(path, one) for one in error.errors()]) from error
 

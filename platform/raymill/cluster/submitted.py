@@ -285,18 +285,16 @@ def _client(name: str, spec: ClusterSpec) -> JobSubmissionClient:
     """Ray's client of the cluster.
 
     Raises:
-        InputError: the cluster does not run, its token is not there, may be read by others, or is the wrong one.
+        InputError: the cluster does not run, its token is not there, may be read by others, or is the wrong one; or it asks for
+            none, and nobody said that it may.
     """
     dashboard, token_file = _way(name, spec)
-    fix = "Name the file that `raymill cluster up` has made, or the one you were given; then `chmod 600` it."
-    if not token_file.is_file():
-        raise InputError([Problem(str(token_file), "no such file", "the cluster's token", fix)])
-    if stat.S_IMODE(token_file.stat().st_mode) & 0o077:
-        raise InputError([Problem(str(token_file), "a file that others may read", "one of mode 0600", fix)])
-    _ask(name, dashboard, token_file.read_text().strip())
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
-    os.environ.pop("RAY_AUTH_TOKEN", None)
-    os.environ.pop("RAY_ADDRESS", None)
+    _ask(name, dashboard, _token(token_file) if token_file else None, insecure=spec.insecure)
+    for variable in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        os.environ.pop(variable, None)
+    os.environ["RAY_AUTH_MODE"] = "token" if token_file else "disabled"
+    if token_file:
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
     from ray.job_submission import JobSubmissionClient
 
     # It says of each file that it does not send that it does not.
@@ -304,13 +302,23 @@ def _client(name: str, spec: ClusterSpec) -> JobSubmissionClient:
     return JobSubmissionClient(dashboard)
 
 
-def _way(name: str, spec: ClusterSpec) -> tuple[str, Path]:
-    """Where the cluster's Jobs API answers, and the file with its token."""
+def _token(file: Path) -> str:
+    fix = "Name the file that `raymill cluster up` has made, or the one you were given; then `chmod 600` it."
+    if not file.is_file():
+        raise InputError([Problem(str(file), "no such file", "the cluster's token", fix)])
+    if stat.S_IMODE(file.stat().st_mode) & 0o077:
+        raise InputError([Problem(str(file), "a file that others may read", "one of mode 0600", fix)])
+    return file.read_text().strip()
+
+
+def _way(name: str, spec: ClusterSpec) -> tuple[str, Path | None]:
+    """Where the cluster's Jobs API answers, and the file with its token; None: it is said to need none."""
     if spec.kind == "address":
-        missing = [field for field in ("dashboard", "token_file") if getattr(spec, field) is None]
+        needed = ["dashboard"] if spec.insecure else ["dashboard", "token_file"]
+        missing = [field for field in needed if getattr(spec, field) is None]
         if missing:
             raise InputError([Problem(f"cluster/{name}.yaml {field}", "nothing", "a value", "Add it.") for field in missing])
-        return str(spec.dashboard), Path(str(spec.token_file)).expanduser()
+        return str(spec.dashboard), Path(spec.token_file).expanduser() if spec.token_file else None
     folder = ClusterFolder(name)
     if not any(node["runs"] for node in local.status(name)["nodes"]):
         raise InputError(
@@ -319,10 +327,10 @@ def _way(name: str, spec: ClusterSpec) -> tuple[str, Path]:
     return str(read_record(folder.record)["dashboard"]), folder.token
 
 
-def _ask(name: str, dashboard: str, token: str) -> None:
-    """Ask for the list of jobs: with the token that must be answered, and without it refused."""
+def _ask(name: str, dashboard: str, token: str | None, *, insecure: bool) -> None:
+    """Ask for the list of jobs: with the token that must be answered, and without it refused, unless somebody said otherwise."""
     answers = {}
-    for who, headers in (("with", {"Authorization": f"Bearer {token}"}), ("without", {})):
+    for who, headers in (("with", {"Authorization": f"Bearer {token}"} if token else {}), ("without", {})):
         request = urllib.request.Request(f"{dashboard}/api/jobs/", headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=ASK_TIMEOUT_S) as answer:
@@ -335,6 +343,6 @@ def _ask(name: str, dashboard: str, token: str) -> None:
     if answers["with"] in (401, 403):
         fix = "Use the token that the cluster was started with."
         raise InputError([Problem(f"the token of {name}", f"HTTP {answers['with']}", "one that the cluster takes", fix)])
-    if answers["without"] == 200:
-        fix = "Start it with RAY_AUTH_MODE=token: as it is, whoever reaches it can run code there."
+    if answers["without"] == 200 and not insecure:
+        fix = "Start it with RAY_AUTH_MODE=token: whoever reaches it can run code there. --insecure uses it all the same."
         raise InputError([Problem(dashboard, "a cluster that asks for no token", "one that does", fix)])
