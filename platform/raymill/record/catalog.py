@@ -176,6 +176,12 @@ def _take_in(facts: dict[str, Any], event: Event) -> None:
         facts["status"] = "finished"
 
 
+def finished(folder: RunFolder) -> dict[str, Any] | None:
+    """The summary of a run that has reached its end; None: it has not."""
+    summary = read_record(folder.summary) if folder.summary.exists() else {}
+    return summary if summary.get("status") == "finished" else None
+
+
 def _duration_s(events: Iterable[Event]) -> float:
     """Seconds in which there was an attempt, from its start to its last event."""
     total_s, start_s, last_s = 0.0, None, 0.0

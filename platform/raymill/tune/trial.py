@@ -23,7 +23,6 @@ from typing import Any, TypeGuard
 
 from raymill.config import load
 from raymill.errors import InputError, Interrupted, RunError
-from raymill.files import read_record
 from raymill.orchestration import executors, run
 from raymill.orchestration.attempts import Show
 from raymill.orchestration.executors import Executor
@@ -31,6 +30,7 @@ from raymill.orchestration.on_ray import mirror
 from raymill.orchestration.prepare import prepare
 from raymill.own_code.traces import tell
 from raymill.paths import project_root
+from raymill.record.catalog import finished
 from raymill.record.events import AttemptStarted, EvaluationDone, Event, RunStopped, read_events
 from raymill.record.folder import RunFolder, run_folder
 from raymill.tune.folder import StudyFolder, studies_folder
@@ -149,8 +149,8 @@ def _no_room(error: BaseException | None) -> str | None:
 def _run(trial: TrialSpec, run_id: str, overrides: list[str], report: Report) -> dict[str, Any]:
     """Train one run, or go on with it; returns its summary."""
     folder = run_folder(run_id)
-    if folder.summary.exists() and read_record(folder.summary).get("status") == "finished":
-        return read_record(folder.summary)
+    if (summary := finished(folder)) is not None:
+        return summary
     if trial.in_process:
         return train(trial, folder, overrides, report)
     return _in_a_process_of_its_own(trial, folder, overrides, report)

@@ -20,9 +20,10 @@ from raymill.cluster.line import TUNE
 from raymill.cluster.on_head.head import RUNS_AT, project_of
 from raymill.cluster.on_head.request import JOB_CONFIG
 from raymill.errors import RunError
-from raymill.files import read_record, run_lock
+from raymill.files import run_lock
 from raymill.orchestration import tracker
 from raymill.orchestration.on_ray import mirror
+from raymill.record.catalog import finished
 from raymill.record.folder import RunFolder, run_folder
 from raymill.tune.folder import StudyFolder, studies_folder
 
@@ -79,7 +80,7 @@ def kept_at(folder: RunFolder, home: mirror.AtAddress) -> Iterator[None]:
 
 
 def _become(command: Sequence[str], folder: RunFolder | StudyFolder, workers: str, given_s: float | None) -> None:
-    if isinstance(folder, RunFolder) and "--resume" not in command and _is_finished(folder):
+    if isinstance(folder, RunFolder) and "--resume" not in command and finished(folder):
         # The attempt before was asked to end when there was nothing left to do but to deliver it.
         sys.exit(tracker.main([str(folder.path)]))
     sys.argv = ["raymill", *as_attempt(command, folder, workers), *([f"--given-s={given_s}"] if given_s else [])]
@@ -100,10 +101,6 @@ def as_attempt(command: Sequence[str], folder: RunFolder | StudyFolder, workers:
         # Whatever is there was killed before it was a run.
         shutil.rmtree(folder.path, ignore_errors=True)
     return [*command, *limit]
-
-
-def _is_finished(folder: RunFolder) -> bool:
-    return folder.summary.exists() and read_record(folder.summary).get("status") == "finished"
 
 
 def _wait_for_the_one_before(folder: RunFolder | StudyFolder) -> None:
