@@ -34,7 +34,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 
 
 def spec(stop_after: int | None = None) -> TrialSpec:
-    return TrialSpec("study", 0, "smoke", {"study-0000": []}, "validation/loss", [], ".", True, stop_after)
+    return TrialSpec("study", 0, ".", "smoke", {"study-0000": []}, "validation/loss", [], ".", True, stop_after)
 
 
 def test_evaluations_before_a_death_are_told_again_by_their_numbers(begun: RunFolder) -> None:
