@@ -50,6 +50,8 @@ A raymill project. `jobs/` has one folder per job, `pipelines/` the data code th
     raymill plan {job}                     # every derived number, with its reason
     raymill train {job} --in-process       # one worker in this process: print, breakpoint(), your own traceback
     raymill train {job}                    # on Ray, with the workers that the job file says
+    raymill cluster up local               # a Ray cluster on this machine, as cluster/local.yaml says, and then
+    raymill submit {job} --follow          # the same on it; it goes on when this terminal is closed
     raymill ui                             # the runs, in MLflow's page
     pytest                                 # the tests of this project
 
@@ -79,6 +81,15 @@ def test_{identifier}_trains(tmp_path, monkeypatch):
 '''
 
 TEST_FIRST = "    raymill.load({job!r}, loop__epochs=1).train(in_process=True, quiet=True)\n"
+
+LOCAL = """\
+# raymill cluster up local
+# Ray nodes as processes on this machine, for what is handed over with `raymill submit`. Needs raymill[cluster].
+kind: local
+nodes:
+  - {num_cpus: 1}
+  - {num_cpus: 1}
+"""
 
 GITIGNORE = "__pycache__/\n*.py[cod]\n.venv/\n.pytest_cache/\n.raymill/\n"
 
@@ -151,6 +162,8 @@ def _fill(project: Path, catalogue: Path, template: str, job: str, name: str) ->
     extra = "[vision]" if OF_VISION.search(code) else ""
     (project / "pyproject.toml").write_text(PYPROJECT.format(name=name, extra=extra))
     (project / ".gitignore").write_text(GITIGNORE)
+    (project / "cluster").mkdir()
+    (project / "cluster" / "local.yaml").write_text(LOCAL)
     pipeline = f"{pipeline_module.partition('.')[2].replace('.', '/')}.py"
     readme = README.format(name=name, job=job, pipeline=pipeline, first="".join(FIRST.format(job=one) for one in given))
     (project / "README.md").write_text(readme)

@@ -70,7 +70,8 @@ def load_cluster(name: str, *, insecure: bool = False) -> ClusterSpec:
     path = folder / f"{name}.yaml"
     if not NAME.fullmatch(name) or not path.is_file():
         known = sorted(file.stem for file in folder.glob("*.yaml"))
-        raise InputError([Problem("--cluster", repr(name[:60]), f"a file NAME.yaml in {folder}", did_you_mean(name, known))])
+        fix = did_you_mean(name, known) if known else "Write one: `kind: local` is enough for nodes on this machine."
+        raise InputError([Problem("cluster", repr(name[:60]), f"a file NAME.yaml in {folder}", fix)])
     values = strict_yaml.parse(path.read_bytes()).value
     try:
         return ClusterSpec.model_validate(values).model_copy(update={"insecure": insecure})
