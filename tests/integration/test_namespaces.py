@@ -93,6 +93,7 @@ def network(nodes: Nodes) -> Iterator[Network]:
         for command in nodes.commands:
             if command.poll() is None:
                 command.kill()
+                command.communicate()
         for node in reversed(nodes.running):
             if node.poll() is None:
                 nodes.remove(node)
