@@ -397,6 +397,9 @@ def test_a_search_gives_way_goes_on_later_is_stopped_and_resumed_and_ends_as_one
 def test_an_elastic_run_loses_a_node_and_gets_another_and_trains_on_each_batch_once(cluster: Cluster) -> None:
     values = ["scale.workers=null", "scale.min_workers=1", "scale.max_workers=3", "scale.resize_check_s=2"]
     values += ["data.num_rows=6000", "loop.epochs=100", "checkpoint.every_steps=20", "loop.record_order=true", "register=null"]
+    # Those that stand ready for another kind of run leave, and with them all that Ray keeps for them.
+    cluster.wait_for_end(cluster.submit("smoke", *QUICK))
+    until(lambda: cluster.runs(READY), STEP_TIMEOUT_S, "workers that stand ready")
     run = cluster.submit("smoke", *(part for value in values for part in ("--set", value)))
 
     def starts() -> list[AttemptStarted]:

@@ -28,6 +28,9 @@ from raymill.preflight import process as preflight
 
 POLL_S = 0.05
 
+LEAVES_S = 20.0
+"""A driver that is not needed has this long to end by itself."""
+
 IMPORTED = ("raymill.api", "raymill.cli.app", "raymill.orchestration.run", "raymill.orchestration.tracker", "mlflow")
 """What the command will import."""
 
@@ -52,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     finally:
         trial.end()
-        driver.end(0.0)
+        driver.leave(LEAVES_S)
 
 
 def _wait(job: str, driver: DriverProcess) -> dict[str, Any] | None:
