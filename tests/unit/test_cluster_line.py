@@ -39,6 +39,7 @@ from raymill.cluster.submitted import _again, _asked
 from raymill.config.load import load_job
 from raymill.errors import InputError
 from raymill.record.folder import RunFolder
+from raymill.tune.command import load_search
 from raymill.tune.folder import StudyFolder
 
 HERE = ClusterSpec(kind="local")
@@ -461,6 +462,15 @@ def test_a_search_asks_for_a_trial_at_least_and_for_as_many_as_it_may_have_at_on
     [found] = read([Job("a", one.as_metadata(), "SUCCEEDED", 0)])
     assert found.shape is None, "workers that stand ready are none of a search's"
     assert _asked("a", "job", spec, ("train", "job")).most == 2, "a job with a search may be trained"
+
+
+def test_a_search_is_checked_at_the_corners_of_its_space_before_it_is_handed_over() -> None:
+    wrong = {**SEARCH, "space": {**SEARCH["space"], "model.hiden": {"kind": "choice", "values": [8]}}}  # type: ignore[dict-item]
+    with pytest.raises(InputError, match="Did you mean 'hidden'"):
+        load_search("smoke", [f"search={json.dumps(wrong)}"])
+    assert load_search("smoke", [f"search={json.dumps(SEARCH)}"]).spec.search is not None
+    with pytest.raises(InputError, match="expected a space to search"):
+        load_search("smoke", [])
 
 
 def test_an_end_names_the_attempt_that_runs() -> None:

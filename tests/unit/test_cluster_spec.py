@@ -84,3 +84,18 @@ def test_what_is_insecure_is_typed_and_in_no_file(tmp_path: Path, monkeypatch: p
     assert _way("mine", load_cluster("mine", insecure=True)) == ("http://h:8265", None)
     with pytest.raises(InputError, match="token_file"):
         _way("mine", load_cluster("mine"))
+
+
+@pytest.mark.parametrize(
+    ("place", "is_right"), [("s3://b/runs", True), ("/mnt/runs", True), ("runs", False), ("http://h/runs", False)]
+)
+def test_runs_are_kept_where_files_are_taken(place: str, is_right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "pyproject.toml").write_text("[tool.raymill]\n")
+    (tmp_path / "cluster" / "mine.yaml").write_text(f"kind: local\nruns_at: {place}\n")
+    monkeypatch.chdir(tmp_path)
+    if is_right:
+        assert load_cluster("mine").runs_at == place
+    else:
+        with pytest.raises(InputError, match="the whole path of a folder"):
+            load_cluster("mine")

@@ -15,6 +15,9 @@ from raymill.errors import InputError, Problem, did_you_mean
 from raymill.files import make_private_folder
 from raymill.paths import home, project_root
 
+WRITABLE = re.compile(r"((s3|gs|gcs|abfs|abfss|az|hdfs)://[^/]+|/)")
+"""Begins the name of a place that takes files."""
+
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 
@@ -35,7 +38,6 @@ class ClusterSpec(StrictModel):
     keep_ready: bool = Field(default=True, description="after a run, hold workers ready for another one like it, for ten minutes")
     runs_at: str | None = Field(
         default=None,
-        pattern=r"^((s3|gs|gcs|abfs|abfss|az|hdfs)://[^/]+|/)",
         description="address or folder where the folders of runs are kept too, for when the head's disk is lost",
     )
     mlflow: bool = Field(default=False, description="of kind local: start an MLflow server with passwords beside the nodes")
@@ -43,6 +45,13 @@ class ClusterSpec(StrictModel):
     token_file: str | None = Field(default=None, description="of kind address: the file with its token, which only you may read")
 
     insecure: bool = Field(default=False, description="never in a file: --insecure, typed with each command")
+
+    @field_validator("runs_at")
+    @classmethod
+    def _can_be_written(cls, runs_at: str | None) -> str | None:
+        if runs_at is not None and not WRITABLE.match(runs_at):
+            raise PydanticCustomError("runs_at", "an address, such as s3://BUCKET/runs, or the whole path of a folder")
+        return runs_at
 
     @field_validator("insecure")
     @classmethod

@@ -297,8 +297,9 @@ def _client(name: str, spec: ClusterSpec) -> JobSubmissionClient:
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
     from ray.job_submission import JobSubmissionClient
 
-    # It says of each file that it does not send that it does not.
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    # It says of each file that it does not send that it does not, and of each package that it sends it.
+    for logger in [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "ray"]:
+        logging.getLogger(logger).setLevel(logging.ERROR)
     return JobSubmissionClient(dashboard)
 
 

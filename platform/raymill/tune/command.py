@@ -168,14 +168,16 @@ def _new_study(
 
 
 def load_search(job: str, overrides: Sequence[str]) -> load.LoadedJob:
-    """A job with its search, checked as `load.load_job` checks one; its data and the corners of its space are not.
+    """A job with its search, checked as `load.load_job` checks one, at each corner of the space; its data are not looked at.
 
     Raises:
         InputError: with everything that is wrong, or it has no search.
     """
     given, _ = with_search(job, overrides)
     loaded = load.load_job(job, given)
-    _searched(loaded)
+    bare = [*overrides, "search=null"]
+    if problems := space.find_problems(str(loaded.path), bare, _searched(loaded), lambda spec: []):
+        raise InputError(problems)
     return loaded
 
 
