@@ -318,7 +318,8 @@ def _way(name: str, spec: ClusterSpec) -> tuple[str, Path | None]:
         needed = ["dashboard"] if spec.insecure else ["dashboard", "token_file"]
         missing = [field for field in needed if getattr(spec, field) is None]
         if missing:
-            raise InputError([Problem(f"cluster/{name}.yaml {field}", "nothing", "a value", "Add it.") for field in missing])
+            fix = {"dashboard": "Add it.", "token_file": "Add it; or type --insecure, if the cluster asks for none."}
+            raise InputError([Problem(f"cluster/{name}.yaml {field}", "nothing", "a value", fix[field]) for field in missing])
         return str(spec.dashboard), Path(spec.token_file).expanduser() if spec.token_file else None
     folder = ClusterFolder(name)
     if not any(node["runs"] for node in local.status(name)["nodes"]):
