@@ -13,7 +13,7 @@ import pytest
 
 from object_store import serving
 from raymill.cluster.on_head.attempt import kept_at
-from raymill.orchestration.on_ray import mirror
+from raymill.orchestration.on_ray import mirror, run_files
 from raymill.record.folder import RunFolder
 
 
@@ -50,7 +50,7 @@ def test_what_was_sent_is_there_and_what_is_gone_is_gone(tmp_path: Path, monkeyp
     for path in (here / "checkpoints" / "step-3").iterdir():
         path.unlink()
     (here / "spec.json").write_text("another")
-    with mirror.held(here) as second:
+    with run_files.held(here) as second:
         assert {name for name, stamp in second.items() if first.get(name) != stamp} == {
             "empty",
             "spec.json",
@@ -61,16 +61,16 @@ def test_what_was_sent_is_there_and_what_is_gone_is_gone(tmp_path: Path, monkeyp
     assert {name: data for name, data in content(here).items() if ".stage" not in name} == content(home)
     assert not (home / "checkpoints" / "step-3").exists()
     there = actor.fetch("run-1")
-    mirror.write(tmp_path / "again", there.items())
+    run_files.write(tmp_path / "again", there.items())
     assert content(tmp_path / "again") == content(home)
 
 
 def test_what_is_removed_while_it_is_sent_comes_whole(tmp_path: Path) -> None:
     make(tmp_path, "checkpoints/step-3/a", "checkpoints/step-3/checksums.json")
-    with mirror.held(tmp_path) as found:
+    with run_files.held(tmp_path) as found:
         shutil.rmtree(tmp_path / "checkpoints" / "step-3")
         for name in found:
-            with mirror.open_held(tmp_path, name) as file:
+            with run_files.open_held(tmp_path, name) as file:
                 assert file.read().decode() == name
     assert content(tmp_path) == {}
 
@@ -81,22 +81,22 @@ def test_a_checkpoint_of_which_not_all_came_is_none(tmp_path: Path) -> None:
     make(tmp_path / "here", *names)
     for count in range(len(names) + 1):
         home, folder = mirror.AtAddress(str(tmp_path / "kept")), tmp_path / "there" / f"run-{count}"
-        for name in mirror.in_order(names)[:count]:
+        for name in run_files.in_order(names)[:count]:
             make(tmp_path / "kept" / f"run-{count}", name)
         home.fetch(folder)
         assert (folder / "checkpoints" / "step-3").exists() == (count >= 3)
         assert (folder / "checkpoints" / "step-3" / "a").exists() == (count >= 3)
 
         def killed(count: int = count) -> Iterator[tuple[str, bytes]]:
-            yield from ((name, name.encode()) for name in mirror.in_order(names)[:count])
+            yield from ((name, name.encode()) for name in run_files.in_order(names)[:count])
             raise KeyboardInterrupt
 
         place = tmp_path / "killed" / str(count)
         with suppress(KeyboardInterrupt):
-            mirror.write(place, killed())
+            run_files.write(place, killed())
         assert (place / "attempt").exists() == (count == 4)
         assert (place / "checkpoints" / "step-3").exists() == (count == 4)
-        mirror.write(place, ((name, name.encode()) for name in mirror.in_order(names)))
+        run_files.write(place, ((name, name.encode()) for name in run_files.in_order(names)))
         assert content(place) == content(tmp_path / "here")
 
 
@@ -183,4 +183,4 @@ def test_checkpoints_come_behind_all_that_tells_of_them(tmp_path: Path) -> None:
         "checkpoints/step-9/a",
     )
     expected = ["events.jsonl", "zebra.json", "checkpoints/step-3/z", "checkpoints/step-3/checksums.json", "attempt"]
-    assert list(mirror.stamps(tmp_path)) == expected
+    assert list(run_files.stamps(tmp_path)) == expected

@@ -26,7 +26,7 @@ from raymill.errors import InputError, Interrupted, RunError
 from raymill.orchestration import executors, run
 from raymill.orchestration.attempts import Show
 from raymill.orchestration.executors import Executor
-from raymill.orchestration.on_ray import mirror
+from raymill.orchestration.on_ray import mirror, run_files
 from raymill.orchestration.prepare import prepare
 from raymill.own_code.traces import tell
 from raymill.paths import project_root
@@ -102,7 +102,7 @@ def _run_away(trial: TrialSpec, report: Report, home: Any) -> dict[str, Any]:
 def _mirrored(run_id: str, home: mirror.Home) -> Iterator[None]:
     folder = run_folder(run_id)
     home.fetch(folder.path)
-    with mirror.mirrored(folder, home, sent=mirror.stamps(folder.path), say=partial(print, flush=True), must_arrive=True):
+    with mirror.mirrored(folder, home, sent=run_files.stamps(folder.path), say=partial(print, flush=True), must_arrive=True):
         yield
 
 

@@ -8,14 +8,13 @@ left.
 from __future__ import annotations
 
 import os
-import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from raymill.files import make_private_folder, replace_file
+from raymill.orchestration.on_ray import run_files
 from raymill.orchestration.on_ray.session_folder import end_session, new_session, remove_stale_sessions
 from raymill.record.folder import RunFolder, run_folder
 from raymill.storage.find import place_of
@@ -28,15 +27,6 @@ if TYPE_CHECKING:
     """Path in a run's folder -> bytes, which Ray does not copy as numbers."""
 
 POLL_S = 0.5
-
-CHECKPOINTS, ATTEMPT, WHOLE = "checkpoints", "attempt", "checksums.json"
-"""Names in a run's folder; the last is written when all else of a checkpoint is."""
-
-HELD, ARRIVING = ".held", ".arriving"
-"""Folders in it: what is being sent, and what has not all come."""
-
-Stamp = tuple[int, int]
-"""Size and time of change of a file."""
 
 
 class Home(Protocol):
@@ -57,7 +47,7 @@ class Home(Protocol):
 
 @contextmanager
 def mirrored(
-    folder: RunFolder, home: Home, *, sent: Mapping[str, Stamp], say: Callable[[str], None], must_arrive: bool
+    folder: RunFolder, home: Home, *, sent: Mapping[str, run_files.Stamp], say: Callable[[str], None], must_arrive: bool
 ) -> Iterator[None]:
     """Within this, what becomes of a run's folder is sent home: as it begins, behind each checkpoint, and in the end.
 
@@ -102,122 +92,18 @@ def mirrored(
 
 def _saved(folder: RunFolder) -> set[str]:
     """The checkpoints that there are, each by the file that was written last."""
-    return {str(one.relative_to(folder.path)) for one in folder.checkpoints.glob(f"[!.]*/{WHOLE}")}
+    return {str(one.relative_to(folder.path)) for one in folder.checkpoints.glob(f"[!.]*/{run_files.WHOLE}")}
 
 
-def _send(folder: Path, home: Home, sent: Mapping[str, Stamp]) -> dict[str, Stamp]:
+def _send(folder: Path, home: Home, sent: Mapping[str, run_files.Stamp]) -> dict[str, run_files.Stamp]:
     """Send what is new; returns what is at home then."""
-    with held(folder) as found:
+    with run_files.held(folder) as found:
         # A checkpoint is sent as a whole, or not at all.
-        new = {_unit(name) for name, stamp in found.items() if sent.get(name) != stamp}
-        changed = [name for name in found if _unit(name) in new]
+        new = {run_files.unit_of(name) for name, stamp in found.items() if sent.get(name) != stamp}
+        changed = [name for name in found if run_files.unit_of(name) in new]
         if changed or sent.keys() - found.keys():
             home.keep(folder, changed, list(found))
     return found
-
-
-# ---------------------------------------------------------------- the files of a run
-
-
-def _unit(name: str) -> str:
-    """What a file comes and goes with: its checkpoint, or itself."""
-    parts = name.split("/")
-    return "/".join(parts[:2]) if parts[0] == CHECKPOINTS else name
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """What is there comes before what tells of it: last the number of the attempt, by which it is seen who knows more; before it
-    checkpoints, each with its checksums last.
-    """
-
-    def place(name: str) -> tuple[bool, bool, str, bool, str]:
-        unit = _unit(name)
-        return name == ATTEMPT, unit != name, unit, name.endswith(f"/{WHOLE}"), name
-
-    return sorted(names, key=place)
-
-
-def without_torn(names: Iterable[str]) -> list[str]:
-    """In order, without the files of checkpoints of which not all came."""
-    ordered = in_order(names)
-    whole = {_unit(name) for name in ordered if name.endswith(f"/{WHOLE}")}
-    return [name for name in ordered if _unit(name) == name or _unit(name) in whole]
-
-
-def stamps(folder: Path) -> dict[str, Stamp]:
-    """The files of a folder; one that is being replaced or removed just now may be missing."""
-    found: dict[str, Stamp] = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        with suppress(FileNotFoundError):
-            # What begins with a point is not finished.
-            if path.is_file() and not any(part.startswith(".") for part in name.parts):
-                found[str(name)] = path.stat().st_size, path.stat().st_mtime_ns
-    return {name: found[name] for name in without_torn(found)}
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[dict[str, Stamp]]:
-    """The files of a folder as `stamps` has them. Within this those of checkpoints stay, in `HELD`, whoever removes them."""
-    shutil.rmtree(folder / HELD, ignore_errors=True)
-    found, gone = stamps(folder), set[str]()
-    try:
-        for name in found:
-            if _unit(name) == name:
-                continue
-            make_private_folder((folder / HELD / name).parent)
-            try:
-                _link(folder / name, folder / HELD / name)
-            except FileNotFoundError:
-                gone.add(_unit(name))
-        yield {name: stamp for name, stamp in found.items() if _unit(name) not in gone}
-    finally:
-        shutil.rmtree(folder / HELD, ignore_errors=True)
-
-
-def _link(path: Path, to: Path) -> None:
-    try:
-        os.link(path, to)
-    except FileNotFoundError:
-        raise
-    except OSError:  # the file system has no links
-        shutil.copyfile(path, to)
-
-
-def open_held(folder: Path, name: str) -> IO[bytes]:
-    """A file of those that `held` has."""
-    return open(folder / name if _unit(name) == name else folder / HELD / name, "rb")
-
-
-def write(folder: Path, content: Iterable[tuple[str, Any]]) -> None:
-    """Write files, given as `in_order` has them, with their bytes; a checkpoint is there whole or not at all."""
-    make_private_folder(folder)
-    shutil.rmtree(folder / ARRIVING, ignore_errors=True)
-    for name, data in content:
-        if name == ATTEMPT:
-            _arrive(folder)
-        path = folder / name if _unit(name) == name else folder / ARRIVING / name
-        make_private_folder(path.parent)
-        replace_file(path, bytes(data))
-    _arrive(folder)
-
-
-def _arrive(folder: Path) -> None:
-    for made in (folder / ARRIVING / CHECKPOINTS).glob("*"):
-        final = folder / CHECKPOINTS / made.name
-        make_private_folder(final.parent)
-        shutil.rmtree(final, ignore_errors=True)
-        made.rename(final)
-    shutil.rmtree(folder / ARRIVING, ignore_errors=True)
-
-
-def remove_all_but(folder: Path, names: Iterable[str]) -> None:
-    """Remove the files that are not among these, and folders that are empty then."""
-    for name in reversed(in_order(stamps(folder).keys() - set(names))):
-        (folder / name).unlink(missing_ok=True)
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
 
 
 # ---------------------------------------------------------------- home is an address
@@ -244,21 +130,21 @@ class AtAddress:
     def fetch(self, folder: Path) -> None:
         """As `Home`."""
         place = self.place(folder.name)
-        if names := without_torn(_names(place)):
-            write(folder, ((name, place.read(name)) for name in names))
+        if names := run_files.without_torn(_names(place)):
+            run_files.write(folder, ((name, place.read(name)) for name in names))
 
     def keep(self, folder: Path, changed: Sequence[str], names: Sequence[str]) -> None:
         """As `Home`."""
         place = self.place(folder.name)
         there = set(_names(place))
         for name in changed:
-            if name.endswith(f"/{WHOLE}") and name in there:
+            if name.endswith(f"/{run_files.WHOLE}") and name in there:
                 # One of this name is replaced, and is not whole meanwhile.
                 place.remove(name)
         for name in changed:
-            with suppress(FileNotFoundError), open_held(folder, name) as file:
+            with suppress(FileNotFoundError), run_files.open_held(folder, name) as file:
                 place.write(name, file)
-        for name in reversed(in_order(there - set(names))):
+        for name in reversed(run_files.in_order(there - set(names))):
             place.remove(name)
 
 
@@ -285,7 +171,7 @@ class OtherMachine:
 
         content = ray.get(self._actor.fetch.remote(folder.name))
         if content:
-            write(folder, content.items())
+            run_files.write(folder, content.items())
 
     def keep(self, folder: Path, changed: Sequence[str], names: Sequence[str]) -> None:
         """As `Home`."""
@@ -300,13 +186,13 @@ class HomeActor:
     def fetch(self, run_id: str) -> dict[str, np.ndarray]:
         """All that there is of a run; nothing, where it is new."""
         path = run_folder(run_id).path
-        with held(path) as found:
+        with run_files.held(path) as found:
             return _read(path, list(found))
 
     def keep(self, run_id: str, changed: Content, names: Sequence[str]) -> None:
         """Make a run's folder one of these files."""
-        write(run_folder(run_id).path, changed.items())
-        remove_all_but(run_folder(run_id).path, names)
+        run_files.write(run_folder(run_id).path, changed.items())
+        run_files.remove_all_but(run_folder(run_id).path, names)
 
 
 def _read(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -315,7 +201,7 @@ def _read(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
     content = {}
     for name in names:
-        with suppress(FileNotFoundError), open_held(folder, name) as file:
+        with suppress(FileNotFoundError), run_files.open_held(folder, name) as file:
             content[name] = np.frombuffer(file.read(), dtype=np.uint8)
     return content
 
