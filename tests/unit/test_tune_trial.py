@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raymill.config import load
+from raymill.config.search import SearchSpec
+from raymill.files import write_record
+from raymill.paths import project_root
 from raymill.record.events import EvaluationDone, append_event
 from raymill.record.folder import RunFolder, run_folder
 from raymill.tune import trial
+from raymill.tune.driver import Search
+from raymill.tune.folder import StudyFolder
 from raymill.tune.trial import TrialSpec
 
 
@@ -56,3 +63,29 @@ def test_one_that_was_to_end_at_an_evaluation_that_nobody_heard_of_ends(begun: R
 def test_one_of_a_population_that_was_killed_behind_its_last_evaluation_ends(begun: RunFolder) -> None:
     trial.train(spec(stop_after=2), begun, [], lambda number, value: None)
     assert begun.stop_request.exists()
+
+
+def test_a_search_that_goes_on_in_another_copy_of_the_project_has_its_job_from_there(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "study")
+    folder.path.mkdir()
+    space = {"optimizer.lr": {"kind": "uniform", "low": 0.1, "high": 0.2}}
+    search = SearchSpec.model_validate({"space": space, "metric": "validation/loss", "mode": "min"})
+    record = {
+        "search": search.model_dump(mode="json"),
+        "spec": load.resolved(load.load_job("smoke").spec),
+        "job": "/lost/copy/jobs/smoke/job.yaml",
+        "project": "/lost/copy",
+        "cwd": "/lost/copy/jobs",
+        "metric": "validation/loss",
+        "mode": "min",
+        "first": [{}],
+        "trials": 3,
+        "overrides": [],
+    }
+    write_record(folder.record, record)
+    told = Search(folder).next()
+    assert isinstance(told, TrialSpec)
+    here = project_root()
+    assert (told.project, told.job, told.cwd) == (str(here), str(here / "jobs/smoke/job.yaml"), str(here / "jobs"))
+    # What lies elsewhere is where it was.
+    assert Search(folder).here("/lost/other/job.yaml") == "/lost/other/job.yaml"

@@ -154,6 +154,7 @@ def _new_study(
         **named,
         "spec": load.resolved(prepared.spec),
         "overrides": [one for one in asked.overrides if not one.startswith("search")],
+        "project": str(project_root()),
         "cwd": str(Path.cwd()),
         "metric": search.metric or prepared.spec.checkpoint.metric,
         "mode": search.mode or prepared.spec.checkpoint.mode,

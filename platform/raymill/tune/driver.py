@@ -122,15 +122,20 @@ class Search:
             study=self.folder.name,
             number=suggestion.number,
             project=str(project_root()),
-            job=self.record["job"],
+            job=self.here(self.record["job"]),
             runs={run_id: [*fixed, *values, *own] for run_id, own in zip(ids, repeats, strict=True)},
             metric=self.metric,
             measured=[*self.search.also, *self.search.limits],
-            cwd=self.record["cwd"],
+            cwd=self.here(self.record["cwd"]),
             in_process=self.in_process,
             stop_after=stop_after,
             parent=parent,
         )
+
+    def here(self, path: str) -> str:
+        """A path of the project as it was when the search began, in the project as it is now: another copy of it, it may be."""
+        project = self.record.get("project", "")
+        return str(project_root() / Path(path).relative_to(project)) if Path(path).is_relative_to(project) else path
 
     def report(self, number: int, evaluation: int, value: float) -> bool:
         """A trial was evaluated, for the first, second, ... time; returns whether it is to end."""
