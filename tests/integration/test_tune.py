@@ -213,7 +213,9 @@ def takes(held: sqlite3.Connection) -> bool:
 @pytest.mark.parametrize("seed", range(10))
 def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(undisturbed: list[Any], seed: int, tmp_path: Path) -> None:
     home, draw = Home(tmp_path / "home"), random.Random(seed)
-    begun, killed = home.start(*command()), 0
+    # Each trial takes a second, so that most moments are in the middle of one.
+    variables = {"RAYMILL_FAULT": "step_done:slow:seconds=0.05", "RAYMILL_FAULT_FOLDER": str(tmp_path)}
+    begun, killed = home.start(*command(), variables=variables), 0
     for what in draw.sample(["driver", "raylet", "ray::ImplicitFunc"], 3):
         wait_until(lambda what=what: process_of(home, what) is not None or begun.poll() is not None, begun)  # type: ignore[misc]
         with suppress(subprocess.TimeoutExpired):
