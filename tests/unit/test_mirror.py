@@ -181,6 +181,8 @@ def test_checkpoints_come_behind_all_that_tells_of_them(tmp_path: Path) -> None:
         "zebra.json",
         "events.jsonl",
         "checkpoints/step-9/a",
+        "checkpoints/latest.json",
     )
-    expected = ["events.jsonl", "zebra.json", "checkpoints/step-3/z", "checkpoints/step-3/checksums.json", "attempt"]
+    expected = ["events.jsonl", "zebra.json", "checkpoints/step-3/z", "checkpoints/step-3/checksums.json"]
+    expected += ["checkpoints/latest.json", "attempt"]
     assert list(run_files.stamps(tmp_path)) == expected

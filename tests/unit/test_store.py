@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from raymill import faults
 from raymill.checkpoint import snapshot
 from raymill.checkpoint.directory import Pointer, names, read_pointer
 from raymill.checkpoint.snapshot import Snapshot
 from raymill.errors import CheckpointError
-from raymill.record.events import CheckpointSaved, Event, StepRefused, append_event
+from raymill.record.events import CheckpointSaved, Event, StepRefused, append_event, read_events
 from raymill.record.folder import RunFolder
 from raymill.record.store import LocalRunStore, ResumePoint, begin_attempt, commit_checkpoint
 
@@ -74,6 +77,42 @@ def test_only_batches_that_were_refused_to_go_back_are_left_out(folder: RunFolde
     for event in (refused(30, "skip"), refused(50, "rollback"), refused(70, "stop"), refused(90, "rollback")):
         append_event(folder, event)
     assert begin_attempt(folder).skipped_positions == {50, 90}
+
+
+@pytest.mark.parametrize("killed_at", ["after_rename", "before_pointer", "after_pointer", "after_commit"])
+def test_the_best_checkpoint_is_the_best_wherever_in_its_commit_the_writer_was_killed(
+    killed_at: str, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_attempt(folder)
+    for step in (4, 9):
+        # Before its evaluation, and behind it: of one name.
+        commit(folder, step, attempt=1)
+        if step == 9:
+            monkeypatch.setattr(faults, "point", partial(killed, killed_at))
+        with suppress(KeyboardInterrupt):
+            saved = commit_checkpoint(folder, 1, 10, snapshot.content(state(step), best=True), best=True)
+            append_event(folder, saved)
+    monkeypatch.undo()
+    assert begin_attempt(folder).checkpoint == "step-00000009.1"
+    assert read_pointer(folder.checkpoints) == Pointer("step-00000009.1", "step-00000009.1", 1)
+    told = [event for event in read_events(folder.events)[0] if isinstance(event, CheckpointSaved) and event.best]
+    assert [(event.step, event.path) for event in told] == [(step, f"checkpoints/step-0000000{step}.1") for step in (4, 9)]
+    # It is told once.
+    begin_attempt(folder)
+    assert len([event for event in read_events(folder.events)[0] if isinstance(event, CheckpointSaved)]) == 2
+
+
+def killed(at: str, name: str, path: Path | None = None) -> None:
+    if name == at:
+        raise KeyboardInterrupt
+
+
+def test_one_that_is_not_the_best_takes_nothing_from_the_one_that_is(folder: RunFolder) -> None:
+    begin_attempt(folder)
+    commit_checkpoint(folder, 1, 10, snapshot.content(state(4), best=True), best=True)
+    commit(folder, 9, attempt=1)
+    begin_attempt(folder)
+    assert read_pointer(folder.checkpoints) == Pointer("step-00000009.1", "step-00000004.1", 1)
 
 
 def test_what_a_killed_attempt_left_is_gone_when_the_next_begins(folder: RunFolder) -> None:

@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from safetensors import SafetensorError
 
 from raymill import faults
-from raymill.checkpoint.directory import POINTER, REPLACED, WEIGHTS, Content, Pointer, names, read_pointer, save
+from raymill.checkpoint.directory import (
+    POINTER,
+    REPLACED,
+    WEIGHTS,
+    Content,
+    Pointer,
+    names,
+    read_pointer,
+    read_state,
+    save,
+)
 from raymill.errors import CheckpointError
 from raymill.files import STAGE, replace_file, with_version
 
@@ -73,12 +84,33 @@ def _commit(folder: Path, name: str, attempt: int, keep: int, content: Content, 
         )
     pointer = Pointer(name, name if best else (before.best if before else None), attempt)
     faults.point("before_pointer")
-    replace_file(folder / POINTER, json.dumps(with_version(pointer.__dict__)))
+    _point(folder, pointer)
     faults.point("after_pointer", folder / name / WEIGHTS)
     for old in to_remove(names(folder), pointer, keep):
         faults.point("before_remove_old")
         shutil.rmtree(folder / old)
     faults.point("after_commit")
+
+
+def _point(folder: Path, pointer: Pointer) -> None:
+    replace_file(folder / POINTER, json.dumps(with_version(pointer.__dict__)))
+
+
+def settled_best(folder: Path, latest: str) -> str | None:
+    """The name of the best checkpoint. Call before an attempt writes, when no other does.
+
+    Behind an evaluation the checkpoint before it is replaced by one of the same name, which the pointer has named already; only
+    then does it name that one as the best. What a kill between the two left out is done here.
+
+    Args:
+        folder: the folder of checkpoints.
+        latest: the newest from which the run can go on, see `find_latest`.
+    """
+    pointer = read_pointer(folder)
+    if pointer is None or pointer.best == latest or pointer.latest != latest or not read_state(folder / latest).get("is_best"):
+        return pointer.best if pointer else None
+    _point(folder, replace(pointer, best=latest))
+    return latest
 
 
 def clean(folder: Path) -> None:

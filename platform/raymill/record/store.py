@@ -7,6 +7,7 @@ reported and checkpoints committed, the worker asks whether it is to stop, and s
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from raymill.data.bad_rows import BadRow
 from raymill.errors import CheckpointError
 from raymill.record import inputs, kept_code, stacks
 from raymill.record.bad_row_ledger import BadRowLedger
-from raymill.record.events import CheckpointSaved, Event, EventWriter, StepRefused, scan_events
+from raymill.record.events import CheckpointSaved, Event, EventWriter, StepRefused, append_event, scan_events
 from raymill.record.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -68,10 +69,22 @@ def begin_attempt(folder: RunFolder) -> ResumePoint:
         notes.append(f"{read.num_damaged_lines} damaged lines of {folder.events.name} were passed over")
     notes += [*kept_code.notes(folder.path), *inputs.notes(folder.path)]
     events = read.events
+    if name and (best := commit.settled_best(folder.checkpoints, name)):
+        _tell_of_best(folder, best, events)
     refused = [event for event in events if isinstance(event, StepRefused) and event.policy == "rollback"]
     skipped_positions = frozenset(event.position for event in refused)
     evaluated, ended = state.get("evaluated", True), state.get("ended") is not None
     return ResumePoint(attempt, name, state["position"], skipped_positions, tuple(notes), evaluated, ended)
+
+
+def _tell_of_best(folder: RunFolder, best: str, events: Sequence[Event]) -> None:
+    """Tell which checkpoint is the best, where a kill behind its commit left that out."""
+    path = f"checkpoints/{best}"
+    if any(isinstance(event, CheckpointSaved) and event.best and event.path == path for event in events):
+        return
+    step = directory.read_state(folder.checkpoints / best)["step"]
+    # When it was saved, as nearly as it is known.
+    append_event(folder, CheckpointSaved(step=step, path=path, best=True, time_s=events[-1].time_s if events else time.time()))
 
 
 def _attempt(folder: RunFolder) -> int:

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from raymill.files import make_private_folder, replace_file
 
-CHECKPOINTS, ATTEMPT, WHOLE = "checkpoints", "attempt", "checksums.json"
+CHECKPOINTS, POINTER, ATTEMPT, WHOLE = "checkpoints", "checkpoints/latest.json", "attempt", "checksums.json"
 """Names in a run's folder; the last is written when all else of a checkpoint is."""
 
 HELD, ARRIVING = ".held", ".arriving"
@@ -29,12 +29,12 @@ def unit_of(name: str) -> str:
 
 def in_order(names: Iterable[str]) -> list[str]:
     """What is there comes before what tells of it: last the number of the attempt, by which it is seen who knows more; before it
-    checkpoints, each with its checksums last.
+    the pointer to a checkpoint, and before that checkpoints, each with its checksums last.
     """
 
-    def place(name: str) -> tuple[bool, bool, str, bool, str]:
+    def place(name: str) -> tuple[bool, bool, bool, str, bool, str]:
         unit = unit_of(name)
-        return name == ATTEMPT, unit != name, unit, name.endswith(f"/{WHOLE}"), name
+        return name == ATTEMPT, name == POINTER, unit != name, unit, name.endswith(f"/{WHOLE}"), name
 
     return sorted(names, key=place)
 
@@ -96,7 +96,7 @@ def write(folder: Path, content: Iterable[tuple[str, Any]]) -> None:
     make_private_folder(folder)
     shutil.rmtree(folder / ARRIVING, ignore_errors=True)
     for name, data in content:
-        if name == ATTEMPT:
+        if name in (POINTER, ATTEMPT):
             _arrive(folder)
         path = folder / name if unit_of(name) == name else folder / ARRIVING / name
         make_private_folder(path.parent)
