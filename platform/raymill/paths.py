@@ -37,6 +37,15 @@ def project_root() -> Path:
     return find_project() or Path.cwd().resolve()
 
 
+def in_this_copy(path: str, project: str) -> str:
+    """A path in another copy of the project, as it is in this one; what lies outside of that copy stays what it is.
+
+    Args:
+        project: the other copy's folder; "": it is not known.
+    """
+    return str(project_root() / Path(path).relative_to(project)) if Path(path).is_relative_to(project) else path
+
+
 def no_project() -> Problem:
     """What is said outside of a project."""
     expected = "a folder with `pyproject.toml` and `jobs/`, at or above the current one"

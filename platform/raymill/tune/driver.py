@@ -32,7 +32,7 @@ from raymill.errors import RaymillError, RunError
 from raymill.files import private, read_record, replace_file, run_lock, write_record
 from raymill.orchestration.on_ray.ray_session import ray_for
 from raymill.orchestration.on_ray.session_folder import VARIABLE
-from raymill.paths import home, project_root
+from raymill.paths import home, in_this_copy, project_root
 from raymill.redaction import print_redacted, redact, redact_text
 from raymill.tune.folder import FAILED, FINISHED, INTERRUPTED, UNWRITABLE, StudyFolder
 from raymill.tune.outcome import NUM_SHOWN, conclude
@@ -133,9 +133,8 @@ class Search:
         )
 
     def here(self, path: str) -> str:
-        """A path of the project as it was when the search began, in the project as it is now: another copy of it, it may be."""
-        project = self.record.get("project", "")
-        return str(project_root() / Path(path).relative_to(project)) if Path(path).is_relative_to(project) else path
+        """A path of the project as it was when the search began, in the copy in which it goes on."""
+        return in_this_copy(path, self.record.get("project", ""))
 
     def report(self, number: int, evaluation: int, value: float) -> bool:
         """A trial was evaluated, for the first, second, ... time; returns whether it is to end."""

@@ -29,7 +29,7 @@ from raymill.orchestration.executors import Executor
 from raymill.orchestration.on_ray import mirror, run_files
 from raymill.orchestration.prepare import prepare
 from raymill.own_code.traces import tell
-from raymill.paths import project_root
+from raymill.paths import in_this_copy, project_root
 from raymill.record.catalog import finished
 from raymill.record.events import AttemptStarted, EvaluationDone, Event, RunStopped, read_events
 from raymill.record.folder import RunFolder, run_folder
@@ -88,14 +88,13 @@ def run_trial(trial: TrialSpec, report: Report, home: Any = None) -> dict[str, A
 
 def _run_away(trial: TrialSpec, report: Report, home: Any) -> dict[str, Any]:
     """The same where neither the project's own folder is nor its runs: on what travelled here."""
-    there, here, project = mirror.OtherMachine(home), project_root(), Path(trial.project)
-    named = Path(trial.job), Path(trial.cwd)
-    job, cwd = (here / one.relative_to(project) if one.is_relative_to(project) else one for one in named)
-    os.chdir(cwd if cwd.is_dir() else here)
+    there, here = mirror.OtherMachine(home), project_root()
+    job, cwd = (in_this_copy(path, trial.project) for path in (trial.job, trial.cwd))
+    os.chdir(cwd if Path(cwd).is_dir() else here)
     with mirror.away():
         if trial.parent is not None:
             there.fetch(run_folder(trial.parent).path)
-        return _run_here(replace(trial, job=str(job)), report, partial(_mirrored, home=there))
+        return _run_here(replace(trial, job=job), report, partial(_mirrored, home=there))
 
 
 @contextmanager

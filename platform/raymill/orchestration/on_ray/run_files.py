@@ -9,10 +9,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from raymill.checkpoint import directory
 from raymill.files import make_private_folder, replace_file
 
-CHECKPOINTS, POINTER, ATTEMPT, WHOLE = "checkpoints", "checkpoints/latest.json", "attempt", "checksums.json"
+CHECKPOINTS, ATTEMPT, WHOLE = "checkpoints", "attempt", directory.CHECKSUMS
 """Names in a run's folder; the last is written when all else of a checkpoint is."""
+
+POINTER = f"{CHECKPOINTS}/{directory.POINTER}"
 
 HELD, ARRIVING = ".held", ".arriving"
 """Folders in it: what is being sent, and what has not all come."""
