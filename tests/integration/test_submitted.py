@@ -391,6 +391,13 @@ def test_a_search_gives_way_goes_on_later_is_stopped_and_resumed_and_ends_as_one
     assert (shown["trials"], shown["best"]["value"]) == ({"complete": 8}, expected["best"]["value"])
     of_it = [one for one in cluster.json("ps", "--json")["submitted"] if one["run_id"] == study]
     assert [(one["status"], one["attempts"]) for one in of_it] == [("SUCCEEDED", 1), ("INTERRUPTED", 2)]
+    # It is over, and goes on with two more, also when the attempt that has begun with them is killed.
+    cluster.json("submit", "--resume", study, "--set", "search.trials=10", "--json")
+    until(lambda: num_over(cluster) == 9, STEP_TIMEOUT_S, "one trial more")
+    assert cluster.kill("on_head.", lambda found: next(one for one in found if one.name() != "sh"))
+    cluster.wait_for_end(study)
+    whole.json("tune", "--resume", expected["study"], "--trials", "10", "--json")
+    assert told(cluster) == told(whole)
 
 
 @pytest.mark.cluster

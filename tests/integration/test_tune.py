@@ -305,8 +305,10 @@ def test_what_ends_early_is_saved_and_a_search_goes_on_with_more_trials(tmp_path
     # It may be gone on with, as any run that was stopped.
     resumed = home.json("train", "--resume", run.run_id, "--in-process", "--json")
     assert resumed["steps"] == 60
-    more = home.json("tune", "smoke", "--json", "--resume", summary["study"], "--add-trials", "2")
-    assert sum(more["trials"].values()) == 9
+    more = home.json("tune", "--json", "--resume", summary["study"], "--add-trials", "1")
+    assert sum(more["trials"].values()) == 8
+    in_all = home.json("tune", "--json", "--resume", summary["study"], "--trials", "9")
+    assert sum(in_all["trials"].values()) == 9
 
 
 def test_a_population_goes_on_from_its_best_and_a_killed_one_ends_alike(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from raymill.cluster.submitted import _again, _asked
 from raymill.config.load import load_job
 from raymill.errors import InputError
 from raymill.record.folder import RunFolder
-from raymill.tune.command import load_search
+from raymill.tune.command import load_search, trials_in_all
 from raymill.tune.folder import StudyFolder
 
 HERE = ClusterSpec(kind="local")
@@ -431,6 +431,20 @@ def test_what_is_resumed_is_the_last_that_was_submitted_whatever_its_priority() 
     done = attempt("a.2", 1, "SUCCEEDED", 0)
     with pytest.raises(InputError, match="a run that is finished"):
         _again(read([*first, second, done]), "a", [], HERE)
+
+
+def test_a_search_that_is_over_goes_on_with_more_trials_and_with_no_other_change() -> None:
+    over = [replace(one, metadata=one.metadata | {"command": '["tune", "a"]'}) for one in [request("a", 0)]]
+    known = read([*over, attempt("a", 1, "SUCCEEDED", 0)])
+    _, asked = _again(known, "a", ["search.trials=9"], HERE)
+    assert asked.command == ("tune", "--resume", "a", "--set=search.trials=9", "--json")
+    for wrong in (["search.trials=many"], ["search.trials=0"], ["loop.epochs=2", "search.trials=9"], []):
+        with pytest.raises(InputError) as caught:
+            _again(known, "a", wrong, HERE)
+        assert len(caught.value.problems) == 1
+    with pytest.raises(InputError, match="expected a whole number of 20 or more"):
+        trials_in_all(["search.trials=19"], 20)
+    assert trials_in_all(["search.trials=20"], 20) == 20
 
 
 def test_an_attempt_goes_on_with_what_there_is_of_its_run_or_its_search(tmp_path: Path) -> None:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import shutil
+import sqlite3
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
 from object_store import serving
 from raymill.cluster.on_head.attempt import kept_at
+from raymill.files import make_private_folder, read_record, replace_file, write_record
 from raymill.orchestration.on_ray import mirror, run_files
-from raymill.record.folder import RunFolder
+from raymill.record.events import CheckpointSaved, RunFinished, StepDone, append_event, read_events
+from raymill.record.folder import RunFolder, run_folder
+from raymill.storage.place import Place
+from raymill.tune.folder import NOTHING_DELIVERED, StudyFolder, studies_folder
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -41,7 +50,9 @@ def test_what_was_sent_is_there_and_what_is_gone_is_gone(tmp_path: Path, monkeyp
             actor.keep(folder.name, mirror._read(folder, changed), names)
 
     make(here, "spec.json", "checkpoints/step-3/a", "checkpoints/step-3/checksums.json")
-    first = mirror._send(here, Home(), {})
+    at_home: dict[Path, Mapping[str, run_files.Stamp]] = {}
+    mirror._send([here], Home(), at_home)
+    first = at_home[here]
     assert content(home) == content(here)
 
     # The next commit; the one before is removed, and another is being written.
@@ -57,7 +68,7 @@ def test_what_was_sent_is_there_and_what_is_gone_is_gone(tmp_path: Path, monkeyp
             "checkpoints/step-6/a",
             "checkpoints/step-6/checksums.json",
         }
-    mirror._send(here, Home(), first)
+    mirror._send([here], Home(), at_home)
     assert {name: data for name, data in content(here).items() if ".stage" not in name} == content(home)
     assert not (home / "checkpoints" / "step-3").exists()
     there = actor.fetch("run-1")
@@ -98,6 +109,90 @@ def test_a_checkpoint_of_which_not_all_came_is_none(tmp_path: Path) -> None:
         assert (place / "checkpoints" / "step-3").exists() == (count == 4)
         run_files.write(place, ((name, name.encode()) for name in run_files.in_order(names)))
         assert content(place) == content(tmp_path / "here")
+
+
+def run_that_goes_on(folder: RunFolder, num_steps: int) -> Iterator[None]:
+    """A run, one change of its folder after the other."""
+    make_private_folder(folder.checkpoints)
+    folder.command.write_text("{}")
+    folder.attempt.write_text("1")
+    for step in range(1, num_steps + 1):
+        append_event(folder, StepDone(step=step, epoch=0, rows=step, metrics={}))
+        yield
+        name = f"step-{step}"
+        staged = folder.checkpoints / f".stage-{name}"
+        staged.mkdir()
+        for file in ("a", "checksums.json"):
+            (staged / file).write_text(f"{file} of {name}")
+        staged.rename(folder.checkpoints / name)
+        yield
+        replace_file(folder.checkpoints / "latest.json", name)
+        shutil.rmtree(folder.checkpoints / f"step-{step - 1}", ignore_errors=True)
+        yield
+        append_event(folder, CheckpointSaved(step=step, path=f"checkpoints/{name}", best=False))
+        yield
+    write_record(folder.summary, {"status": "finished"})
+    yield
+    append_event(folder, RunFinished(best_checkpoint=f"checkpoints/step-{num_steps}", metrics={}))
+    yield
+
+
+class Killed(BaseException):
+    """As by SIGKILL."""
+
+
+@dataclass
+class SlowPlace:
+    """A place at which the run is further on with each file that comes, and the sender is killed behind one of them."""
+
+    place: Place
+    goes_on: Callable[[], None]
+    files_left: list[int]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.place, name)
+
+    def write(self, name: str, file: IO[bytes]) -> None:
+        if not self.files_left[0]:
+            raise Killed
+        self.files_left[0] -= 1
+        self.place.write(name, file)
+        self.goes_on()
+
+
+@pytest.mark.parametrize("changes_per_file", [0, 1, 3])
+def test_what_came_when_the_sender_was_killed_is_as_the_run_was_at_one_moment(changes_per_file: int, tmp_path: Path) -> None:
+    num_steps = 4
+    for num_files in range(40):
+        here = RunFolder(tmp_path / f"here-{num_files}" / "run-1")
+        run, files_left = run_that_goes_on(here, num_steps), [num_files]
+
+        def goes_on(run: Iterator[None] = run) -> None:
+            for _ in range(changes_per_file):
+                next(run, None)
+
+        class Home(mirror.AtAddress):
+            def place(self, name: str, files_left: list[int] = files_left, goes_on: Callable[[], None] = goes_on) -> Place:
+                return SlowPlace(super().place(name), goes_on, files_left)  # type: ignore[return-value]
+
+        home, at_home = Home(str(tmp_path / f"kept-{num_files}")), dict[Path, Mapping[str, run_files.Stamp]]()
+        with suppress(Killed):
+            for _ in run:
+                mirror._send([here.path], home, at_home)
+            mirror._send([here.path], home, at_home)
+        there = RunFolder(tmp_path / f"there-{num_files}" / "run-1")
+        files_left[0] = 0
+        home.fetch(there.path)
+        events = read_events(there.events)[0] if there.events.exists() else []
+        saved = [int(one.name.removeprefix("step-")) for one in there.checkpoints.glob("step-*")]
+        steps = [event.step for event in events if isinstance(event, StepDone)]
+        newest = max(saved, default=0)
+        assert steps[:newest] == list(range(1, newest + 1)), "no step before a checkpoint is missing"
+        ends = any(isinstance(event, RunFinished) for event in events)
+        assert not (ends or there.summary.exists()) or saved == [num_steps], "it is over once all of it is there"
+        if (there.checkpoints / "latest.json").exists():
+            assert int((there.checkpoints / "latest.json").read_text().removeprefix("step-")) in saved
+    assert ends, "behind the last file all of it is there"
 
 
 @contextmanager
@@ -152,6 +247,77 @@ def test_a_run_is_kept_at_an_address_and_had_from_there_on_a_new_disk(kind: str,
         with kept_at(RunFolder(tmp_path / "c" / "run-1"), home):
             assert content(tmp_path / "c" / "run-1") == content(folder.path)
         assert home.read("run-2", "spec.json") is None
+
+
+def add_trial(study: StudyFolder, number: int) -> None:
+    """What a search leaves of a trial: its run, a row of the study's store, a line."""
+    for _ in run_that_goes_on(run_folder(f"{study.name}-{number:04d}"), 2):
+        pass
+    with closing(sqlite3.connect(study.store)) as store, store:
+        store.execute("create table if not exists trials (number)")
+        store.execute("insert into trials values (?)", [number])
+    with study.trials.open("a") as file:
+        file.write(json.dumps({"number": number}) + "\n")
+
+
+def test_a_search_is_kept_with_its_runs_and_had_from_there_on_a_new_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = mirror.AtAddress(str(tmp_path / "kept"))
+
+    def on_disk(name: str) -> StudyFolder:
+        monkeypatch.setenv("RAYMILL_HOME", str(tmp_path / name))
+        return StudyFolder(studies_folder() / "s-1")
+
+    def known(study: StudyFolder) -> list[int]:
+        with closing(sqlite3.connect(study.store)) as store:
+            found = [number for (number,) in store.execute("select number from trials order by number")]
+        assert [json.loads(line)["number"] for line in study.trials.read_text().splitlines()] == found
+        assert [run.run_id for run in study.runs] == [f"s-1-{number:04d}" for number in found]
+        for run in study.runs:
+            assert isinstance(read_events(run.events)[0][-1], RunFinished)
+            assert (run.checkpoints / "latest.json").read_text() == "step-2"
+        return found
+
+    study = on_disk("a")
+    study.path.mkdir(parents=True)
+    with kept_at(study, home):
+        write_record(study.record, {})
+        while home.read("s-1", study.record.name) is None:
+            time.sleep(mirror.POLL_S)
+        add_trial(study, 0)
+        # Both are there while the search goes on.
+        while home.read("s-1", study.trials.name) is None:
+            time.sleep(mirror.POLL_S)
+        assert home.read("s-1-0000", "summary.json") is not None
+        add_trial(study, 1)
+    study = on_disk("b")
+    with kept_at(study, home):
+        assert known(study) == [0, 1]
+        assert read_record(study.delivered) == NOTHING_DELIVERED
+        add_trial(study, 2)
+    # The first disk is back, and behind.
+    study = on_disk("a")
+    with kept_at(study, home):
+        assert known(study) == [0, 1, 2]
+
+
+def test_a_count_tells_of_no_more_than_the_store_that_is_held_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYMILL_HOME", str(tmp_path))
+    study = StudyFolder(studies_folder() / "s-1")
+    study.path.mkdir(parents=True)
+    add_trial(study, 0)
+    looked_at, numbers = run_files.stamps, itertools.count(1)
+
+    def stamps(folder: Path) -> dict[str, run_files.Stamp]:
+        found = looked_at(folder)
+        add_trial(study, next(numbers))
+        return found
+
+    monkeypatch.setattr(run_files, "stamps", stamps)
+    with run_files.held(study.path):
+        with run_files.open_held(study.path, study.trials.name) as file:
+            assert file.read().count(b"\n") == 1
+        with closing(sqlite3.connect(study.path / run_files.HELD / study.store.name)) as store:
+            assert store.execute("select count(*) from trials").fetchone() == (2,)
 
 
 def test_what_cannot_be_kept_is_said_and_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

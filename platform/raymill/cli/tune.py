@@ -38,7 +38,7 @@ def tune(
     ] = None,
     study: Annotated[str | None, typer.Argument(help="with show, export and stop: the study")] = None,
     set_: SetOption = None,
-    trials: Annotated[int | None, typer.Option("--trials", help="same as --set search.trials=N, for a new search")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="same as --set search.trials=N; with --resume, in all")] = None,
     add_trials: Annotated[int, typer.Option("--add-trials", help="so many more than before", min=0)] = 0,
     resume: Annotated[str | None, typer.Option("--resume", help="go on with this study")] = None,
     new: Annotated[bool, typer.Option("--new", help="begin anew, whatever was begun before")] = False,

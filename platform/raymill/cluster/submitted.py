@@ -33,7 +33,7 @@ from raymill.orchestration.on_ray.mirror import AtAddress
 from raymill.orchestration.run import new_id
 from raymill.paths import ENGINE, home, project_root
 from raymill.record.folder import run_folder
-from raymill.tune.command import load_search
+from raymill.tune.command import load_search, trials_in_all
 from raymill.tune.folder import StudyFolder, studies_folder
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def submit(
         name: of the cluster.
         spec: what its file says.
         job: what `find_job` takes; with `resume`, ignored.
-        overrides: as of `load_job`.
+        overrides: as of `load_job`; of a study to go on with, as of `trials_in_all`.
         resume: the id of a run, or the name of a study, to go on with.
         priority: higher ones stand before lower ones, which make room for them.
         search: search over the job's fields rather than train it; with `resume`, ignored.
@@ -134,12 +134,15 @@ def _again(known: Sequence[line.Request], run: str, overrides: Sequence[str], cl
     if not any(one.asked.run == run for one in known) and (found := _kept(run, cluster)):
         # The cluster that it was submitted to is gone, with all that it knew, or it was none.
         verb, spec = found
+        if verb == line.TUNE:
+            trials_in_all(overrides)
         return run, _asked(run, spec.name, spec, (verb, "--resume", run, *changed, "--json"))
     last = _newest(known, run)
     if last.exit_code is None:
         fix = f"`raymill logs {run} --follow` shows it; `raymill stop {run}` stops it."
         raise InputError([Problem("--resume", f"a run that is {last.state.lower()}", "one that is over", fix)])
-    if last.state == "SUCCEEDED":
+    more_trials = trials_in_all(overrides) if last.asked.is_search else None
+    if last.state == "SUCCEEDED" and more_trials is None:
         raise InputError([Problem("--resume", "a run that is finished", "an interrupted or failed run", "Submit a new one.")])
     command = (last.asked.command[0], "--resume", run, *changed, "--json")
     return f"{run}.{sum(one.asked.run == run for one in known) + 1}", replace(last.asked, command=command)
@@ -151,10 +154,19 @@ def _kept(name: str, cluster: ClusterSpec) -> tuple[str, JobSpec] | None:
     if cluster.kind == "local" and folder.spec.exists():
         return "train", JobSpec.model_validate(read_record(folder.spec))
     if cluster.kind == "local" and study.record.exists():
-        record = read_record(study.record)
-        return line.TUNE, JobSpec.model_validate({**record["spec"], "search": record["search"]})
-    kept = AtAddress(cluster.runs_at).read(name, folder.spec.name) if cluster.runs_at else None
-    return ("train", JobSpec.model_validate(without_version(parse_json(kept), f"{cluster.runs_at}/{name}"))) if kept else None
+        return line.TUNE, _of_study(read_record(study.record))
+    if cluster.runs_at is None:
+        return None
+    kept = AtAddress(cluster.runs_at)
+    if content := kept.read(name, folder.spec.name):
+        return "train", JobSpec.model_validate(without_version(parse_json(content), f"{cluster.runs_at}/{name}"))
+    if content := kept.read(name, study.record.name):
+        return line.TUNE, _of_study(without_version(parse_json(content), f"{cluster.runs_at}/{name}"))
+    return None
+
+
+def _of_study(record: dict[str, Any]) -> JobSpec:
+    return JobSpec.model_validate({**record["spec"], "search": record["search"]})
 
 
 def list_submitted(name: str, spec: ClusterSpec) -> list[dict[str, Any]]:

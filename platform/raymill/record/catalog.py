@@ -177,9 +177,13 @@ def _take_in(facts: dict[str, Any], event: Event) -> None:
 
 
 def finished(folder: RunFolder) -> dict[str, Any] | None:
-    """The summary of a run that has reached its end; None: it has not."""
+    """The summary of a run that has reached its end; None: it has not, or was killed before it said so."""
     summary = read_record(folder.summary) if folder.summary.exists() else {}
-    return summary if summary.get("status") == "finished" else None
+    if summary.get("status") != "finished":
+        return None
+    events, _ = read_events(folder.events)
+    borders = [event for event in events if isinstance(event, AttemptStarted | RunStopped | RunFinished)]
+    return summary if borders and isinstance(borders[-1], RunFinished) else None
 
 
 def _duration_s(events: Iterable[Event]) -> float:

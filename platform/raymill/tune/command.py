@@ -55,7 +55,7 @@ class Asked:
 
     Attributes:
         job: what `load.find_job` takes; with `resume`, ignored.
-        overrides: "field.path=value" each.
+        overrides: "field.path=value" each; with `resume`, of search.trials alone: how many there are to be in all.
         resume: a study by its name; None: the newest of this job and search that is not over, or a new one.
         new: a new study in any case.
         add_trials: beside those that the search or an earlier command says.
@@ -101,7 +101,7 @@ def tune(asked: Asked, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]
             _drive(folder, asked.parallel, offset, tell, partial(try_code, prepared) if prepared else None)
         except InputError:
             # The job's own code is wrong: there is no search.
-            for left in [folder.path, *folder.path.parent.parent.glob(f"runs/{folder.name}-*")]:
+            for left in (folder.path, *(run.path for run in folder.runs)):
                 shutil.rmtree(left, ignore_errors=True)
             raise
         if folder.stop_request.exists():
@@ -117,6 +117,7 @@ def _study(asked: Asked, say: Callable[[str], None]) -> tuple[StudyFolder, Prepa
     if asked.resume is not None:
         folder = find_study(asked.resume)
         record = read_record(folder.record)
+        trials = trials_in_all(asked.overrides, record["trials"]) or record["trials"]
     else:
         overrides, loaded = with_search(asked.job, asked.overrides)
         search = _searched(loaded)
@@ -125,11 +126,38 @@ def _study(asked: Asked, say: Callable[[str], None]) -> tuple[StudyFolder, Prepa
         if folder_there is None:
             return _new_study(asked, overrides, loaded, search, executor, named, say)
         folder, record = folder_there, read_record(folder_there.record)
+        trials = record["trials"]
         say("going on with what was begun (--new begins anew)")
-    if asked.add_trials:
-        write_record(folder.record, {**record, "trials": record["trials"] + asked.add_trials})
+    if (trials := trials + asked.add_trials) != record["trials"]:
+        write_record(folder.record, {**record, "trials": trials})
         folder.summary.unlink(missing_ok=True)
     return folder, None
+
+
+def trials_in_all(overrides: Sequence[str], begun: int = 1) -> int | None:
+    """How many trials a study that goes on is to have; None: as many as before.
+
+    Args:
+        overrides: "search.trials=N", or none.
+        begun: that it is to have already.
+
+    Raises:
+        InputError: anything else is overridden, or N is no number, or smaller.
+    """
+    trials, problems = None, []
+    for one in overrides:
+        field, _, value = one.partition("=")
+        if field != "search.trials":
+            fix = "Leave it out, or begin another search with --new."
+            problems.append(Problem(f"--set {field}", f"{value!r} for a search that was begun", "search.trials alone", fix))
+        elif not value.isdecimal() or int(value) < begun:
+            fix = "Give the number of trials in all; `raymill tune stop` ends a search earlier."
+            problems.append(Problem(f"--set {field}", repr(value), f"a whole number of {begun} or more", fix))
+        else:
+            trials = int(value)
+    if problems:
+        raise InputError(problems)
+    return trials
 
 
 def _new_study(

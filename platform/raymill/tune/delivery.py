@@ -32,7 +32,7 @@ from raymill.tracking.description import DESCRIPTION_TAG, RUN_ID_TAG
 from raymill.tracking.mlflow_client import connect, experiment_id, mlflow_settings, plain_key, store_failures
 from raymill.tracking.mlflow_sync import deliver_all
 from raymill.tune import pictures
-from raymill.tune.folder import StudyFolder
+from raymill.tune.folder import NOTHING_DELIVERED, StudyFolder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -51,9 +51,8 @@ class StudyDelivery:
         """Of this study; goes on where an earlier process stopped."""
         self.folder = folder
         self.record = read_record(folder.record)
-        begun: dict[str, Any] = {"offset": 0, "parent": None, "closed": False}
         self._goes_on = folder.delivered.exists()
-        self.done = read_record(folder.delivered) if self._goes_on else begun
+        self.done = read_record(folder.delivered) if self._goes_on else dict(NOTHING_DELIVERED)
         self._client: MlflowClient | None = None
         self._experiment = ""
 

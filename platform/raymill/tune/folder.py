@@ -16,10 +16,15 @@ from typing import Any
 
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.files import read_record
+from raymill.orchestration.on_ray.run_files import STUDY, TRIALS
 from raymill.paths import home
+from raymill.record.folder import RunFolder, runs_folder
 
 FINISHED, FAILED, INTERRUPTED, UNWRITABLE = 0, 1, 3, 4
 """What the driver's process ends with: it is over; it failed, see `failure`; it was stopped; the failure could not be written."""
+
+NOTHING_DELIVERED: dict[str, Any] = {"offset": 0, "parent": None, "closed": False}
+"""How far the delivery to MLflow is known to have come, which may have more."""
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
@@ -42,7 +47,7 @@ class StudyFolder:
     @property
     def record(self) -> Path:
         """The job, its overrides, where it was given, the search; as JSON."""
-        return self.path / "study.json"
+        return self.path / STUDY
 
     @property
     def plan(self) -> Path:
@@ -57,7 +62,12 @@ class StudyFolder:
     @property
     def trials(self) -> Path:
         """Trials that are over."""
-        return self.path / "trials.jsonl"
+        return self.path / TRIALS
+
+    @property
+    def runs(self) -> list[RunFolder]:
+        """The folders of its trials' runs, in order."""
+        return [RunFolder(path) for path in sorted(runs_folder().glob(f"{self.name}-[0-9]*"))]
 
     @property
     def summary(self) -> Path:

@@ -101,7 +101,8 @@ def _run_away(trial: TrialSpec, report: Report, home: Any) -> dict[str, Any]:
 def _mirrored(run_id: str, home: mirror.Home) -> Iterator[None]:
     folder = run_folder(run_id)
     home.fetch(folder.path)
-    with mirror.mirrored(folder, home, sent=run_files.stamps(folder.path), say=partial(print, flush=True), must_arrive=True):
+    sent = {folder.path: run_files.stamps(folder.path)}
+    with mirror.mirrored(lambda: [folder.path], home, sent=sent, say=partial(print, flush=True), must_arrive=True):
         yield
 
 

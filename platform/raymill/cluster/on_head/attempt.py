@@ -12,20 +12,21 @@ import runpy
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from raymill.cluster.line import TUNE
 from raymill.cluster.on_head.head import RUNS_AT, project_of
 from raymill.cluster.on_head.request import JOB_CONFIG
 from raymill.errors import RunError
-from raymill.files import run_lock
+from raymill.files import run_lock, write_record
 from raymill.orchestration import tracker
 from raymill.orchestration.on_ray import mirror
 from raymill.record.catalog import finished
 from raymill.record.folder import RunFolder, run_folder
-from raymill.tune.folder import StudyFolder, studies_folder
+from raymill.tune.folder import NOTHING_DELIVERED, StudyFolder, studies_folder
 
 BEFORE_ENDS_S = 120.0
 """What an earlier attempt has left running has this long to save its state and end."""
@@ -53,7 +54,7 @@ def carry_out(run: str, command: Sequence[str], workers: str, runs_at: str | Non
     """
     folder = StudyFolder(studies_folder() / run) if command[0] == TUNE else run_folder(run)
     _wait_for_the_one_before(folder)
-    if isinstance(folder, RunFolder) and runs_at:
+    if runs_at:
         with kept_at(folder, mirror.AtAddress(runs_at)):
             _become(command, folder, workers, given_s)
     else:
@@ -61,22 +62,52 @@ def carry_out(run: str, command: Sequence[str], workers: str, runs_at: str | Non
 
 
 @contextmanager
-def kept_at(folder: RunFolder, home: mirror.AtAddress) -> Iterator[None]:
-    """Within this a run's folder is kept at an address as well; first it is had from there, if more attempts were made at it than
-    are known on this disk.
+def kept_at(folder: RunFolder | StudyFolder, home: mirror.AtAddress) -> Iterator[None]:
+    """Within this the folder of a run, or of a search and its runs, is kept at an address as well; first it is had from there, if
+    more is known there than on this disk.
     """
-    here = int(folder.attempt.read_text()) if folder.attempt.exists() else 0
     try:
-        if int(home.read(folder.run_id, folder.attempt.name) or 0) > here:
-            shutil.rmtree(folder.path, ignore_errors=True)
-            home.fetch(folder.path)
-            # MLflow's store may be lost as well, or another one: it is asked what it has.
-            folder.delivery.unlink(missing_ok=True)
+        _fetch(folder, home)
     except OSError as error:
-        sys.exit(f"the address where runs are kept could not be asked for {folder.run_id}: {error}")
+        sys.exit(f"the address where runs are kept could not be asked for {folder.path.name}: {error}")
+
+    def folders() -> list[Path]:
+        runs = folder.runs if isinstance(folder, StudyFolder) else []
+        return [*(run.path for run in runs), folder.path]
+
     say = partial(print, file=sys.stderr, flush=True)
-    with mirror.mirrored(folder, home, sent={}, say=say, must_arrive=False):
+    with mirror.mirrored(folders, home, sent={}, say=say, must_arrive=False):
         yield
+
+
+def _fetch(folder: RunFolder | StudyFolder, home: mirror.AtAddress) -> None:
+    """Have a folder from where it is kept, if more is known there."""
+
+    def on_this_disk(name: str) -> bytes | None:
+        path = folder.path / name
+        return path.read_bytes() if path.exists() else None
+
+    if _known(folder, partial(home.read, folder.path.name)) <= _known(folder, on_this_disk):
+        return
+    if isinstance(folder, StudyFolder):
+        # Before what tells of them.
+        for name in home.names():
+            if name.startswith(f"{folder.name}-"):
+                _fetch(run_folder(name), home)
+    shutil.rmtree(folder.path, ignore_errors=True)
+    home.fetch(folder.path)
+    # MLflow's store may be lost as well, or another one: it is asked what it has.
+    if isinstance(folder, StudyFolder):
+        write_record(folder.delivered, NOTHING_DELIVERED)
+    else:
+        folder.delivery.unlink(missing_ok=True)
+
+
+def _known(folder: RunFolder | StudyFolder, read: Callable[[str], bytes | None]) -> int:
+    """How much is known of a run, or of a search, where this reads its files."""
+    if isinstance(folder, StudyFolder):
+        return (read(folder.record.name) is not None) + (read(folder.trials.name) or b"").count(b"\n")
+    return int(read(folder.attempt.name) or 0)
 
 
 def _become(command: Sequence[str], folder: RunFolder | StudyFolder, workers: str, given_s: float | None) -> None:

@@ -1,4 +1,5 @@
-"""Runs on a machine that does not see their folders: kept in a folder there, and sent home whenever a checkpoint is saved.
+"""Runs and searches on a machine that does not see where they belong: kept in folders there, and sent home whenever a checkpoint
+is saved or a trial is over.
 
 Home is another machine's disk, through an actor there, or an address. What is sent is what differs, by size and time, from what
 was sent last, checkpoints behind all else: whoever goes on from what came home finds what a process that was killed would have
@@ -10,13 +11,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raymill.orchestration.on_ray import run_files
 from raymill.orchestration.on_ray.session_folder import end_session, new_session, remove_stale_sessions
-from raymill.record.folder import RunFolder, run_folder
+from raymill.record.folder import run_folder
 from raymill.storage.find import place_of
 from raymill.storage.place import Place
 
@@ -30,10 +31,10 @@ POLL_S = 0.5
 
 
 class Home(Protocol):
-    """Where the folder of a run belongs."""
+    """Where the folder of a run, or of a search, belongs."""
 
     def fetch(self, folder: Path) -> None:
-        """Have a run's folder here as it is there; where there is none, nothing happens."""
+        """Have a folder here as it is there; where there is none, nothing happens."""
 
     def keep(self, folder: Path, changed: Sequence[str], names: Sequence[str]) -> None:
         """Have it there as it is here.
@@ -45,37 +46,38 @@ class Home(Protocol):
         """
 
 
+Sent = Mapping[Path, Mapping[str, run_files.Stamp]]
+"""Of each folder, what is at home as it is here."""
+
+
 @contextmanager
 def mirrored(
-    folder: RunFolder, home: Home, *, sent: Mapping[str, run_files.Stamp], say: Callable[[str], None], must_arrive: bool
+    folders: Callable[[], Sequence[Path]], home: Home, *, sent: Sent, say: Callable[[str], None], must_arrive: bool
 ) -> Iterator[None]:
-    """Within this, what becomes of a run's folder is sent home: as it begins, behind each checkpoint, and in the end.
+    """Within this, what becomes of folders is sent home: as they begin, behind each checkpoint, and in the end.
 
     Args:
-        folder: here.
-        home: where it belongs.
-        sent: what is there as it is here.
+        folders: here, a run's; or those of a search's runs and, last, its own, which tells of them.
+        home: where they belong.
+        sent: what is there already.
         say: is told that something could not be sent; it is tried again.
         must_arrive: whether it is an error if the last of it cannot be sent.
 
     Raises:
         Exception: what the home raises then.
     """
-    over, last = threading.Event(), ""
+    over, last, at_home = threading.Event(), "", dict(sent)
 
     def watch() -> None:
-        nonlocal sent, last
+        nonlocal last
         while not over.wait(POLL_S):
-            begins = not sent and folder.command.exists()
-            if not begins and not _saved(folder) - sent.keys():
-                continue
             try:
-                sent = _send(folder.path, home, sent)
+                _send(_to_send(folders(), at_home), home, at_home)
             except Exception as error:  # the home may be away for a while
-                if last != (last := f"what run {folder.run_id} has saved could not be sent, trying again: {error}"):
+                if last != (last := f"what was saved could not be sent, trying again: {error}"):
                     say(last)
 
-    watching = threading.Thread(target=watch, name="sends the run home", daemon=True)
+    watching = threading.Thread(target=watch, name="sends home", daemon=True)
     watching.start()
     try:
         yield
@@ -83,49 +85,66 @@ def mirrored(
         over.set()
         watching.join()
         try:
-            _send(folder.path, home, sent)
+            _send(folders(), home, at_home)
         except OSError as error:
             if must_arrive:
                 raise
-            say(f"the last of run {folder.run_id} could not be sent, and is here alone, in {folder.path}: {error}")
+            say(f"the last of it could not be sent, and is here alone, in {folders()[-1]}: {error}")
 
 
-def _saved(folder: RunFolder) -> set[str]:
-    """The checkpoints that there are, each by the file that was written last."""
-    return {str(one.relative_to(folder.path)) for one in folder.checkpoints.glob(f"[!.]*/{run_files.WHOLE}")}
+def _to_send(folders: Sequence[Path], at_home: Sent) -> list[Path]:
+    """Those of these folders that have come further than what is at home."""
+    marks = {folder: run_files.marks(folder) for folder in folders}
+    further = [folder for folder in folders if marks[folder].items() - at_home.get(folder, {}).items()]
+    if further and further[-1] == folders[-1]:
+        # It tells of the others, of which all has to be there then.
+        return [folder for folder in folders if folder in further or run_files.SUMMARY not in marks[folder]]
+    return further
 
 
-def _send(folder: Path, home: Home, sent: Mapping[str, run_files.Stamp]) -> dict[str, run_files.Stamp]:
-    """Send what is new; returns what is at home then."""
-    with run_files.held(folder) as found:
-        # A checkpoint is sent as a whole, or not at all.
-        new = {run_files.unit_of(name) for name, stamp in found.items() if sent.get(name) != stamp}
-        changed = [name for name in found if run_files.unit_of(name) in new]
-        if changed or sent.keys() - found.keys():
-            home.keep(folder, changed, list(found))
-    return found
+def _send(folders: Sequence[Path], home: Home, at_home: dict[Path, Mapping[str, run_files.Stamp]]) -> None:
+    """Send what is new of these, and note it."""
+    with ExitStack() as stack:
+        # What tells of others is held first, and sent last.
+        held = {folder: stack.enter_context(run_files.held(folder)) for folder in reversed(folders)}
+        for folder in folders:
+            found, sent = held[folder], at_home.get(folder, {})
+            # A checkpoint is sent as a whole, or not at all.
+            new = {run_files.unit_of(name) for name, stamp in found.items() if sent.get(name) != stamp}
+            changed = [name for name in found if run_files.unit_of(name) in new]
+            if changed or sent.keys() - found.keys():
+                with run_files.end_held_back(folder) as ends:
+                    home.keep(folder, changed, list(found))
+                if ends and run_files.EVENTS in changed:
+                    # That the run is finished comes behind all that it has come to.
+                    home.keep(folder, [run_files.EVENTS], list(found))
+            at_home[folder] = found
 
 
 # ---------------------------------------------------------------- home is an address
 
 
 class AtAddress:
-    """Home is a folder at an address, with a folder for each run."""
+    """Home is a folder at an address, with a folder for each run and each search."""
 
     def __init__(self, root: str) -> None:
         """At this address."""
         self._root = root.rstrip("/")
 
-    def place(self, run_id: str) -> Place:
-        """Where a run is."""
-        return place_of(f"{self._root}/{run_id}")
+    def place(self, name: str) -> Place:
+        """Where a run, or a search, is."""
+        return place_of(f"{self._root}/{name}")
 
-    def read(self, run_id: str, name: str) -> bytes | None:
-        """A file of a run; None: there is none."""
+    def read(self, of: str, name: str) -> bytes | None:
+        """A file of a run or a search; None: there is none."""
         try:
-            return self.place(run_id).read(name)
+            return self.place(of).read(name)
         except FileNotFoundError:
             return None
+
+    def names(self) -> list[str]:
+        """Of the runs and searches that are there."""
+        return place_of(self._root).folders()
 
     def fetch(self, folder: Path) -> None:
         """As `Home`."""
