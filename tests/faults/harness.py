@@ -219,7 +219,7 @@ class Result:
     Attributes:
         exit_code: of the command; None: it was ended after LIMIT_S seconds.
         message: of its error, "" without one.
-        weights: SHA-256 of the last weights, or None.
+        weights: SHA-256 of the last and of the best ones, and the step of the best.
         order: position behind a batch -> its row ids, in order.
         attempts: worker groups that started.
         fired: points where a fault happened.
@@ -233,7 +233,7 @@ class Result:
 
     exit_code: int | None
     message: str
-    weights: str | None
+    weights: dict[str, Any]
     order: dict[int, list[int]]
     attempts: int
     fired: list[str]
@@ -277,7 +277,7 @@ def collect(place: Live, number: int, exit_code: int | None, provoked: bool, sha
     return Result(
         exit_code=exit_code,
         message=printed.get("message", ""),
-        weights=done.get("weights_sha256"),
+        weights={name: done.get(name) for name in ("weights_sha256", "best_step", "best_weights_sha256")},
         order=order_of(folder) if folder else {},
         attempts=sum(isinstance(event, AttemptStarted) for event in events),
         fired=[event["point"] for event in place.fired()],

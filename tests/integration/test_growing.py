@@ -7,8 +7,9 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -73,41 +74,63 @@ class Growing(Home):
         return found
 
 
+@dataclass
+class Head:
+    """A head that raymill did not start, known by the address of its dashboard and a token."""
+
+    home: Home
+    folder: Path
+    name: str
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self, gcs: int, *options: str, variables: Mapping[str, str]) -> None:
+        """Start it, and write the cluster's file."""
+        [dashboard] = free_ports(1)
+        token = self.folder / "token"
+        if not token.exists():
+            with open(token, "w", opener=private) as file:
+                file.write(secrets.token_hex(32))
+        (self.home.project / "cluster").mkdir(exist_ok=True)
+        places = {"dashboard": f"http://127.0.0.1:{dashboard}", "token_file": str(token)}
+        file_of_it = self.home.project / "cluster" / f"{self.name}.yaml"
+        file_of_it.write_text(yaml.safe_dump({"kind": "address", "keep_ready": False, **places}))
+        common = [f"--port={gcs}", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1", "--disable-usage-stats"]
+        common += ["--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
+        own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": str(self.home.scratch)}
+        # What is submitted is run by the first Python there.
+        own |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(PROJECT / "platform")}
+        with open(self.folder / "head.log", "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "raymill.cluster.node", "start", "--head", "--block", *common, *options],
+                env={**self.home.environment, **own, **variables},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.started.append(process)
+        until(lambda: self.home.run("ps", "--cluster", self.name)[0] == 0, START_TIMEOUT_S, "a head")
+
+    def end(self) -> None:
+        """End all of it, and say what it printed last."""
+        print((self.folder / "head.log").read_text()[-2000:])
+        self.home.kill_all()
+        for process in self.started:
+            process.wait()
+
+
 @pytest.fixture
 def growing(tmp_path: Path) -> Iterator[Growing]:
-    project = smoke_project(tmp_path / "project")
-    home = Growing(tmp_path / "home", project)
-    gcs, dashboard = free_ports(2)
-    token = tmp_path / "token"
-    with open(token, "w", opener=private) as file:
-        file.write(secrets.token_hex(32))
-    (project / "cluster").mkdir()
-    places = {"dashboard": f"http://127.0.0.1:{dashboard}", "token_file": str(token)}
-    (project / "cluster" / "growing.yaml").write_text(yaml.safe_dump({"kind": "address", "keep_ready": False, **places}))
+    home = Growing(tmp_path / "home", smoke_project(tmp_path / "project"))
+    head, [gcs] = Head(home, tmp_path, "growing"), free_ports(1)
     (tmp_path / "autoscaler.yaml").write_text(json.dumps(configuration(f"127.0.0.1:{gcs}")))
-    options = [f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=0", "--node-ip-address=127.0.0.1"]
-    options += [f"--autoscaling-config={tmp_path / 'autoscaler.yaml'}", f"--temp-dir={home.scratch / 'ray'}"]
-    options += ["--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
-    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": str(home.scratch)}
-    # What is submitted is run by the first Python there.
-    own["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    of_autoscaler = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1"}
-    of_autoscaler |= {"RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD}
-    with open(tmp_path / "head.log", "wb") as log:
-        head = subprocess.Popen(
-            [sys.executable, "-m", "raymill.cluster.node", "start", "--head", "--block", *options],
-            env={**home.environment, **own, **of_autoscaler, "PYTHONPATH": str(PROJECT / "platform")},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    options = ["--num-cpus=0", f"--autoscaling-config={tmp_path / 'autoscaler.yaml'}", f"--temp-dir={home.scratch / 'ray'}"]
+    variables = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1"}
+    variables |= {"RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD}
     try:
-        until(lambda: home.run("ps", "--cluster", "growing")[0] == 0, START_TIMEOUT_S, "a head")
+        head.start(gcs, *options, variables=variables)
         yield home
     finally:
-        print((tmp_path / "head.log").read_text()[-2000:])
-        home.kill_all()
-        head.wait()
+        head.end()
 
 
 def test_a_cluster_without_machines_gets_some_for_what_waits_in_line_and_loses_them_again(growing: Growing) -> None:
