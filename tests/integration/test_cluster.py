@@ -357,11 +357,13 @@ def test_ranks_here_and_on_a_machine_without_the_runs_folder_train_together_and_
 
 @pytest.mark.cluster
 def test_a_run_leaves_a_machine_that_is_to_go_and_stops_when_there_is_no_other(nodes: Nodes) -> None:
-    nodes.variables |= {"RAYMILL_FAULT": "step_done:slow:seconds=0.5", "RAYMILL_FAULT_FOLDER": str(nodes.folder)}
+    # Slow until it is on the last machine: each of the others is to be lost, or to come, before it ends.
+    slow = ",".join(f"step_done:slow:attempt={attempt}:seconds=0.5" for attempt in (1, 2))
+    nodes.variables |= {"RAYMILL_FAULT": slow, "RAYMILL_FAULT_FOLDER": str(nodes.folder)}
     start_head(nodes, 0)
     nodes.add(3, '--resources={"first": 1}')
     nodes.wait_for_cpus(3)
-    job = ["smoke", "--workers=2", "--set", "checkpoint.every_steps=1000", "--set", "data.num_rows=1800"]
+    job = ["smoke", "--workers=2", "--set", "checkpoint.every_steps=1000", "--set", "data.num_rows=12000"]
     command = nodes.start(*job)
 
     def steps(attempt: int) -> int:
