@@ -9,7 +9,7 @@ import pytest
 
 from raymill.errors import InputError
 from raymill.files import FORMAT_VERSION, write_record
-from raymill.record.catalog import data_digest, find_run, history, list_runs, show_run
+from raymill.record.catalog import data_digest, find_run, finished, history, list_runs, show_run
 from raymill.record.events import (
     AttemptStarted,
     CheckpointSaved,
@@ -73,6 +73,22 @@ def test_a_run_that_stopped_says_why_until_it_goes_on() -> None:
     append_event(folder, again(os.getpid()))
     facts = show_run("run-1")
     assert (facts["message"], facts["attempts"]) == (None, 2)
+
+
+def test_a_run_is_finished_once_its_summary_and_its_last_event_say_so() -> None:
+    """Killed between the two it is gone on with, and says it again; what would register it looks for that event."""
+    end = RunFinished(best_checkpoint=None, metrics={})
+    folder = new_run(events=[START, step(8)])
+    write_record(folder.summary, {"status": "finished"})
+    assert finished(folder) is None
+    append_event(folder, end)
+    assert finished(folder) is not None
+    # The next attempt has begun, and its summary is that of the one before.
+    append_event(folder, again(os.getpid()))
+    assert finished(folder) is None
+    append_event(folder, end)
+    write_record(folder.summary, {"status": "interrupted"})
+    assert finished(folder) is None
 
 
 def test_a_run_without_events_is_starting() -> None:
