@@ -166,15 +166,17 @@ def open_held(folder: Path, name: str) -> IO[bytes]:
 def end_held_back(folder: Path) -> Iterator[bool]:
     """Within this the events that are held are without the one that ends the run; whether there is one, and it was the last."""
     path = folder / HELD / EVENTS
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    ends = bool(lines) and _is_end(lines[-1])
+    events = path.read_bytes() if path.exists() else b""
+    last = events.rfind(b"\n", 0, -1) + 1
+    ends = _is_end(events[last:])
     if ends:
-        replace_file(path, b"".join(lines[:-1]))
+        os.truncate(path, last)
     try:
         yield ends
     finally:
         if ends:
-            replace_file(path, b"".join(lines))
+            with path.open("ab") as file:
+                file.write(events[last:])
 
 
 def _is_end(line: bytes) -> bool:
