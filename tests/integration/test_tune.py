@@ -68,8 +68,7 @@ def process_of(home: Home, what: str) -> psutil.Process | None:
     """A process of the study's driver: itself, or one of its descendants by its command line."""
     for process in psutil.process_iter():
         try:
-            line = process.cmdline()
-            if "raymill.tune.driver" not in line or not line[-1].startswith(str(home.path)):
+            if "raymill.tune.driver" not in process.cmdline() or process.environ().get("RAYMILL_HOME") != str(home.path):
                 continue
             if what == "driver":
                 return process

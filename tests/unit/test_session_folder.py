@@ -23,6 +23,7 @@ from raymill.orchestration.on_ray.session_folder import (
     new_session,
     remove_stale_sessions,
 )
+from raymill.record.processes import take_turns_behind
 
 Start = Callable[..., subprocess.Popen[bytes]]
 SLEEP = "import sys, time; print('up', flush=True); time.sleep(300)"
@@ -168,3 +169,21 @@ def test_a_driver_that_outlives_its_supervisor_removes_its_session(scratch: Path
         end_session(supervised, timeout_s=0)
     assert psutil.pid_exists(os.getpid())
     assert hold is session_folder.hold
+
+
+def test_the_driver_of_a_search_that_it_was_never_told_removes_its_session(scratch: Path) -> None:
+    driver = [sys.executable, "-P", "-m", "raymill.tune.driver"]
+    with new_session() as folder:
+        process = subprocess.Popen(driver, env={**os.environ, VARIABLE: str(folder)}, stdin=subprocess.PIPE)
+    assert folder.exists()
+    process.communicate(timeout=60)
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_process_takes_its_turns_behind_others_and_its_session_too(start: Start) -> None:
+    process = start()
+    take_turns_behind(process.pid, 7)
+    assert psutil.Process(process.pid).nice() == 7
+    group = Path(f"/proc/{process.pid}/autogroup")
+    if group.exists():
+        assert group.read_text().split()[1:] == ["nice", "7"]

@@ -17,8 +17,9 @@ from raymill.errors import InputError
 from raymill.files import write_record
 from raymill.tune import space
 from raymill.tune.folder import StudyFolder, studies_folder, unfinished_study
+from raymill.tune.pictures import importance
 from raymill.tune.population import changed
-from raymill.tune.study import Study, Suggestion, Wait, importance
+from raymill.tune.study import Study, Suggestion, Wait
 
 
 def search(space: dict[str, Any], **more: Any) -> SearchSpec:

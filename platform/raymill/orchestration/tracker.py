@@ -20,6 +20,7 @@ from raymill.files import private, read_record
 from raymill.orchestration.attempts import Show
 from raymill.record.events import DeliveryStarted
 from raymill.record.folder import RunFolder
+from raymill.record.processes import take_turns_behind
 from raymill.redaction import print_redacted
 
 MAX_STARTS = 3
@@ -46,6 +47,7 @@ class Tracker:
                 stderr=log,
                 start_new_session=True,
             )
+        take_turns_behind(self._process.pid, NICENESS)
         return self._process
 
     def finish(self, show: Show) -> dict[str, Any]:
@@ -90,7 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_folder", type=Path)
     parser.add_argument("--give-up-s", type=float, default=600.0, help="seconds to go on trying once the run is over")
     arguments = parser.parse_args(argv)
-    os.nice(NICENESS)
     folder = RunFolder(arguments.run_folder.resolve())
     os.environ["RAYMILL_HOME"] = str(folder.path.parent.parent)
     from raymill.models.registration import register

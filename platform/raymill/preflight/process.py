@@ -27,6 +27,7 @@ from raymill.files import private, read_record
 from raymill.paths import project_root
 from raymill.record import fitted
 from raymill.record.folder import RunFolder
+from raymill.record.processes import take_turns_behind
 from raymill.trained.model import read_inputs
 from raymill.training.assembly import Job, assemble
 
@@ -103,7 +104,9 @@ class Trial:
             env={name: value for name, value in os.environ.items() if name != "RAYMILL_FAULT"},
             stdin=subprocess.PIPE,
             stdout=self._told,
+            start_new_session=True,
         )
+        take_turns_behind(self._process.pid, NICENESS)
 
     def begin(self, folder: RunFolder) -> None:
         """Say which run it is, whose folder holds its records. A process that has died finds nothing."""
@@ -149,7 +152,6 @@ def main() -> int:
     told = os.fdopen(os.dup(1), "w")
     # What the job's code prints, from C too, is not what was found.
     os.dup2(2, 1)
-    os.nice(NICENESS)
     from raymill import startup_gc  # noqa: F401  # it changes how the whole process collects garbage
     from raymill.preflight.trial import find_problems
 

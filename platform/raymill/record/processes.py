@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -39,6 +40,17 @@ class ProcessId:
         except psutil.AccessDenied:
             return True
         return self.started_s is None or abs(started_s - self.started_s) < SAME_START_S
+
+
+def take_turns_behind(pid: int, niceness: int) -> None:
+    """Have a process that leads a session of its own take its turns behind all others, from 1 (a little) to 19 (far).
+
+    A process's niceness counts inside its session alone, where the system shares its CPUs between sessions first (sched(7), "The
+    autogroup feature"). So the session is made nice as well; where it cannot be, nothing is lost but time.
+    """
+    os.setpriority(os.PRIO_PROCESS, pid, niceness)
+    with suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
 
 
 def wait_or_kill(processes: Iterable[psutil.Process], timeout_s: float, kill_timeout_s: float = 10.0) -> None:

@@ -33,6 +33,7 @@ from raymill.orchestration.prepare import Prepared, prepare
 from raymill.orchestration.run import new_id, try_code
 from raymill.paths import project_root
 from raymill.record.environment import environment
+from raymill.record.processes import take_turns_behind
 from raymill.tune import space
 from raymill.tune.folder import FINISHED, INTERRUPTED, UNWRITABLE, StudyFolder, find_study, studies_folder, unfinished_study
 
@@ -44,6 +45,10 @@ MOST_DRIVERS = 3
 """That may die one after the other without a trial between them."""
 
 SESSION_TIMEOUT_S = 10.0
+STDERR = 2
+
+NICENESS = 15
+"""Of the delivery to MLflow."""
 
 Tell = Callable[[dict[str, Any]], None]
 """Is given each trial that is over."""
@@ -87,8 +92,10 @@ def tune(asked: Asked, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]
         SearchStopped: on request; the same command goes on.
         RunError: the search could not go on.
     """
-    folder, prepared = _study(asked, say)
     with ExitStack() as stack:
+        driver = _Driver()
+        stack.callback(driver.end)
+        folder, prepared = _study(asked, say)
         stack.enter_context(run_lock(folder.command_lock))
         say(f"study {folder.name}")
         say(f"its files: {folder.path}")
@@ -98,7 +105,7 @@ def tune(asked: Asked, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]
         offset = _follow_other(folder, tell)
         folder.failure.unlink(missing_ok=True)
         try:
-            _drive(folder, asked.parallel, offset, tell, partial(try_code, prepared) if prepared else None)
+            _drive(folder, driver, asked.parallel, offset, tell, partial(try_code, prepared) if prepared else None)
         except InputError:
             # The job's own code is wrong: there is no search.
             for left in (folder.path, *(run.path for run in folder.runs)):
@@ -281,10 +288,46 @@ def _follow_other(folder: StudyFolder, tell: Tell) -> int:
             offset, _ = _show_new(folder, offset, tell)
 
 
-def _drive(folder: StudyFolder, parallel: int | None, offset: int, tell: Tell, look: Callable[[], None] | None) -> None:
+class _Driver:
+    """The process that drives a search, begun while the job is still checked: it imports what that takes. It must be ended."""
+
+    def __init__(self) -> None:
+        """Start it; it does not know the search yet."""
+        self._held = ExitStack()
+        self._session = self._held.enter_context(session_folder.new_session())
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "raymill.tune.driver"],
+            cwd=project_root(),
+            env={**os.environ, session_folder.VARIABLE: str(self._session)},
+            stdin=subprocess.PIPE,
+            # Its log is the search's.
+            stdout=STDERR,
+            start_new_session=True,
+        )
+
+    def begin(self, folder: StudyFolder, parallel: int | None) -> None:
+        """Say which search it is, and how many trials may run at once."""
+        if self.process.stdin is not None:
+            # One that has died is seen to be dead.
+            with suppress(BrokenPipeError), self.process.stdin as told:
+                told.write(json.dumps({"study": str(folder.path), "parallel": parallel}).encode())
+
+    def end(self) -> None:
+        """Kill it if it goes on, and whatever is left of its Ray."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        session_folder.end_session(self._session, SESSION_TIMEOUT_S)
+        self._held.close()
+
+
+def _drive(
+    folder: StudyFolder, driver: _Driver, parallel: int | None, offset: int, tell: Tell, look: Callable[[], None] | None
+) -> None:
     """Have the search driven to its end, by one process after the other where they die.
 
     Args:
+        driver: the first of them, which waits.
         look: tries the job's own code while the first of them starts.
 
     Raises:
@@ -293,22 +336,19 @@ def _drive(folder: StudyFolder, parallel: int | None, offset: int, tell: Tell, l
     """
     deaths = 0
     while True:
-        with session_folder.new_session() as session:
-            process = _start(folder, parallel, session)
-            try:
-                if look is not None:
-                    look()
-                    look = None
-                while process.poll() is None:
-                    with suppress(subprocess.TimeoutExpired):
-                        process.wait(POLL_S)
-                    offset, count = _show_new(folder, offset, tell)
-                    deaths = 0 if count else deaths
-            finally:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
-                session_folder.end_session(session, SESSION_TIMEOUT_S)
+        process = driver.process
+        try:
+            driver.begin(folder, parallel)
+            if look is not None:
+                look()
+                look = None
+            while process.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_S)
+                offset, count = _show_new(folder, offset, tell)
+                deaths = 0 if count else deaths
+        finally:
+            driver.end()
         offset, _ = _show_new(folder, offset, tell)
         if process.returncode in (FINISHED, INTERRUPTED):
             return
@@ -323,20 +363,7 @@ def _drive(folder: StudyFolder, parallel: int | None, offset: int, tell: Tell, l
         deaths += 1
         if deaths > MOST_DRIVERS:
             raise RunError(f"the search's driver died {deaths} times without a trial between; see {folder.log}")
-
-
-def _start(folder: StudyFolder, parallel: int | None, session: Path) -> subprocess.Popen[bytes]:
-    at_once = [] if parallel is None else [str(parallel)]
-    with open(folder.log, "ab", opener=private) as log:
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "raymill.tune.driver", str(folder.path), *at_once],
-            cwd=project_root(),
-            env={**os.environ, session_folder.VARIABLE: str(session)},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+        driver = _Driver()
 
 
 def _show_new(folder: StudyFolder, offset: int, tell: Tell) -> tuple[int, int]:
@@ -386,13 +413,16 @@ class _Delivery:
 
     def _start(self) -> subprocess.Popen[bytes]:
         with open(self._folder.log, "ab", opener=private) as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "raymill.tune.delivery", str(self._folder.path)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
+        # From here, so that its imports too give way to what the first trials wait for.
+        take_turns_behind(process.pid, NICENESS)
+        return process
 
     def finish(self) -> dict[str, Any]:
         """Wait until all is delivered, the best model registered; returns what the summary says of it."""

@@ -41,7 +41,6 @@ log = logging.getLogger("raymill.tune")
 
 POLL_S = 1.0
 GIVE_UP_S = 120.0
-NICENESS = 15
 
 
 class StudyDelivery:
@@ -164,7 +163,6 @@ def _no_model(folder: RunFolder) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Deliver until the study is over. Returns 0: all is delivered, 1: it is not."""
-    os.nice(NICENESS)
     logging.basicConfig(level=logging.WARNING)
     folder = StudyFolder(Path(arguments[0]))
     command = os.getppid()

@@ -1,6 +1,6 @@
 """The process that drives a search: a Ray of its own (or a cluster's), on which Ray Tune runs the trials.
 
-    python -m raymill.tune.driver STUDY_FOLDER [TRIALS_AT_ONCE]
+    python -m raymill.tune.driver     {"study": STUDY_FOLDER, "parallel": TRIALS_AT_ONCE or null} on stdin
 
 Ray Tune finds room for trials, keeps their actors warm from one to the next, and starts lost ones again; what they try and which
 end early comes from the study, whose store is all that is kept. So this process may be killed at any moment: another goes on.
@@ -31,7 +31,7 @@ from raymill.config.spec import JobSpec
 from raymill.errors import RaymillError, RunError
 from raymill.files import private, read_record, replace_file, run_lock, write_record
 from raymill.orchestration.on_ray.ray_session import ray_for
-from raymill.orchestration.on_ray.session_folder import VARIABLE
+from raymill.orchestration.on_ray.session_folder import VARIABLE, held_by_driver
 from raymill.paths import home, in_this_copy, project_root
 from raymill.redaction import print_redacted, redact, redact_text
 from raymill.tune.folder import FAILED, FINISHED, INTERRUPTED, UNWRITABLE, StudyFolder
@@ -231,17 +231,25 @@ def num_over(trials: Sequence[FrozenTrial]) -> int:
     return sum(one.state.is_finished() for one in trials)
 
 
-def main(arguments: list[str]) -> int:
-    """Drive a search; returns what became of it, see `folder`."""
-    folder = StudyFolder(Path(arguments[0]))
+def main() -> int:
+    """Drive the search that stdin names; returns what became of it, see `folder`."""
+    if not (said := sys.stdin.read()):
+        # The command was killed before it knew. Whoever is the last in a session removes it.
+        with held_by_driver(Path(os.environ[VARIABLE])):
+            return INTERRUPTED
+    told = json.loads(said)
+    folder = StudyFolder(Path(told["study"]))
 
     def stop(number: int, frame: Any) -> None:
         folder.stop_request.touch()
 
     signal.signal(signal.SIGTERM, stop)
     try:
+        with open(folder.log, "ab", opener=private) as log, open(os.devnull, "rb") as nothing:
+            for number, stream in enumerate((nothing, log, log)):
+                os.dup2(stream.fileno(), number)
         with run_lock(folder.driver_lock):
-            return _drive(folder, *map(int, arguments[1:]))
+            return _drive(folder, told["parallel"])
     except RaymillError as error:
         return _failed(folder, error)
     except Exception as error:
@@ -257,7 +265,7 @@ def _failed(folder: StudyFolder, error: RaymillError) -> int:
     return FAILED
 
 
-def _drive(folder: StudyFolder, parallel: int | None = None) -> int:
+def _drive(folder: StudyFolder, parallel: int | None) -> int:
     plan = Plan.from_record(read_record(folder.plan))
     os.environ |= SETTINGS | {"RAYMILL_HOME": str(home())}
     search = Search(folder, parallel)
@@ -297,4 +305,4 @@ def _end_with_ray() -> None:
 
 if __name__ == "__main__":
     sys.excepthook = print_redacted
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -311,15 +311,6 @@ def _pruner(search: SearchSpec) -> optuna.pruners.BasePruner:
             return optuna.pruners.NopPruner()
 
 
-def importance(study: Study) -> dict[str, float]:
-    """How much of the differences between trials each field explains, by fANOVA (Hutter et al., 2014); {} of few trials."""
-    done = [one for one in study.trials() if one.state == TrialState.COMPLETE]
-    if len(done) < 4 or len({one.values[0] for one in done}) == 1:
-        return {}
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    return dict(optuna.importance.get_param_importances(study.optuna, evaluator=evaluator, target=first_value))
-
-
 def first_value(trial: FrozenTrial) -> float:
     """Of the first metric, of a trial that is complete."""
     return float(trial.values[0])
