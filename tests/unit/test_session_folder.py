@@ -182,8 +182,10 @@ def test_the_driver_of_a_search_that_it_was_never_told_removes_its_session(scrat
 
 def test_a_process_takes_its_turns_behind_others_and_its_session_too(start: Start) -> None:
     process = start()
+    # As Ray's workers are, which start such processes too.
+    os.setpriority(os.PRIO_PROCESS, process.pid, 10)
     take_turns_behind(process.pid, 7)
-    assert psutil.Process(process.pid).nice() == 7
+    assert psutil.Process(process.pid).nice() == 17
     group = Path(f"/proc/{process.pid}/autogroup")
     if group.exists():
         assert group.read_text().split()[1:] == ["nice", "7"]

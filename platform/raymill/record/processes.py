@@ -45,10 +45,11 @@ class ProcessId:
 def take_turns_behind(pid: int, niceness: int) -> None:
     """Have a process that leads a session of its own take its turns behind all others, from 1 (a little) to 19 (far).
 
-    A process's niceness counts inside its session alone, where the system shares its CPUs between sessions first (sched(7), "The
-    autogroup feature"). So the session is made nice as well; where it cannot be, nothing is lost but time.
+    It becomes so much nicer than it was: it may come from one that is nice already, as Ray's workers are, and only root may lower
+    that. A process's niceness counts inside its session alone, where the system shares its CPUs between sessions first (sched(7),
+    "The autogroup feature"). So the session is made nice as well; where it cannot be, nothing is lost but time.
     """
-    os.setpriority(os.PRIO_PROCESS, pid, niceness)
+    os.setpriority(os.PRIO_PROCESS, pid, os.getpriority(os.PRIO_PROCESS, pid) + niceness)
     with suppress(OSError):
         Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
 
