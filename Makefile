@@ -37,8 +37,7 @@ worker: setup ## torch on the CPU, one process and two
 	$(BIN)/pytest -m "not long" tests/worker
 
 integration: setup ## whole runs on a local Ray: minutes
-	$(BIN)/pytest $(AT_ONCE) -m "not integration and not cluster and not long" tests/integration tests/faults
-	$(BIN)/pytest -m "integration and not cluster and not long" tests/integration tests/faults
+	$(BIN)/pytest $(AT_ONCE) -m "not cluster and not long" tests/faults tests/integration
 
 long: setup ## at length what `make integration` shows in short: searches killed at random moments, a full disk; half an hour
 	$(BIN)/pytest -m long tests/worker tests/integration

@@ -26,6 +26,7 @@ from typing import Any
 
 import psutil
 
+import shared_memory
 from raymill.checkpoint.directory import names, read_pointer, verify
 from raymill.errors import CheckpointError
 from raymill.files import STAGE, read_record
@@ -50,9 +51,6 @@ KINDS = {
     "tracking": "raymill.orchestration.tracker",
 }
 """What the command line of each kind of process holds."""
-
-SHARED = ("plasma", "ray", "torch_", "gloo", "nccl", "psm_", "sem.")
-"""How files in shared memory begin that Ray, torch and Python make; other programs make theirs at any time."""
 
 
 class Live:
@@ -248,7 +246,7 @@ class Result:
 
 def play(place: Live, arguments: list[str], fault: str = "", provoke: Provoke | None = None, *, orphans: bool = False) -> Result:
     """Run one command to its end, with what is to go wrong on the way; and what it leaves, if it may leave `orphans`."""
-    shared_before = set(os.listdir("/dev/shm"))
+    shared_before = shared_memory.abandoned()
     begun_s, number = time.monotonic(), place.num_commands
     command = place.command = place.start(arguments, fault)
     provoked, looked_s = provoke is None, 0.0
@@ -269,7 +267,7 @@ def play(place: Live, arguments: list[str], fault: str = "", provoke: Provoke | 
 
 def collect(place: Live, number: int, exit_code: int | None, provoked: bool, shared_before: set[str], seconds: float) -> Result:
     """Everything that can be seen once a command has ended."""
-    shared = {name for name in os.listdir("/dev/shm") if name.startswith(SHARED)} - shared_before
+    shared = shared_memory.abandoned() - shared_before
     left = left_over(place) + [f"/dev/shm/{name}" for name in sorted(shared)]
     printed, folder = place.printed(number), place.folder
     events = read_events(folder.events)[0] if folder else []

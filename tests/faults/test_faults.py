@@ -6,10 +6,12 @@ import ast
 import os
 import subprocess
 import sys
+from multiprocessing import shared_memory as segments
 from pathlib import Path
 
 import pytest
 
+import shared_memory
 from faults.cases import CASES, Case
 from faults.run_faults import run_case
 from raymill import faults
@@ -66,3 +68,12 @@ def test_kinds_do_what_their_names_say(tmp_path: Path) -> None:
 def test_a_fault_that_does_not_exist_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="RAYMILL_FAULT"):
         faults.parse(text)
+
+
+def test_shared_memory_is_left_once_nobody_holds_it() -> None:
+    segment = segments.SharedMemory(create=True, size=4096)
+    assert segment.name not in shared_memory.abandoned(), "this process holds it"
+    segment.close()
+    assert segment.name in shared_memory.abandoned()
+    segment.unlink()
+    assert segment.name not in shared_memory.abandoned()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 import signal
 import socket
@@ -17,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+import shared_memory
 from integration.commands import PROJECT, TIMEOUT_S, Home, wait_until
 
 pytestmark = pytest.mark.integration
@@ -96,7 +96,7 @@ def test_ctrl_c_saves_the_run_and_a_resume_ends_as_if_nothing_had_been(
     pair: Trained, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     home = Home(tmp_path_factory.mktemp("interrupted"))
-    shared_before = set(os.listdir("/dev/shm"))
+    shared_before = shared_memory.abandoned()
     process = home.start("train", *JOB)
     wait_until(lambda: home.step() > 0, process)
     process.send_signal(signal.SIGINT)
@@ -120,7 +120,7 @@ def test_ctrl_c_saves_the_run_and_a_resume_ends_as_if_nothing_had_been(
     assert (code, "finished" in stderr) == (2, True)
 
     assert home.left_over() == []
-    assert set(os.listdir("/dev/shm")) - shared_before == set()
+    assert shared_memory.abandoned() - shared_before == set()
 
 
 # ---------------------------------------------------------------- what is known afterwards

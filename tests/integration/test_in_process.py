@@ -5,7 +5,6 @@ traceback and debugger; and nothing changed for a caller from Python.
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import shared_memory
 from integration.commands import PROJECT, TIMEOUT_S, Home, wait_until
 from raymill.files import read_record
 from raymill.record.events import AttemptStarted, EvaluationDone, Event, StepDone, read_events
@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on_here_or_on_ray_and_ends_with_the_same_weights(
 
 def test_ctrl_c_saves_the_run_and_a_resume_ends_as_if_nothing_had_been(here: Trained, tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
-    shared_before = set(os.listdir("/dev/shm"))
+    shared_before = shared_memory.abandoned()
     # Steps that take a while, so that there is time to interrupt them.
     slow = {"RAYMILL_FAULT": "step_done:slow:seconds=0.3", "RAYMILL_FAULT_FOLDER": str(tmp_path)}
     process = home.start("train", *JOB, *HERE, variables=slow)
@@ -174,7 +174,7 @@ def test_ctrl_c_saves_the_run_and_a_resume_ends_as_if_nothing_had_been(here: Tra
     code, _, stderr = home.run("train", "--resume", run_id, *HERE)
     assert (code, "finished" in stderr) == (2, True)
     assert home.left_over() == []
-    assert set(os.listdir("/dev/shm")) - shared_before == set()
+    assert shared_memory.abandoned() - shared_before == set()
 
 
 # ---------------------------------------------------------------- the job's own code
