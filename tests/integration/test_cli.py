@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import signal
 import socket
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import psutil
 import pytest
 
 import shared_memory
+from faults.cases import own_digits
 from integration.commands import PROJECT, TIMEOUT_S, Home, wait_until
 
 pytestmark = pytest.mark.integration
@@ -157,6 +160,21 @@ def test_a_model_that_is_not_there_is_answered_with_the_nearest(single: Trained)
     assert code == 2
     assert "blobs@candidate" in json.loads(stdout)["problems"][0]["fix"]
     assert "blobs@candidate" in stderr
+
+
+# ---------------------------------------------------------------- the end
+
+
+@pytest.mark.long
+def test_a_command_that_ends_right_after_it_read_ends_with_its_own_code(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    for file in own_digits(home.path).glob("*.parquet"):
+        file.unlink()
+    job = ("check", "mnist", "--set", f"data.root={home.path}/own")
+    # More at once than there are cores: a thread of Arrow that has read a file then often lives into the end of the process.
+    with ThreadPoolExecutor(3 * (os.cpu_count() or 1)) as pool:
+        codes = [code for code, _, _ in pool.map(lambda _: home.run(*job), range(100))]
+    assert codes == [2] * 100
 
 
 # ---------------------------------------------------------------- ui

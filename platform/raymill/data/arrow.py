@@ -27,6 +27,25 @@ from raymill.data.rows import BAD, NUMBERS, take
 from raymill.errors import InputError, Problem, did_you_mean
 from raymill.task import Column, Field, Rows, Schema
 
+# ---------------------------------------------------------------- memory that Arrow reads
+
+
+def empty_buffer(num_bytes: int) -> pa.Buffer:
+    """Memory of Arrow's own to read from, to be filled; what is never touched is never taken.
+
+    One of Arrow's threads may be the last to let go of what it read, when the table is there and the process ends already. Memory
+    of Python's takes Python for that, which aborts the process then: "terminate called without an active exception".
+    """
+    return pa.allocate_buffer(num_bytes, pa.system_memory_pool())
+
+
+def stream_of(data: bytes) -> pa.BufferReader:
+    """Bytes for a reader with threads: a copy of them in memory of Arrow's own."""
+    buffer = empty_buffer(len(data))
+    np.frombuffer(buffer, np.uint8)[:] = np.frombuffer(data, np.uint8)
+    return pa.BufferReader(buffer)
+
+
 # ---------------------------------------------------------------- rows and the schema
 
 DTYPES = (

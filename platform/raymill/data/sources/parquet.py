@@ -28,6 +28,7 @@ from raymill.data.arrow import (
     describe,
     digest_rows,
     dtype_problems,
+    empty_buffer,
     fits,
     rows_of_table,
     schema_problems,
@@ -266,8 +267,8 @@ def read_group(place: Place, name: str, footer: Footer, group: int, columns: lis
     return place.persisting(decode)
 
 
-def _checked_group(place: Place, name: str, footer: Footer, group: int) -> np.ndarray:
-    """The bytes of a file [size_bytes], of which only those of one row group are there, from one read.
+def _checked_group(place: Place, name: str, footer: Footer, group: int) -> pa.Buffer:
+    """The bytes of a file, of which only those of one row group are there, from one read.
 
     The others are memory that is never touched, and so is never taken.
     """
@@ -276,8 +277,8 @@ def _checked_group(place: Place, name: str, footer: Footer, group: int) -> np.nd
     data = place.read(name, start, end - start)
     if not all(all_pages_have_checksums(data[at - start : at - start + num_bytes]) for at, num_bytes in spans):
         raise ValueError("a page of it has lost its checksum")
-    file = np.empty(footer.size_bytes, np.uint8)
-    file[start : start + len(data)] = np.frombuffer(data, np.uint8)
+    file = empty_buffer(footer.size_bytes)
+    np.frombuffer(file, np.uint8)[start : start + len(data)] = np.frombuffer(data, np.uint8)
     return file
 
 

@@ -6,7 +6,6 @@ microseconds since 1970-01-01 or midnight, whatever the column is elsewhere.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +15,7 @@ import pyarrow.csv
 import pyarrow.json
 
 from raymill.data import arrow_types
-from raymill.data.arrow import rows_of_table, schema_problems
+from raymill.data.arrow import rows_of_table, schema_problems, stream_of
 from raymill.data.rows import num_rows
 from raymill.data.sources.lines import pieces
 from raymill.errors import DataError, InputError, Problem, did_you_mean
@@ -157,11 +156,11 @@ class CsvSource:
                     return file.readline(pieces.MOST_LINE_BYTES)
 
             header = at.persisting(first_line)
-            parsed = pyarrow.csv.read_csv(io.BytesIO(header), parse_options=self._parse_options())
+            parsed = pyarrow.csv.read_csv(stream_of(header), parse_options=self._parse_options())
             names = parsed.column_names
         texts = {name: pa.string() for name, field in self.schema.items() if field.dtype == "text"}
         table = pyarrow.csv.read_csv(
-            io.BytesIO(data),
+            stream_of(data),
             read_options=pyarrow.csv.ReadOptions(use_threads=False, column_names=names, block_size=max(len(data), 1) + 1),
             parse_options=self._parse_options(),
             convert_options=pyarrow.csv.ConvertOptions(column_types=texts),
@@ -224,7 +223,7 @@ def _read_json(data: bytes, schema: Schema) -> pa.Table:
     texts = [(name, pa.string()) for name, field in schema.items() if field.dtype == "text" and "." not in name]
     options = pyarrow.json.ParseOptions(explicit_schema=pa.schema(texts) if texts else None)
     read = pyarrow.json.ReadOptions(use_threads=False, block_size=len(data) + 1)
-    table = _in_microseconds(pyarrow.json.read_json(io.BytesIO(data), read_options=read, parse_options=options))
+    table = _in_microseconds(pyarrow.json.read_json(stream_of(data), read_options=read, parse_options=options))
     # A name that no line of the piece has is null in each.
     for name in schema:
         if "." not in name and name not in table.column_names:
