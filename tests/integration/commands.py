@@ -22,7 +22,8 @@ from raymill.record.events import StepDone, read_events
 from raymill.record.folder import RunFolder
 
 PROJECT = Path(__file__).parents[2]
-TIMEOUT_S = 240.0
+TIMEOUT_S = 480.0
+"""A command that takes longer hangs."""
 
 
 def smoke_project(folder: Path) -> Path:

@@ -94,7 +94,6 @@ def test_the_same_rows_meet_in_each_step_at_any_number_of_workers(pair: Trained,
         assert sorted(row for position in steps for row in one[position]) == list(range(TRAIN_ROWS))
 
 
-@pytest.mark.timeout(600)
 def test_ctrl_c_saves_the_run_and_a_resume_ends_as_if_nothing_had_been(
     pair: Trained, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -55,8 +55,8 @@ POPULATION = command(
 )
 """A search whose later trials go on from earlier ones."""
 
-START_TIMEOUT_S = 120.0
-STEP_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 240.0
+STEP_TIMEOUT_S = 600.0
 
 
 def until(true: Callable[[], Any], timeout_s: float, what: str) -> Any:

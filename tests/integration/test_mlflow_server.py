@@ -185,7 +185,6 @@ def test_a_process_of_another_server_is_none_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.cluster
-@pytest.mark.timeout(600)
 def test_it_starts_beside_the_nodes_and_again_when_it_died(team: Team) -> None:
     told = team.json("cluster", "up", "team", "--json")
     assert [node["runs"] for node in told["nodes"]] == [told["mlflow"]["runs"]] == [True]

@@ -11,7 +11,7 @@ from integration.commands import Home
 from object_store import serving
 from pipelines.images import get_mnist
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.integration
 
 STRICT = ("--set", "loop.strict=true", "--set", "checkpoint.every_steps=5")
 JOB = ("jobs/mnist/job.yaml", "--json", "--set", "loop.epochs=1", *STRICT)

@@ -15,7 +15,7 @@ import pytest
 
 from integration.commands import PROJECT, Home
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.cluster
 
 SRUN = """#!/bin/bash
 # Every node is this machine; --ntasks says how often.

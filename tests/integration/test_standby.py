@@ -9,7 +9,7 @@ from faults.harness import kill_once_another_stands_by, live, order_of, play
 from faults.run_faults import reference
 from raymill.record.events import StageReached, StandbyDecided, read_events
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.integration
 
 PAUSES = "step_done:delay:rank=0:step=12:seconds=240,step_done:delay:rank=0:step=24:seconds=240"
 """Training stands still until the driver that stands by is ready: what is killed then cannot finish first."""

@@ -24,7 +24,7 @@ from raymill.tune.folder import StudyFolder
 from raymill.tune.outcome import open_study
 from raymill.tune.study import facts_of
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.integration
 
 SEARCH = {
     "space": {
