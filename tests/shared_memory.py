@@ -11,17 +11,14 @@ import psutil
 
 FOLDER = Path("/dev/shm")
 
-OURS = ("plasma", "ray", "torch_", "gloo", "nccl", "psm_", "sem.")
-"""How files begin that Ray, torch and Python make; other programs make theirs at any time."""
-
 GRACE_S = 2.0
 """A file is there for a moment before its process has opened it."""
 
 
 def abandoned() -> set[str]:
-    """The files in shared memory that Ray, torch or Python made and no living process holds."""
+    """The files in shared memory that no living process holds."""
     until_s = time.monotonic() + GRACE_S
-    while found := {name for name in os.listdir(FOLDER) if name.startswith(OURS)} - _held():
+    while found := set(os.listdir(FOLDER)) - _held():
         if time.monotonic() > until_s:
             break
         time.sleep(0.1)

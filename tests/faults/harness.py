@@ -52,6 +52,9 @@ KINDS = {
 }
 """What the command line of each kind of process holds."""
 
+SHARED = ("plasma", "ray", "torch_", "gloo", "nccl", "psm_", "sem.")
+"""How files in shared memory begin that Ray, torch and Python make; other programs make theirs at any time."""
+
 
 class Live:
     """A run that is going on, and the folders that are its own."""
@@ -246,7 +249,7 @@ class Result:
 
 def play(place: Live, arguments: list[str], fault: str = "", provoke: Provoke | None = None, *, orphans: bool = False) -> Result:
     """Run one command to its end, with what is to go wrong on the way; and what it leaves, if it may leave `orphans`."""
-    shared_before = shared_memory.abandoned()
+    shared_before = set(os.listdir("/dev/shm"))
     begun_s, number = time.monotonic(), place.num_commands
     command = place.command = place.start(arguments, fault)
     provoked, looked_s = provoke is None, 0.0
@@ -267,7 +270,7 @@ def play(place: Live, arguments: list[str], fault: str = "", provoke: Provoke | 
 
 def collect(place: Live, number: int, exit_code: int | None, provoked: bool, shared_before: set[str], seconds: float) -> Result:
     """Everything that can be seen once a command has ended."""
-    shared = shared_memory.abandoned() - shared_before
+    shared = {name for name in shared_memory.abandoned() if name.startswith(SHARED)} - shared_before
     left = left_over(place) + [f"/dev/shm/{name}" for name in sorted(shared)]
     printed, folder = place.printed(number), place.folder
     events = read_events(folder.events)[0] if folder else []

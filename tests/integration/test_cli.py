@@ -98,7 +98,7 @@ def test_ctrl_c_saves_the_run_and_a_resume_ends_as_if_nothing_had_been(
     pair: Trained, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     home = Home(tmp_path_factory.mktemp("interrupted"))
-    shared_before = shared_memory.abandoned()
+    shared_before = set(os.listdir("/dev/shm"))
     process = home.start("train", *JOB)
     wait_until(lambda: home.step() > 0, process)
     process.send_signal(signal.SIGINT)
