@@ -330,7 +330,10 @@ def test_a_population_goes_on_from_its_best_and_a_killed_one_ends_alike(tmp_path
     summaries = [read_record(folder.summary) for folder in folders[6:]]
     assert [summary["rows"]["used"] for summary in summaries] == [6 * 600] * 3
 
-    fault = {"RAYMILL_FAULT": "step_done:kill:step=33,epoch_end:kill:step=40", "RAYMILL_FAULT_FOLDER": str(tmp_path)}
+    # The second death is between an evaluation and every save of that step: it has to be evaluated again by who goes on there,
+    # and by nobody who goes on from it.
+    faults = "step_done:kill:step=33,before_commit:slow:step=40:seconds=1,epoch_end:kill:step=40"
+    fault = {"RAYMILL_FAULT": faults, "RAYMILL_FAULT_FOLDER": str(tmp_path)}
     code, _, stderr = killed.run(*job, variables=fault)
     assert code == 0, stderr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,21 @@ def test_one_that_was_to_end_at_an_evaluation_that_nobody_heard_of_ends(begun: R
     assert begun.stop_request.exists()
 
 
-def test_one_of_a_population_that_was_killed_behind_its_last_evaluation_ends(begun: RunFolder) -> None:
+@pytest.mark.parametrize(("is_evaluated", "ends"), [(True, True), (False, False), (None, False)])
+def test_one_of_a_population_that_was_killed_ends_where_it_was_saved_behind_its_last_evaluation(
+    begun: RunFolder, is_evaluated: bool | None, ends: bool
+) -> None:
+    # Else it evaluates once more, and ends there.
+    if is_evaluated is not None:
+        checkpoint = begun.checkpoints / "step-00000004.1"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text(json.dumps({"evaluated": is_evaluated}))
     trial.train(spec(stop_after=2), begun, [], lambda number, value: None)
+    assert begun.stop_request.exists() == ends
+
+
+def test_one_of_a_population_that_goes_on_ends_behind_the_evaluation_that_it_makes_again(begun: RunFolder) -> None:
+    trial.train(spec(stop_after=3), begun, [], lambda number, value: None)
     assert begun.stop_request.exists()
 
 

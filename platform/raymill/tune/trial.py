@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from raymill.checkpoint.directory import read_state
 from raymill.config import load
 from raymill.errors import InputError, Interrupted, RunError
 from raymill.orchestration import executors, run
@@ -162,43 +163,59 @@ def train(trial: TrialSpec, folder: RunFolder, overrides: list[str], report: Rep
 
     # Of a run that goes on, the evaluations before count too.
     before = read_events(folder.events)[0] if folder.events.exists() else []
-    steps = {event.step for event in before if _counts(event, trial.metric)}
-
-    last = [(event.step, event.metrics) for event in before if _counts(event, trial.metric)]
+    evaluations = {event.step: event.metrics for event in before if _counts(event, trial.metric)}
+    steps = set(evaluations)
 
     def heard(evaluation: int, value: float) -> None:
         report(evaluation, value)
         if evaluation == trial.stop_after:
             folder.stop_request.touch()
 
+    def place() -> int | None:
+        return _last_saved(folder, sorted(evaluations)[trial.stop_after - 1 :]) if trial.stop_after else None
+
     def watch(folder: RunFolder) -> Show:
         def show(event: Event) -> None:
             if _counts(event, trial.metric):
-                last.append((event.step, event.metrics))
+                evaluations[event.step] = event.metrics
             _hear(event, trial.metric, steps, folder, heard)
 
         # Whoever was to hear of the last of them may have died before it was noted; the same twice is once.
         for event in before:
-            _hear(event, trial.metric, steps, folder, heard)
+            _hear(event, trial.metric, steps, folder, report)
+        if place() is not None:
+            folder.stop_request.touch()
         return show
 
+    ends = [event for event in before if isinstance(event, AttemptStarted | RunStopped)]
+    is_stopped = bool(ends) and isinstance(ends[-1], RunStopped) and ends[-1].reason == "interrupted"
     try:
-        return _train(trial, folder, overrides, executor, watch)
+        if not is_stopped or place() is None:
+            return _train(trial, folder, overrides, executor, watch)
     except Interrupted:
-        if trial.stop_after and len(steps) >= trial.stop_after:
-            # Where it was to be, whichever step it stopped behind.
-            step, metrics = last[-1]
-            return {"metrics": metrics, "steps": step}
-        raise
+        if place() is None:
+            raise
+    # Where it was to be, whichever step it stopped behind.
+    step = place()
+    assert step is not None
+    return {"metrics": evaluations[step], "steps": step}
+
+
+def _last_saved(folder: RunFolder, steps: list[int]) -> int | None:
+    """The last of these steps whose state is saved as it was behind their evaluations.
+
+    One that was killed between an evaluation and the save behind it has to evaluate again: whoever went on from the save before it
+    would evaluate what this run has already, and count it as its own.
+    """
+    for step in reversed(steps):
+        if any(read_state(path).get("evaluated", True) for path in folder.checkpoints.glob(f"step-{step:08d}.*")):
+            return step
+    return None
 
 
 def _train(trial: TrialSpec, folder: RunFolder, overrides: list[str], executor: Executor, watch: run.Watch) -> dict[str, Any]:
-    """Train a run, or go on with it; one that was stopped where it was to be is as it was left."""
+    """Train a run, or go on with it."""
     if folder.command.exists():
-        events, _ = read_events(folder.events) if folder.events.exists() else ([], 0)
-        ends = [event for event in events if isinstance(event, AttemptStarted | RunStopped)]
-        if trial.stop_after and ends and isinstance(ends[-1], RunStopped) and ends[-1].reason == "interrupted":
-            raise Interrupted(folder.run_id, 0)
         return run.resume(folder.run_id, None, [], executor, watch, time.time(), preflight=False)
     # Whatever is there was killed before it was a run.
     shutil.rmtree(folder.path, ignore_errors=True)
