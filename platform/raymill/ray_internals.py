@@ -219,11 +219,11 @@ def resize_callback(resizing: Callable[[int], None], before_shutdown: Callable[[
 
 
 def lost_process_errors() -> tuple[type[BaseException], ...]:
-    """What Ray raises where a process is gone."""
-    import ray.exceptions
+    """What Ray raises where a process is gone, or where the node is on which it was to be."""
+    import ray.exceptions as found
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-    return (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, WorkerHealthCheckFailedError)
+    return (found.RayActorError, found.ActorUnschedulableError, found.WorkerCrashedError, WorkerHealthCheckFailedError)
 
 
 # ---------------------------------------------------------------- Ray Core

@@ -350,9 +350,8 @@ def test_a_node_is_lost_in_the_middle_and_another_one_comes(cluster: Cluster, tm
     expected = alone(tmp_path_factory, *job, "--workers", "2")
     run = cluster.submit(*job, "--workers", "2")
     until(lambda: cluster.step_of(run) >= 15, STEP_TIMEOUT_S, "steps")
-    # Not the head's: the others.
-    worker = next(one for one in cluster.processes() if "RayTrainWorker" in one.name())
-    raylet = psutil.Process(worker.ppid())
+    of_workers = [psutil.Process(one.ppid()) for one in cluster.processes() if "RayTrainWorker" in one.name()]
+    raylet = next(one for one in of_workers if "--head" not in one.cmdline())
     assert raylet.name() == "raylet"
     raylet.kill()
     cluster.json("cluster", "up", "local", "--json")

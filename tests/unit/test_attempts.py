@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +16,18 @@ from raymill.checkpoint.commit import commit
 from raymill.checkpoint.snapshot import Snapshot
 from raymill.config.spec import JobSpec
 from raymill.errors import Interrupted, RaymillError, RunError, StallError, WorkerError
-from raymill.orchestration import executors
+from raymill.orchestration import executors, retry
 from raymill.orchestration.attempts import committed_step, run_attempts, stop_on_signal
 from raymill.orchestration.retry import Cause
 from raymill.record.events import AttemptFailed, Event, StepDone, append_event
 from raymill.record.folder import RunFolder
 
 LOST = WorkerError("rank 1 died", 1, cause=Cause.LOST_PROCESS)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.01)
 
 
 @pytest.fixture
@@ -103,6 +109,16 @@ def test_what_would_only_fail_again_is_not_tried_again(folder: RunFolder) -> Non
     with pytest.raises(RunError, match="the task raised"):
         attempts.run()
     assert (attempts.count, attempts.shown) == (1, [])
+
+
+def test_a_run_that_is_asked_to_stop_in_a_pause_is_not_started_again(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 1e9)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE_S", 1e9)
+    attempts = Attempts(folder, LOST, LOST)
+    threading.Timer(0.3, folder.stop_request.touch).start()
+    with pytest.raises(WorkerError, match="rank 1 died"):
+        attempts.run()
+    assert attempts.count == 2
 
 
 def test_a_run_that_is_asked_to_stop_is_not_started_again(folder: RunFolder) -> None:

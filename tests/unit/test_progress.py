@@ -142,6 +142,10 @@ LINES: list[tuple[Event, list[str]]] = [
         AttemptFailed(cause="stall", message="nobody moved", step=0),
         ["stall before a step was done: nobody moved; beginning again"],
     ),
+    (
+        AttemptFailed(cause="lost process", message="rank 1 died", step=40, pause_s=5.0),
+        ["lost process before a step was done: rank 1 died; going on from the checkpoint of step 40 in 5 s"],
+    ),
     (DeliveryStarted(), ["delivering the run to MLflow"]),
 ]
 

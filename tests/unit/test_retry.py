@@ -8,7 +8,7 @@ import pytest
 
 from raymill.config.spec import JobSpec
 from raymill.errors import CheckpointError, DataError, InputError, NumberError, RaymillError, RunError, StallError, WorkerError
-from raymill.orchestration.retry import Cause, Failure, budgets, cause_of, go_on
+from raymill.orchestration.retry import Cause, Failure, budgets, cause_of, go_on, pause_s
 
 BUDGETS = {Cause.LOST_PROCESS: 2, Cause.STORAGE: 1}
 
@@ -35,6 +35,14 @@ def test_a_failure_of_one_cause_spends_nothing_of_another() -> None:
 @pytest.mark.parametrize("cause", [Cause.CODE, Cause.DATA, Cause.MEMORY])
 def test_what_would_only_fail_again_is_not_tried_again(cause: Cause) -> None:
     assert not go_on([Failure(cause, 3)], {known: 9 for known in Cause if known not in (Cause.CODE, Cause.DATA, Cause.MEMORY)})
+
+
+def test_attempts_without_progress_are_made_further_and_further_apart() -> None:
+    """Ray takes a killed node for one that is there for 13 s: within the three attempts of a job's own budget."""
+    pauses_s = [pause_s([lost(7)] * count) for count in range(1, 7)]
+    assert pauses_s == [0, 5, 10, 20, 40, 40]
+    assert pause_s([lost(7), lost(7), lost(8)]) == 0
+    assert pause_s([lost(7), lost(7), Failure(Cause.STORAGE, 7)]) == 0
 
 
 def spec(**sections: Any) -> JobSpec:

@@ -33,6 +33,11 @@ def test_a_rank_that_is_gone_explains_those_that_lost_it() -> None:
     assert (found.rank, found.cause) == (1, Cause.LOST_PROCESS)
 
 
+def test_a_rank_that_needs_a_process_which_has_no_node_any_more_is_tried_again() -> None:
+    found = cause_of({0: ValueError("shapes do not fit"), 1: ray.exceptions.ActorUnschedulableError("the node is gone")})
+    assert (found.rank, found.cause) == (1, Cause.LOST_PROCESS)
+
+
 def test_memory_that_was_refused_or_taken_too_much_is_not_tried_again() -> None:
     refused = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     killed = ray.exceptions.OutOfMemoryError("Task was killed. Memory on the node was low")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from raymill.orchestration import retry
 from raymill.orchestration.retry import Failure
 from raymill.record.events import AttemptFailed, Event, StepDone, read_events
 from raymill.record.folder import RunFolder
+
+POLL_S = 0.1
 
 Show = Callable[[Event], None]
 """Is given every event of a run as it happens, for people to see."""
@@ -41,7 +44,18 @@ def run_attempts(folder: RunFolder, spec: JobSpec, attempt: Callable[[], Raymill
             raise error
         events, began = read_events(folder.events, began)
         last_step = max((event.step for event in events if isinstance(event, StepDone)), default=None)
-        show(AttemptFailed(cause=failures[-1].cause, message=str(error), step=failures[-1].step, last_step=last_step))
+        last, pause_s = failures[-1], retry.pause_s(failures)
+        show(AttemptFailed(cause=last.cause, message=str(error), step=last.step, last_step=last_step, pause_s=pause_s))
+        _wait(folder, pause_s)
+        if folder.stop_request.exists():
+            raise error
+
+
+def _wait(folder: RunFolder, pause_s: float) -> None:
+    """Wait that long, or until the run is asked to stop."""
+    until_s = time.monotonic() + pause_s
+    while time.monotonic() < until_s and not folder.stop_request.exists():
+        time.sleep(min(POLL_S, pause_s))
 
 
 def committed_step(folder: RunFolder) -> int:

@@ -87,7 +87,8 @@ def describe(event: Event) -> list[str]:
         case AttemptFailed():
             died = "before a step was done" if event.last_step is None else f"after step {event.last_step}"
             then = f"going on from the checkpoint of step {event.step}" if event.step else "beginning again"
-            return [f"{event.cause} {died}: {event.message}; {then}"]
+            pause = f" in {event.pause_s:.0f} s" if event.pause_s else ""
+            return [f"{event.cause} {died}: {event.message}; {then}{pause}"]
         case DeliveryStarted():
             return ["delivering the run to MLflow"]
     return []

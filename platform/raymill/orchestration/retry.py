@@ -14,6 +14,9 @@ from enum import StrEnum
 from raymill.config.spec import JobSpec
 from raymill.errors import CheckpointError, DataError, InputError, NumberError, RaymillError, StallError, WorkerError
 
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 40.0
+"""Before the attempt that follows two without progress, and before any."""
+
 
 class Cause(StrEnum):
     """Why an attempt ended."""
@@ -75,6 +78,19 @@ def go_on(failures: Sequence[Failure], budgets: Mapping[Cause, int]) -> bool:
         failures: all ends of attempts so far, oldest first; at least one.
         budgets: cause -> attempts that may end so without progress between them; a cause that is not there has none.
     """
+    return _num_without_progress(failures) <= budgets.get(failures[-1].cause, 0)
+
+
+def pause_s(failures: Sequence[Failure]) -> float:
+    """Seconds to wait before the next attempt: none behind progress, then longer each time.
+
+    A Ray cluster takes a node that is gone for one that is there until it has missed its heartbeats, for 13 s as Ray comes: a few
+    attempts within that time may all be given what was there.
+    """
+    again = _num_without_progress(failures) - 1
+    return min(FIRST_PAUSE_S * 2 ** (again - 1), LONGEST_PAUSE_S) if again > 0 else 0.0
+
+
+def _num_without_progress(failures: Sequence[Failure]) -> int:
     last = failures[-1]
-    without_progress = [f for f in failures if f.step == last.step and f.cause == last.cause]
-    return len(without_progress) <= budgets.get(last.cause, 0)
+    return sum(one.step == last.step and one.cause == last.cause for one in failures)

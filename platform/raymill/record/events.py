@@ -301,6 +301,7 @@ class AttemptFailed(Event):
     Attributes:
         step: of the checkpoint that the next one goes on from; 0: there is none.
         last_step: the last one that this attempt reported; None: it came to none.
+        pause_s: until the next one begins.
     """
 
     kind: Literal["restart"] = "restart"
@@ -308,6 +309,7 @@ class AttemptFailed(Event):
     message: Prose
     step: int
     last_step: int | None = None
+    pause_s: float = 0.0
 
 
 class DeliveryStarted(Event):

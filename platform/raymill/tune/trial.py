@@ -204,8 +204,8 @@ def train(trial: TrialSpec, folder: RunFolder, overrides: list[str], report: Rep
 def _last_saved(folder: RunFolder, steps: list[int]) -> int | None:
     """The last of these steps whose state is saved as it was behind their evaluations.
 
-    One that was killed between an evaluation and the save behind it has to evaluate again: whoever went on from the save before it
-    would evaluate what this run has already, and count it as its own.
+    One that was killed between an evaluation and the save behind it has to evaluate again: whoever went on from the save before
+    it would evaluate what this run has already, and count it as its own.
     """
     for step in reversed(steps):
         if any(read_state(path).get("evaluated", True) for path in folder.checkpoints.glob(f"step-{step:08d}.*")):
