@@ -19,7 +19,7 @@ from raymill.errors import Interrupted, RaymillError, RunError, StallError, Work
 from raymill.orchestration import executors, retry
 from raymill.orchestration.attempts import committed_step, run_attempts, stop_on_signal
 from raymill.orchestration.retry import Cause
-from raymill.record.events import AttemptFailed, Event, StepDone, append_event
+from raymill.record.events import AttemptFailed, Event, StepDone, append_event, read_events
 from raymill.record.folder import RunFolder
 
 LOST = WorkerError("rank 1 died", 1, cause=Cause.LOST_PROCESS)
@@ -111,22 +111,29 @@ def test_what_would_only_fail_again_is_not_tried_again(folder: RunFolder) -> Non
     assert (attempts.count, attempts.shown) == (1, [])
 
 
-def test_a_run_that_is_asked_to_stop_in_a_pause_is_not_started_again(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_asked_to_stop_in_a_pause_can_be_gone_on_with(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_PAUSE_S", 1e9)
     monkeypatch.setattr(retry, "LONGEST_PAUSE_S", 1e9)
-    attempts = Attempts(folder, LOST, LOST)
+    attempts = Attempts(folder, 3, LOST, LOST)
     threading.Timer(0.3, folder.stop_request.touch).start()
-    with pytest.raises(WorkerError, match="rank 1 died"):
+    with pytest.raises(Interrupted) as stopped:
         attempts.run()
-    assert attempts.count == 2
+    assert (attempts.count, stopped.value.step) == (2, 3)
+    assert read_events(folder.events)[0][-1].kind == "stop"
 
 
-def test_a_run_that_is_asked_to_stop_is_not_started_again(folder: RunFolder) -> None:
+def test_a_run_that_was_asked_to_stop_and_died_is_not_started_again_but_can_be_gone_on_with(folder: RunFolder) -> None:
     folder.stop_request.touch()
-    attempts = Attempts(folder, LOST)
-    with pytest.raises(WorkerError):
+    attempts = Attempts(folder, 3, LOST)
+    with pytest.raises(Interrupted) as stopped:
         attempts.run()
-    assert attempts.count == 1
+    assert (attempts.count, stopped.value.step) == (1, 3)
+
+
+def test_a_run_that_was_asked_to_stop_and_failed_has_failed(folder: RunFolder) -> None:
+    folder.stop_request.touch()
+    with pytest.raises(RunError, match="the task raised"):
+        Attempts(folder, RunError("the task raised")).run()
 
 
 def test_an_interruption_passes_through_as_it_is(folder: RunFolder) -> None:

@@ -17,7 +17,7 @@ from raymill.config.spec import JobSpec
 from raymill.errors import CheckpointError, Interrupted, RaymillError
 from raymill.orchestration import retry
 from raymill.orchestration.retry import Failure
-from raymill.record.events import AttemptFailed, Event, StepDone, read_events
+from raymill.record.events import AttemptFailed, Event, RunStopped, StepDone, append_event, read_events
 from raymill.record.folder import RunFolder
 
 POLL_S = 0.1
@@ -33,14 +33,14 @@ def run_attempts(folder: RunFolder, spec: JobSpec, attempt: Callable[[], Raymill
         attempt: makes one attempt; returns why it failed.
 
     Raises:
-        Interrupted: from an attempt that was asked to stop, its state saved.
+        Interrupted: from an attempt that was asked to stop, its state saved; or instead of another one, the last commit being there.
         RaymillError: the cause of the last attempt's end, once its budget is spent.
     """
     failures: list[Failure] = []
     began = folder.events.stat().st_size if folder.events.exists() else 0
     while (error := attempt()) is not None:
         failures.append(Failure(retry.cause_of(error), committed_step(folder)))
-        if folder.stop_request.exists() or not retry.go_on(failures, retry.budgets(spec)):
+        if not retry.go_on(failures, retry.budgets(spec)):
             raise error
         events, began = read_events(folder.events, began)
         last_step = max((event.step for event in events if isinstance(event, StepDone)), default=None)
@@ -48,7 +48,8 @@ def run_attempts(folder: RunFolder, spec: JobSpec, attempt: Callable[[], Raymill
         show(AttemptFailed(cause=last.cause, message=str(error), step=last.step, last_step=last_step, pause_s=pause_s))
         _wait(folder, pause_s)
         if folder.stop_request.exists():
-            raise error
+            append_event(folder, RunStopped(reason="interrupted", message=""))
+            raise Interrupted(folder.run_id, last.step)
 
 
 def _wait(folder: RunFolder, pause_s: float) -> None:
