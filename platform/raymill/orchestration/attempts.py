@@ -33,7 +33,8 @@ def run_attempts(folder: RunFolder, spec: JobSpec, attempt: Callable[[], Raymill
         attempt: makes one attempt; returns why it failed.
 
     Raises:
-        Interrupted: from an attempt that was asked to stop, its state saved; or instead of another one, the last commit being there.
+        Interrupted: from an attempt that was asked to stop, its state saved; or in place of another one, which goes on from the
+            last commit whenever the run is resumed.
         RaymillError: the cause of the last attempt's end, once its budget is spent.
     """
     failures: list[Failure] = []
