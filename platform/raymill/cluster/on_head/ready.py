@@ -28,8 +28,9 @@ from raymill.preflight import process as preflight
 
 POLL_S = 0.05
 
-LEAVES_S = 20.0
-"""A driver that is not needed has this long to end by itself."""
+LEAVES_S = 60.0
+"""A driver that is not needed has this long to end by itself. One that has just begun has to start its workers first, and what a
+killed one had asked for counts as taken at Ray for three minutes more: an elastic run would not grow meanwhile."""
 
 IMPORTED = ("raymill.api", "raymill.cli.app", "raymill.orchestration.run", "raymill.orchestration.tracker", "mlflow")
 """What the command will import."""
