@@ -195,6 +195,31 @@ def test_what_came_when_the_sender_was_killed_is_as_the_run_was_at_one_moment(ch
     assert ends, "behind the last file all of it is there"
 
 
+def test_events_that_are_held_tell_of_all_steps_before_a_checkpoint_that_came_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = RunFolder(tmp_path / "run-1")
+    run, looked_at = run_that_goes_on(here, 4), run_files._stamp
+    next(run)
+
+    def stamp(path: Path) -> run_files.Stamp:
+        found = looked_at(path)
+        if path == here.events:
+            # Once, so that no second look finds it out.
+            for _ in range(8):
+                next(run)
+            monkeypatch.setattr(run_files, "_stamp", looked_at)
+        return found
+
+    monkeypatch.setattr(run_files, "_stamp", stamp)
+    with run_files.held(here.path) as found:
+        saved = max(int(name.split("/")[1].removeprefix("step-")) for name in found if name.endswith(f"/{run_files.WHOLE}"))
+        with run_files.open_held(here.path, run_files.EVENTS) as file:
+            told = [json.loads(line) for line in file]
+    assert saved == 2
+    assert [event["step"] for event in told if event["kind"] == "step"][:saved] == [1, 2]
+
+
 @contextmanager
 def address(kind: str, tmp_path: Path) -> Iterator[str]:
     """Where runs are kept: a folder, or an object store that fails now and then."""

@@ -78,7 +78,8 @@ def without_torn(names: Iterable[str]) -> list[str]:
 def stamps(folder: Path) -> dict[str, Stamp]:
     """The files of a folder; one that is being replaced or removed just now may be missing."""
     found: dict[str, Stamp] = {}
-    for path in folder.rglob("*"):
+    # What grows is looked at last: it tells of all that a commit holds, since that comes behind it.
+    for path in sorted(folder.rglob("*"), key=lambda path: path.name.endswith(GROWING)):
         name = path.relative_to(folder)
         with suppress(FileNotFoundError):
             # What begins with a point is not finished.
