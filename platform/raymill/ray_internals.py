@@ -220,10 +220,11 @@ def resize_callback(resizing: Callable[[int], None], before_shutdown: Callable[[
 
 def lost_process_errors() -> tuple[type[BaseException], ...]:
     """What Ray raises where a process is gone, or where the node is on which it was to be."""
-    import ray.exceptions as found
+    from ray import exceptions
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-    return (found.RayActorError, found.ActorUnschedulableError, found.WorkerCrashedError, WorkerHealthCheckFailedError)
+    lost = (exceptions.RayActorError, exceptions.ActorUnschedulableError, exceptions.WorkerCrashedError)
+    return (*lost, WorkerHealthCheckFailedError)
 
 
 # ---------------------------------------------------------------- Ray Core

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -255,14 +256,15 @@ def test_tags_never_construct_anything(project: Path) -> None:
     assert not (project / "touched").exists()
 
 
-@pytest.mark.timeout(60)
 def test_bombs_are_refused_before_they_grow() -> None:
     aliases = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 100))
     nested = "a: " + "[" * 60_000
     deep_keys = "{? " * 20_000
+    started = time.perf_counter()
     for bomb in (aliases, nested, deep_keys):
         document = strict_yaml.parse(bomb.encode())
         assert document.problems
+    assert time.perf_counter() - started < 10
 
 
 # ---------------------------------------------------------------- the spec's own rules

@@ -57,7 +57,7 @@ def _wait(folder: RunFolder, pause_s: float) -> None:
     """Wait that long, or until the run is asked to stop."""
     until_s = time.monotonic() + pause_s
     while time.monotonic() < until_s and not folder.stop_request.exists():
-        time.sleep(min(POLL_S, pause_s))
+        time.sleep(POLL_S)
 
 
 def committed_step(folder: RunFolder) -> int:

@@ -36,6 +36,9 @@ from raymill.record.events import AttemptStarted, EvaluationDone, Event, RunStop
 from raymill.record.folder import RunFolder, run_folder
 from raymill.tune.folder import StudyFolder, studies_folder
 
+Evaluations = dict[int, dict[str, float]]
+"""Step -> metrics."""
+
 Report = Callable[[int, float], None]
 """Is given number (from 1 on) and value of each evaluation; raises SystemExit where the trial is to end."""
 
@@ -164,7 +167,6 @@ def train(trial: TrialSpec, folder: RunFolder, overrides: list[str], report: Rep
     # Of a run that goes on, the evaluations before count too.
     before = read_events(folder.events)[0] if folder.events.exists() else []
     evaluations = {event.step: event.metrics for event in before if _counts(event, trial.metric)}
-    steps = set(evaluations)
 
     def heard(evaluation: int, value: float) -> None:
         report(evaluation, value)
@@ -176,13 +178,11 @@ def train(trial: TrialSpec, folder: RunFolder, overrides: list[str], report: Rep
 
     def watch(folder: RunFolder) -> Show:
         def show(event: Event) -> None:
-            if _counts(event, trial.metric):
-                evaluations[event.step] = event.metrics
-            _hear(event, trial.metric, steps, folder, heard)
+            _hear(event, trial.metric, evaluations, folder, heard)
 
         # Whoever was to hear of the last of them may have died before it was noted; the same twice is once.
         for event in before:
-            _hear(event, trial.metric, steps, folder, report)
+            _hear(event, trial.metric, evaluations, folder, report)
         if place() is not None:
             folder.stop_request.touch()
         return show
@@ -227,12 +227,12 @@ def _counts(event: Event, metric: str) -> TypeGuard[EvaluationDone]:
     return isinstance(event, EvaluationDone) and metric in event.metrics
 
 
-def _hear(event: Event, metric: str, steps: set[int], folder: RunFolder, report: Report) -> None:
-    """Report an evaluation, as the n-th of the run; `steps` are those of the evaluations so far."""
+def _hear(event: Event, metric: str, evaluations: Evaluations, folder: RunFolder, report: Report) -> None:
+    """Report an evaluation, as the n-th of the run, and note it among those so far."""
     if _counts(event, metric):
-        steps.add(event.step)
+        evaluations[event.step] = event.metrics
         try:
-            report(len([step for step in steps if step <= event.step]), event.metrics[metric])
+            report(sum(step <= event.step for step in evaluations), event.metrics[metric])
         except SystemExit:
             # It ends behind the step that comes, with its state saved: it may be gone on with.
             folder.stop_request.touch()
@@ -257,14 +257,14 @@ def _in_a_process_of_its_own(trial: TrialSpec, folder: RunFolder, overrides: lis
         assert process.stdin is not None
         process.stdin.write(told)
         process.stdin.close()
-        offset, steps = 0, set[int]()
+        offset, evaluations = 0, Evaluations()
         while process.poll() is None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
             if folder.events.exists():
                 events, offset = read_events(folder.events, offset)
                 for event in events:
-                    _hear(event, trial.metric, steps, folder, report)
+                    _hear(event, trial.metric, evaluations, folder, report)
         assert process.stdout is not None
         answer = json.loads(process.stdout.read() or "{}")
     finally:
