@@ -112,6 +112,11 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> str:
     return alone(tmp_path_factory, "smoke", *QUICK)
 
 
+@pytest.fixture(scope="module")
+def slow_by_itself(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return alone(tmp_path_factory, "smoke", *SLOW, *STRICT, "--in-process")
+
+
 READY = "on_head.ready"
 """In the command line of workers that stand ready, and of the run that they were given."""
 
@@ -170,10 +175,10 @@ def test_its_nodes_are_looked_at_and_differ_in_nothing(cluster: Cluster) -> None
     assert all(one["bandwidth_mb_s"] > 1 and abs(one["skew_s"]) < 1 for one in told["nodes"])
 
 
-def test_what_runs_gives_way_goes_on_later_and_leaves_workers_that_stand_ready_for_the_next_run(
-    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+def test_what_runs_gives_way_and_goes_on_later(
+    cluster: Cluster, slow_by_itself: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    slow, quick = (alone(tmp_path_factory, "smoke", *job, *STRICT, "--in-process") for job in (SLOW, QUICK))
+    quick = alone(tmp_path_factory, "smoke", *QUICK, *STRICT, "--in-process")
     first = cluster.submit("smoke", *SLOW, *STRICT)
     until(lambda: cluster.step_of(first) >= 15, STEP_TIMEOUT_S, "steps of the first")
     urgent = cluster.submit("smoke", *QUICK, *STRICT, "--priority", "5")
@@ -190,11 +195,16 @@ def test_what_runs_gives_way_goes_on_later_and_leaves_workers_that_stand_ready_f
     known = cluster.wait_for_end(first, urgent, left)
     assert [known[run]["attempts"] for run in (first, urgent, left)] == [2, 1, 0]
     assert (known[left]["status"], known[left]["exit_code"]) == ("INTERRUPTED", 3)
-    assert [cluster.summary(run)["weights_sha256"] for run in (first, urgent)] == [slow, quick]
+    assert [cluster.summary(run)["weights_sha256"] for run in (first, urgent)] == [slow_by_itself, quick]
     # Each step once: it was asked to make room, and saved its state.
     assert [event.step for event in cluster.events_of(first) if isinstance(event, StepDone)] == list(range(1, 1601))
     assert known[urgent]["ended_ms"] < known[first]["ended_ms"]
 
+
+def test_workers_that_stand_ready_are_there_for_the_next_run_which_goes_on_without_its_driver(
+    cluster: Cluster, slow_by_itself: str
+) -> None:
+    cluster.wait_for_end(cluster.submit("smoke", *QUICK, *STRICT))
     until(lambda: cluster.runs(READY), STEP_TIMEOUT_S, "workers that stand ready")
     run = cluster.submit("smoke", *SLOW, *STRICT)
     until(lambda: cluster.step_of(run) >= 20, STEP_TIMEOUT_S, "steps")
@@ -202,7 +212,7 @@ def test_what_runs_gives_way_goes_on_later_and_leaves_workers_that_stand_ready_f
     assert cluster.kill("on_ray.driver")
     code, out, _ = cluster.run("logs", run, "--follow")
     assert code == 0, out
-    assert cluster.summary(run)["weights_sha256"] == slow
+    assert cluster.summary(run)["weights_sha256"] == slow_by_itself
     assert cluster.submitted()[run]["attempts"] == 1
     assert len(list((cluster.path / "submitted").glob("*/" + "[0-9a-f]" * 16))) == 1, "the same code is there once"
 
