@@ -201,6 +201,7 @@ def test_what_runs_gives_way_and_goes_on_later(
     assert known[urgent]["ended_ms"] < known[first]["ended_ms"]
 
 
+@pytest.mark.cluster
 def test_workers_that_stand_ready_are_there_for_the_next_run_which_goes_on_without_its_driver(
     cluster: Cluster, slow_by_itself: str
 ) -> None:
